@@ -1,0 +1,66 @@
+"""What a mount is made of: the options a user gives, and what the channel hands to its worker.
+
+Both travel as JSON over an inherited file descriptor, never in argv.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class MountOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """A mount as asked for by the user, checked and with defaults filled in."""
+
+    url: str
+    #: Absolute and resolved.
+    mountpoint: str
+    #: "auto", "bpf" or "off".
+    accel: str = "auto"
+    #: "general" or "dataset".
+    profile: str = "general"
+    read_only: bool = False
+    allow_other: bool = True
+    #: Bytes of kernel memory for maps and pages together.
+    kernel_cache_bytes: int = 256 * 1024 * 1024
+    #: The longest time-to-live given to the kernel's own caches, in seconds; None: what is left of the lease.
+    kernel_ttl_s: float | None = None
+    #: Ring entries of each queue; None: by the number of CPUs.
+    queue_depth: int | None = None
+    #: Lease length that an embedded metaserver gives, in seconds.
+    lease_s: float = 30.0
+    #: Absolute; None: standard error.
+    log_file: str | None = None
+    log_level: str = "INFO"
+
+
+class MapFds(msgspec.Struct, frozen=True, kw_only=True):
+    """Descriptors of the BPF maps that the worker fills, as inherited by it, and their capacities in entries."""
+
+    control: int
+    names: int
+    inodes: int
+    pages: int
+    opens: int
+    counters: int
+    name_capacity: int
+    inode_capacity: int
+    page_count: int
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the channel hands to a worker."""
+
+    options: MountOptions
+    #: The metaserver: "unix:/path" or "tcp:host:port".
+    address: str
+    volume: str
+    #: One end of the SOCK_SEQPACKET pair that carries FUSE messages.
+    fuse_fd: int
+    #: A pipe: the worker writes one JSON line, {"ready": true, "session": hex} or {"error": text}, and later figures.
+    status_fd: int
+    #: Rises by one with each worker of a mount; part of the handles it gives out.
+    generation: int
+    #: None: the mount is not accelerated.
+    maps: MapFds | None
+    #: The session of the worker before this one, to be resumed, as hex; None: open a new one.
+    session: str | None

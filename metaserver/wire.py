@@ -1,0 +1,488 @@
+"""The protocol between a client and the metaserver: frames, typed messages and error codes.
+
+A frame is a big-endian u32 body length and a MessagePack body ``[id, [tag, field, ...]]``. The id pairs a reply with
+its request; a streamed reply is several frames with the id of the request. Bodies are arrays throughout, never maps,
+so there are no duplicate keys to argue about; extension types are refused.
+
+Both sides check the length before they allocate, and :func:`decode_request` and :func:`decode_reply` check every
+field's type and bounds, so the code behind them sees only well-typed messages.
+
+Names, targets and xattr names are ``bytes``. Times are integer nanoseconds since 1970.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Annotated, Final, TypeVar
+
+import msgpack
+import msgspec
+from msgspec import Meta
+
+PROTOCOL_VERSION: Final = 1
+
+#: A body before the handshake, a request's body, and a reply's body, in bytes.
+MAX_HELLO: Final = 4 * 1024
+MAX_REQUEST: Final = 192 * 1024
+MAX_REPLY: Final = 2 * 1024 * 1024
+
+#: The largest number of bytes of file data in one message.
+MAX_INLINE: Final = 64 * 1024
+#: A directory fetch is cut into pages of about this many bytes.
+PAGE_BYTES: Final = 256 * 1024
+#: The most entries that one fetch may ask for.
+MAX_FETCH: Final = 4096
+MAX_NAME: Final = 255
+MAX_TARGET: Final = 4095
+MAX_XATTR_NAME: Final = 255
+MAX_XATTR_VALUE: Final = 60 * 1024
+
+ROOT_INO: Final = 1
+
+_HEADER: Final = struct.Struct(">I")
+HEADER_BYTES: Final = _HEADER.size
+
+U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+U63 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Ino = Annotated[int, Meta(ge=1, le=2**48 - 1)]
+Nanoseconds = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Name = Annotated[bytes, Meta(min_length=1, max_length=MAX_NAME)]
+Target = Annotated[bytes, Meta(min_length=1, max_length=MAX_TARGET)]
+XattrName = Annotated[bytes, Meta(min_length=1, max_length=MAX_XATTR_NAME)]
+XattrValue = Annotated[bytes, Meta(max_length=MAX_XATTR_VALUE)]
+Inline = Annotated[bytes, Meta(max_length=MAX_INLINE)]
+VolumeName = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_.-]{0,62}\Z")]
+SessionId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class Malformed(Exception):
+    """The peer sent something that is not a frame of this protocol; the connection is not usable any more."""
+
+
+class ErrorCode(enum.IntEnum):
+    """Why a request was refused. The FUSE edge of the client maps these to errno."""
+
+    NOT_FOUND = 1
+    EXISTS = 2
+    NOT_A_DIRECTORY = 3
+    IS_A_DIRECTORY = 4
+    NOT_EMPTY = 5
+    INVALID = 6
+    NAME_TOO_LONG = 7
+    TOO_MANY_LINKS = 8
+    NO_XATTR = 9
+    XATTR_EXISTS = 10
+    TOO_LARGE = 11
+    NO_SPACE = 12
+    NOT_PERMITTED = 13
+    STALE_SESSION = 14
+    NO_SUCH_VOLUME = 15
+    VOLUME_EXISTS = 16
+    UNSUPPORTED = 17
+    MALFORMED = 18
+    BUSY = 19
+    INTERNAL = 20
+
+
+class InodeFlag(enum.IntFlag):
+    """Bits of :attr:`Attributes.flags`."""
+
+    HAS_XATTRS = 1
+    #: The content, if any, is held by the metadata engine; without it, in slices.
+    INLINE = 2
+
+
+class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Base of every message and of the records inside them."""
+
+
+class Attributes(_Message):
+    """An inode. ``version`` is the commit version of its last change: of two, the larger is the newer."""
+
+    ino: Ino
+    mode: U32
+    nlink: U32
+    uid: U32
+    gid: U32
+    rdev: U32
+    size: U63
+    atime_ns: Nanoseconds
+    mtime_ns: Nanoseconds
+    ctime_ns: Nanoseconds
+    flags: U32
+    version: U63
+
+
+class DirectoryEntry(_Message):
+    """One entry of a directory. ``cookie`` orders the listing and is never reused within the directory.
+
+    ``data`` is the whole content of an inline file, or a symlink's target; ``None`` when it is not sent.
+    """
+
+    name: Name
+    cookie: U63
+    attributes: Attributes
+    data: bytes | None = None
+
+
+class Slice(_Message):
+    """``length`` bytes of a file at ``offset``, taken from byte ``start`` of the immutable slice ``slice_id``.
+
+    ``slice_id`` 0 is a hole. Later slices of a list lie over earlier ones.
+    """
+
+    offset: U63
+    length: U63
+    slice_id: U63
+    start: U63
+
+
+# Requests
+
+
+class Hello(_Message, tag=1):
+    version: U32
+    software: Annotated[str, Meta(max_length=64)]
+
+
+class CreateVolume(_Message, tag=2):
+    name: VolumeName
+    store: Annotated[str, Meta(max_length=4096)]
+    inline_limit: Annotated[int, Meta(ge=0, le=MAX_INLINE)]
+
+
+class OpenSession(_Message, tag=3):
+    """Open a session on a volume. Every other request below needs one on its connection.
+
+    ``resume`` continues an earlier session of this client over a new connection, or is refused as STALE_SESSION.
+    """
+
+    volume: VolumeName
+    client: Annotated[str, Meta(max_length=256)]
+    resume: SessionId | None = None
+
+
+class Renew(_Message, tag=4):
+    """Renew the lease. ``seen`` is the version up to which this client has been told of others' changes."""
+
+    seen: U63
+
+
+class CloseSession(_Message, tag=5):
+    pass
+
+
+class Lookup(_Message, tag=6):
+    parent: Ino
+    name: Name
+
+
+class FetchDirectory(_Message, tag=7):
+    """Fetch up to ``limit`` entries, attributes and small content, streamed as :class:`DirectoryPage`.
+
+    With ``around``, a directory of more than ``limit`` entries is read from the entry of that name on; a smaller one
+    whole. Without it, from the first entry after ``cookie``. ``data_limit``: content of files up to that size is
+    sent; ``data_budget``: bytes of content in all, after which entries come without.
+    """
+
+    ino: Ino
+    cookie: U63
+    limit: Annotated[int, Meta(ge=1, le=MAX_FETCH)]
+    data_limit: Annotated[int, Meta(ge=0, le=MAX_INLINE)]
+    data_budget: U63
+    around: Name | None = None
+
+
+class GetAttributes(_Message, tag=8):
+    ino: Ino
+
+
+class SetAttributes(_Message, tag=9):
+    """Change what is not ``None``; ctime becomes now. A new size cuts the content or extends it by a hole."""
+
+    ino: Ino
+    mode: U32 | None = None
+    uid: U32 | None = None
+    gid: U32 | None = None
+    size: U63 | None = None
+    atime_ns: Nanoseconds | None = None
+    mtime_ns: Nanoseconds | None = None
+
+
+class MakeNode(_Message, tag=10):
+    """Create a file, directory, special file or symlink (with ``target``), by the type bits of ``mode``.
+
+    The caller has applied the umask. A setgid parent gives its group to the node, and the bit to a directory.
+    """
+
+    parent: Ino
+    name: Name
+    mode: U32
+    uid: U32
+    gid: U32
+    rdev: U32 = 0
+    target: Target | None = None
+
+
+class Link(_Message, tag=11):
+    ino: Ino
+    parent: Ino
+    name: Name
+
+
+class Remove(_Message, tag=12):
+    """Unlink (``directory`` false) or rmdir. The last link leaves an orphan, kept until :class:`Reap` or session end."""
+
+    parent: Ino
+    name: Name
+    directory: bool
+
+
+class Rename(_Message, tag=13):
+    parent: Ino
+    name: Name
+    new_parent: Ino
+    new_name: Name
+    no_replace: bool = False
+    exchange: bool = False
+
+
+class Reap(_Message, tag=14):
+    """This client uses these unlinked inodes no more. Unknown ones, and ones with links, are passed over."""
+
+    inos: Annotated[list[Ino], Meta(max_length=1024)]
+
+
+class ReadLink(_Message, tag=15):
+    ino: Ino
+
+
+class GetXattr(_Message, tag=16):
+    ino: Ino
+    name: XattrName
+
+
+class ListXattrs(_Message, tag=17):
+    ino: Ino
+
+
+class SetXattr(_Message, tag=18):
+    ino: Ino
+    name: XattrName
+    value: XattrValue
+    create: bool = False
+    replace: bool = False
+
+
+class RemoveXattr(_Message, tag=19):
+    ino: Ino
+    name: XattrName
+
+
+class GetContent(_Message, tag=20):
+    """Where the bytes [offset, offset + length) of a file are: inline, or the slices that cover them."""
+
+    ino: Ino
+    offset: U63
+    length: U63
+
+
+class WriteInline(_Message, tag=21):
+    """Write bytes of an inline file. TOO_LARGE if it would pass the volume's inline limit, or is not inline."""
+
+    ino: Ino
+    offset: U63
+    data: Inline
+
+
+class NewSlices(_Message, tag=22):
+    """Reserve slice ids. An id is never given twice, to whomever."""
+
+    count: Annotated[int, Meta(ge=1, le=4096)]
+
+
+class CommitSlices(_Message, tag=23):
+    """Lay slices, whose objects are durable in the store, over the content; size becomes at least ``size``.
+
+    ``replaces_inline``: the slices hold all that was inline, and the inline content is dropped. Without it, a commit
+    to an inline file that is not empty is refused as INVALID, and a commit with it whose ``inline_version`` is not
+    the inode's version as BUSY (somebody wrote meanwhile; read again).
+    """
+
+    ino: Ino
+    slices: Annotated[list[Slice], Meta(max_length=1024)]
+    size: U63
+    replaces_inline: bool = False
+    inline_version: U63 = 0
+
+
+class GetStatistics(_Message, tag=24):
+    pass
+
+
+class ListSlices(_Message, tag=25):
+    """The slice ids that no inode uses any more and whose objects are to be deleted (at most ``limit``)."""
+
+    limit: Annotated[int, Meta(ge=1, le=4096)]
+
+
+class ForgetSlices(_Message, tag=26):
+    """The objects of these unused slices are deleted."""
+
+    ids: Annotated[list[U63], Meta(max_length=4096)]
+
+
+# Replies
+
+
+class Failure(_Message, tag=64):
+    code: ErrorCode
+    message: Annotated[str, Meta(max_length=1024)]
+
+
+class Done(_Message, tag=65):
+    pass
+
+
+class Welcome(_Message, tag=66):
+    version: U32
+    software: Annotated[str, Meta(max_length=64)]
+    #: Changes at each start of the server.
+    server_epoch: U63
+
+
+class SessionOpened(_Message, tag=67):
+    session: SessionId
+    lease_ms: Annotated[int, Meta(ge=100, le=3_600_000)]
+    #: The volume's version at this moment: what :class:`Renew` starts from.
+    version: U63
+    store: str
+    inline_limit: Annotated[int, Meta(ge=0, le=MAX_INLINE)]
+    #: Whether ``resume`` was honoured; if not, nothing cached before may be used.
+    resumed: bool
+
+
+class Renewed(_Message, tag=68):
+    """The lease is extended by ``lease_ms`` from when the client sent its renewal.
+
+    ``names`` and ``inodes`` are what other sessions have changed in (seen, version]: entries as (directory, name), and
+    inodes whose attributes, content, xattrs or listing changed. They are to be dropped from every cache before the
+    new deadline is used. ``everything``: the history does not reach back to ``seen``; drop all.
+    """
+
+    lease_ms: Annotated[int, Meta(ge=100, le=3_600_000)]
+    version: U63
+    names: list[tuple[Ino, Name]]
+    inodes: list[Ino]
+    everything: bool
+
+
+class Found(_Message, tag=69):
+    """One inode's attributes; ``cookie`` is that of the entry looked up, else 0. ``data`` as in DirectoryEntry."""
+
+    attributes: Attributes
+    cookie: U63 = 0
+
+
+class DirectoryPage(_Message, tag=70):
+    """A part of a fetch. On the ``last`` page, ``complete`` says that the listing ended there.
+
+    ``directory`` is the directory itself; ``whole`` that this fetch began at the first entry.
+    """
+
+    directory: Attributes
+    entries: list[DirectoryEntry]
+    last: bool
+    complete: bool
+    whole: bool
+
+
+class Changed(_Message, tag=71):
+    """A change is committed and durable: the attributes of every inode it touched, the request's subject first.
+
+    For Rename: the moved inode, both parents, then the replaced or exchanged inode if any. For Remove: the removed
+    inode (``nlink`` 0: an orphan now), the parent. For MakeNode and Link: the inode, the parent.
+    """
+
+    attributes: list[Attributes]
+    cookie: U63 = 0
+
+
+class TargetIs(_Message, tag=72):
+    target: Target
+
+
+class XattrIs(_Message, tag=73):
+    value: XattrValue
+
+
+class XattrNames(_Message, tag=74):
+    names: list[XattrName]
+
+
+class Content(_Message, tag=75):
+    """``inline`` is the part asked for of an inline file (shorter where a hole ends it); else ``slices`` lists, in order
+    of laying, all that touches the range. What neither covers, up to the size, is zeros."""
+
+    attributes: Attributes
+    inline: bytes | None
+    slices: list[Slice]
+
+
+class SliceIds(_Message, tag=76):
+    ids: list[U63]
+
+
+class Statistics(_Message, tag=77):
+    """Figures of the volume and of the engine's file system (``total_bytes`` and ``free_bytes``)."""
+
+    inodes: U63
+    bytes: U63
+    total_bytes: U63
+    free_bytes: U63
+
+
+Request = (
+    Hello | CreateVolume | OpenSession | Renew | CloseSession | Lookup | FetchDirectory | GetAttributes | SetAttributes
+    | MakeNode | Link | Remove | Rename | Reap | ReadLink | GetXattr | ListXattrs | SetXattr | RemoveXattr | GetContent
+    | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices
+)
+Reply = (
+    Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
+    | XattrNames | Content | SliceIds | Statistics
+)
+
+_T = TypeVar("_T")
+
+
+def body_length(header: bytes, limit: int) -> int:
+    """Return the body's length that a frame header announces; raise :exc:`Malformed` if it is 0 or over ``limit``."""
+    (length,) = _HEADER.unpack(header)
+    if not 0 < length <= limit:
+        raise Malformed(f"a frame of {length} bytes; the limit is {limit}")
+    return int(length)
+
+
+def encode(request_id: int, message: Request | Reply) -> bytes:
+    """Return the whole frame of a message."""
+    body = msgpack.packb((request_id, msgspec.to_builtins(message, builtin_types=(bytes,))), use_bin_type=True)
+    return _HEADER.pack(len(body)) + body
+
+
+def decode_request(body: bytes | memoryview) -> tuple[int, Request]:
+    """Return a request's id and message; raise :exc:`Malformed`."""
+    return _decode(body, Request)  # type: ignore[arg-type]
+
+
+def decode_reply(body: bytes | memoryview) -> tuple[int, Reply]:
+    """Return a reply's id and message; raise :exc:`Malformed`."""
+    return _decode(body, Reply)  # type: ignore[arg-type]
+
+
+def _decode(body: bytes | memoryview, kind: type[_T]) -> tuple[int, _T]:
+    try:
+        frame = msgpack.unpackb(body, use_list=False, raw=False, max_map_len=0, max_ext_len=0, max_array_len=65536)
+        return msgspec.convert(frame, type=tuple[U63, kind], builtin_types=(bytes,))  # type: ignore[valid-type]
+    except (msgpack.exceptions.UnpackException, msgspec.ValidationError, ValueError, RecursionError) as error:
+        raise Malformed(f"not a message of this protocol: {error}") from None

@@ -13,54 +13,54 @@
 enum bpfuse_limit {
 	BPFUSE_PAGE = 4096,
 	BPFUSE_NAME_MAX = 255,
-	BPFUSE_MAX_WRITE = 262144,	/* the largest WRITE, READ or READDIR the kernel is told to send */
-	BPFUSE_PAYLOAD = 266240,	/* BPFUSE_MAX_WRITE and one page: names travel in front of data */
-	BPFUSE_MAX_DATA = 65536,	/* the largest file whose bytes lie in `pages` */
-	BPFUSE_OPEN_SLOTS = 65536,	/* counters in `opens`; a power of two */
-	BPFUSE_OPCODES = 64,		/* FUSE opcodes below this have counters of their own */
+	BPFUSE_MAX_WRITE = 262144, /* the largest WRITE, READ or READDIR the kernel is told to send */
+	BPFUSE_PAYLOAD = 266240,   /* BPFUSE_MAX_WRITE and one page: names travel in front of data */
+	BPFUSE_MAX_DATA = 65536,   /* the largest file whose bytes lie in `pages` */
+	BPFUSE_OPEN_SLOTS = 65536, /* counters in `opens`; a power of two */
+	BPFUSE_OPCODES = 64,       /* FUSE opcodes below this have counters of their own */
 	BPFUSE_OUTCOMES = 16,
 };
 
 /* Handles (fh). The worker's own handles have BPFUSE_FH_KERNEL clear. */
 enum bpfuse_fh_bit {
-	BPFUSE_FH_KERNEL_BIT = 63,	/* given out by the BPF program; the low 48 bits are the inode */
+	BPFUSE_FH_KERNEL_BIT = 63, /* given out by the BPF program; the low 48 bits are the inode */
 };
 
 enum bpfuse_inode_flag {
-	BPFUSE_INODE_NO_XATTRS = 1,	/* GETXATTR is ENODATA, LISTXATTR is empty */
-	BPFUSE_INODE_HAS_DATA = 2,	/* the whole content (or symlink target) lies in `pages` */
+	BPFUSE_INODE_NO_XATTRS = 1, /* GETXATTR is ENODATA, LISTXATTR is empty */
+	BPFUSE_INODE_HAS_DATA = 2,  /* the whole content (or symlink target) lies in `pages` */
 };
 
 /* Why a request was answered or was not. One counter for each opcode and outcome. */
 enum bpfuse_outcome {
 	BPFUSE_ANSWERED = 0,
-	BPFUSE_ANSWERED_ABSENT = 1,	/* LOOKUP of a name known to be absent, GETXATTR of an inode without xattrs */
-	BPFUSE_MISS_OPCODE = 2,		/* never answered in the kernel */
-	BPFUSE_MISS_DEADLINE = 3,	/* the session's lease has run out */
-	BPFUSE_MISS_EPOCH = 4,		/* the value is of an earlier epoch */
-	BPFUSE_MISS_NAME = 5,		/* (parent, name) is not in `names` */
-	BPFUSE_MISS_INODE = 6,		/* the inode is not in `inodes` */
-	BPFUSE_MISS_DATA = 7,		/* the inode's bytes are not in `pages` */
-	BPFUSE_MISS_RACE = 8,		/* the value changed while it was read */
-	BPFUSE_MISS_FLAGS = 9,		/* open flags, or a type of inode, that the worker must see */
-	BPFUSE_MISS_HANDLE = 10,	/* the handle was given out by the worker */
-	BPFUSE_MISS_XATTRS = 11,	/* the inode has, or may have, xattrs */
-	BPFUSE_MISS_RANGE = 12,		/* an offset or size the program does not serve */
-	BPFUSE_MISS_MALFORMED = 13,	/* the request is not what its opcode demands */
-	BPFUSE_MISS_HELPER = 14,	/* a BPF helper failed */
+	BPFUSE_ANSWERED_ABSENT = 1, /* LOOKUP of a name known to be absent, GETXATTR of an inode without xattrs */
+	BPFUSE_MISS_OPCODE = 2,     /* never answered in the kernel */
+	BPFUSE_MISS_DEADLINE = 3,   /* the session's lease has run out */
+	BPFUSE_MISS_EPOCH = 4,      /* the value is of an earlier epoch */
+	BPFUSE_MISS_NAME = 5,       /* (parent, name) is not in `names` */
+	BPFUSE_MISS_INODE = 6,      /* the inode is not in `inodes` */
+	BPFUSE_MISS_DATA = 7,       /* the inode's bytes are not in `pages`; STATFS: no valid figures */
+	BPFUSE_MISS_RACE = 8,       /* the value changed while it was read */
+	BPFUSE_MISS_FLAGS = 9,      /* open flags, or a type of inode, that the worker must see */
+	BPFUSE_MISS_HANDLE = 10,    /* the handle was given out by the worker */
+	BPFUSE_MISS_XATTRS = 11,    /* the inode has, or may have, xattrs */
+	BPFUSE_MISS_RANGE = 12,     /* an offset or size the program does not serve */
+	BPFUSE_MISS_MALFORMED = 13, /* the request is not what its opcode demands */
+	BPFUSE_MISS_HELPER = 14,    /* a BPF helper failed */
 };
 
 /* `names`: LRU hash. */
 struct bpfuse_name_key {
 	__u64 parent;
-	__u64 hash[2];			/* SipHash-2-4-128 of the name under control.hash_key */
+	__u64 hash[2]; /* SipHash-2-4-128 of the name under control.hash_key */
 };
 
 struct bpfuse_name_value {
-	__u64 ino;			/* 0: known to be absent */
+	__u64 ino; /* 0: known to be absent */
 	__u32 epoch;
 	__u32 reserved;
-	__u64 version;			/* last, see bpfuse_inode_value */
+	__u64 version; /* last, see bpfuse_inode_value */
 };
 
 /*
@@ -70,13 +70,13 @@ struct bpfuse_name_value {
  */
 struct bpfuse_inode_value {
 	__u64 size;
-	__s64 atime, mtime, ctime;		/* seconds */
+	__s64 atime, mtime, ctime; /* seconds */
 	__u32 atimensec, mtimensec, ctimensec;
 	__u32 mode, nlink, uid, gid, rdev;
-	__u32 flags;				/* enum bpfuse_inode_flag */
-	__u32 first_page;			/* extent in `pages`; with BPFUSE_INODE_HAS_DATA only */
+	__u32 flags;      /* enum bpfuse_inode_flag */
+	__u32 first_page; /* extent in `pages`; with BPFUSE_INODE_HAS_DATA only */
 	__u32 data_bytes;
-	__u32 backing_id;			/* passthrough; 0: none */
+	__u32 backing_id; /* passthrough; 0: none */
 	__u32 epoch;
 	__u32 reserved;
 	__u64 version;
@@ -92,24 +92,26 @@ struct bpfuse_statfs {
 	__u32 seq;
 	__u32 bsize, frsize, namelen;
 	__u64 blocks, bfree, bavail, files, ffree;
-	__u64 valid_until;			/* CLOCK_BOOTTIME; 0: not known */
+	__u64 valid_until; /* CLOCK_BOOTTIME; 0: not known */
 };
 
 /* `control`: mmapable array of one. Single words are written whole; the worker is their only writer after start. */
 struct bpfuse_control {
-	__u64 deadline;				/* CLOCK_BOOTTIME; at and after it nothing is answered */
-	__u64 kernel_ttl_max;			/* the longest TTL ever put in a reply */
+	__u64 deadline;       /* CLOCK_BOOTTIME; at and after it nothing is answered */
+	__u64 kernel_ttl_max; /* the longest TTL ever put in a reply */
 	__u64 hash_key[2];
 	__u32 epoch;
-	__u32 owner_tgid;			/* the channel; set by the adopt program */
+	__u32 owner_tgid; /* the channel; set by the adopt program */
 	__u32 profile;
-	__u32 entries;				/* how many ring entries there are */
+	__u32 entries; /* how many ring entries there are */
 	struct bpfuse_statfs statfs;
+	__u32 page_cursor; /* where in `pages` the next extent goes; a later worker goes on there */
+	__u32 pages_used;  /* pages that have been written at least once */
 };
 
 /* The kernel's fuse_uring_req_header (uapi since Linux 6.14; Debian 12's headers are older). */
 struct bpfuse_uring_header {
-	__u8 in_out[128];			/* fuse_in_header in, fuse_out_header out */
+	__u8 in_out[128]; /* fuse_in_header in, fuse_out_header out */
 	__u8 op_in[128];
 	__u64 flags;
 	__u64 commit_id;
@@ -120,20 +122,23 @@ struct bpfuse_uring_header {
 
 /* `entries`: mmapable array, one a ring entry, at index queue * depth + slot. */
 struct bpfuse_entry {
-	struct bpfuse_uring_header uring;	/* 288 bytes */
-	__u32 answered;				/* 1: the program has put a finished reply in place */
-	__u32 outcome;				/* of the last run, for the tests */
+	struct bpfuse_uring_header uring; /* 288 bytes */
+	__u32 answered;                   /* 1: the program has put a finished reply in place */
+	__u32 outcome;                    /* of the last run, for the tests */
 	__u8 reserved[3800];
-	__u8 payload[266240];			/* BPFUSE_PAYLOAD */
+	__u8 payload[266240]; /* BPFUSE_PAYLOAD */
 };
 
 /* `counters`: per-CPU array, index opcode * BPFUSE_OUTCOMES + outcome, value __u64. */
-/* `opens`: mmapable array of BPFUSE_OPEN_SLOTS __u32: handles given out by BPF and not yet released, by a hash of the inode. */
+/*
+ * `opens`: mmapable array of BPFUSE_OPEN_SLOTS __u64 (smaller ones would be spread out to 8 bytes): handles given out by
+ * BPF and not yet released, by a hash of the inode.
+ */
 
 /* user_data of the channel's ring requests: magic in the high 32 bits, entry index in the low. */
 enum bpfuse_magic {
-	BPFUSE_MAGIC_FUSE = 0x62704655,		/* a FUSE request in an entry */
-	BPFUSE_MAGIC_WAKE = 0x62705741,		/* a message from the bridge: the entry's reply is ready */
+	BPFUSE_MAGIC_FUSE = 0x62704655, /* a FUSE request in an entry */
+	BPFUSE_MAGIC_WAKE = 0x62705741, /* a message from the bridge: the entry's reply is ready */
 };
 
 /* Context of the `syscall` programs. */

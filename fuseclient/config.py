@@ -42,6 +42,8 @@ class MapFds(msgspec.Struct, frozen=True, kw_only=True):
     pages: int
     opens: int
     counters: int
+    #: The loaded program count_maps; -1: entries are counted one by one, which takes long in a large map.
+    count_program: int = -1
     name_capacity: int
     inode_capacity: int
     page_count: int
@@ -56,6 +58,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     volume: str
     #: One end of the SOCK_SEQPACKET pair that carries FUSE messages.
     fuse_fd: int
+    #: One end of the SOCK_SEQPACKET pair that carries notifications to the kernel and their results.
+    notify_fd: int
     #: A pipe: the worker writes one JSON line, {"ready": true, "session": hex} or {"error": text}, and later figures.
     status_fd: int
     #: Rises by one with each worker of a mount; part of the handles it gives out.

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Final, NamedTuple, TypeVar
 
-import msgpack
 import msgspec
 from msgspec import Meta
 
@@ -155,7 +154,8 @@ class CreateVolume(_Message, tag=2):
 class OpenSession(_Message, tag=3):
     """Open a session on a volume. Every other request below needs one on its connection.
 
-    ``resume`` continues an earlier session of this client over a new connection, or is refused as STALE_SESSION.
+    ``resume`` continues an earlier session of this client over a new connection; if that is gone a new one is opened,
+    which the reply says.
     """
 
     volume: VolumeName
@@ -232,7 +232,7 @@ class Link(_Message, tag=11):
 
 
 class Remove(_Message, tag=12):
-    """Unlink (``directory`` false) or rmdir. The last link leaves an orphan, kept until :class:`Reap` or session end."""
+    """Unlink (``directory`` false) or rmdir. The last link leaves an orphan, kept until Reap or session end."""
 
     parent: Ino
     name: Name
@@ -422,8 +422,8 @@ class XattrNames(_Message, tag=74):
 
 
 class Content(_Message, tag=75):
-    """``inline`` is the part asked for of an inline file (shorter where a hole ends it); else ``slices`` lists, in order
-    of laying, all that touches the range. What neither covers, up to the size, is zeros."""
+    """``inline`` is the part asked for of an inline file (shorter where a hole ends it); else ``slices`` lists, in the
+    order of laying, all that touches the range. What neither covers, up to the size, is zeros."""
 
     attributes: Attributes
     inline: bytes | None
@@ -455,8 +455,12 @@ Reply = (
 
 _T = TypeVar("_T")
 
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_REQUEST_DECODER: Final = msgspec.msgpack.Decoder(tuple[U63, Request])
+_REPLY_DECODER: Final = msgspec.msgpack.Decoder(tuple[U63, Reply])
 
-def body_length(header: bytes, limit: int) -> int:
+
+def body_length(header: bytes | bytearray, limit: int) -> int:
     """Return the body's length that a frame header announces; raise :exc:`Malformed` if it is 0 or over ``limit``."""
     (length,) = _HEADER.unpack(header)
     if not 0 < length <= limit:
@@ -464,25 +468,81 @@ def body_length(header: bytes, limit: int) -> int:
     return int(length)
 
 
+class FrameSplitter:
+    """Cuts a stream of bytes into frame bodies.
+
+    ``limit``, in bytes, may be changed between two bodies. A frame that announces more is refused as soon as its
+    header is here, so that no more than a frame of that size is ever waited for.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._held = bytearray()
+        self._taken = 0
+
+    def feed(self, data: bytes) -> None:
+        """Keep the next bytes of the stream."""
+        if self._taken:
+            del self._held[: self._taken]
+            self._taken = 0
+        self._held += data
+
+    def next_body(self) -> bytes | None:
+        """Return the next whole body, or ``None`` if more bytes are needed; raise :exc:`Malformed` for its length."""
+        begin = self._taken + HEADER_BYTES
+        if len(self._held) < begin:
+            return None
+        end = begin + body_length(self._held[self._taken : begin], self.limit)
+        if len(self._held) < end:
+            return None
+        self._taken = end
+        return bytes(memoryview(self._held)[begin:end])
+
+
+class UnixAddress(NamedTuple):
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+class TcpAddress(NamedTuple):
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
+
+
+def parse_address(text: str) -> UnixAddress | TcpAddress:
+    """Return what "unix:/path" or "tcp:host:port" says (an IPv6 host in brackets); raise :exc:`ValueError`."""
+    scheme, _, rest = text.partition(":")
+    if scheme == "unix" and rest.startswith("/") and "\0" not in rest:
+        return UnixAddress(rest)
+    host, _, port = rest.rpartition(":")
+    if scheme == "tcp" and host and port.isascii() and port.isdigit() and int(port) < 65536:
+        return TcpAddress(host.removeprefix("[").removesuffix("]"), int(port))
+    raise ValueError(f"not an address: {text!r}; it is unix:/path or tcp:host:port")
+
+
 def encode(request_id: int, message: Request | Reply) -> bytes:
     """Return the whole frame of a message."""
-    body = msgpack.packb((request_id, msgspec.to_builtins(message, builtin_types=(bytes,))), use_bin_type=True)
+    body = _ENCODER.encode((request_id, message))
     return _HEADER.pack(len(body)) + body
 
 
 def decode_request(body: bytes | memoryview) -> tuple[int, Request]:
     """Return a request's id and message; raise :exc:`Malformed`."""
-    return _decode(body, Request)  # type: ignore[arg-type]
+    return _decode(_REQUEST_DECODER, body)
 
 
 def decode_reply(body: bytes | memoryview) -> tuple[int, Reply]:
     """Return a reply's id and message; raise :exc:`Malformed`."""
-    return _decode(body, Reply)  # type: ignore[arg-type]
+    return _decode(_REPLY_DECODER, body)
 
 
-def _decode(body: bytes | memoryview, kind: type[_T]) -> tuple[int, _T]:
+def _decode(decoder: msgspec.msgpack.Decoder[tuple[int, _T]], body: bytes | memoryview) -> tuple[int, _T]:
     try:
-        frame = msgpack.unpackb(body, use_list=False, raw=False, max_map_len=0, max_ext_len=0, max_array_len=65536)
-        return msgspec.convert(frame, type=tuple[U63, kind], builtin_types=(bytes,))  # type: ignore[valid-type]
-    except (msgpack.exceptions.UnpackException, msgspec.ValidationError, ValueError, RecursionError) as error:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Malformed(f"not a message of this protocol: {error}") from None

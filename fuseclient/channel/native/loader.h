@@ -16,8 +16,11 @@ struct bpfuse_bpf_options {
 /* All return 0 (or a descriptor) or a negative errno; `error` then holds one line for the user. */
 int bpfuse_bpf_open(struct bpfuse_bpf **out, const struct bpfuse_bpf_options *options, char *error, size_t error_size);
 int bpfuse_bpf_map_fd(const struct bpfuse_bpf *bpf, const char *map);
-/* Runs a program of type syscall with `context` in and out. */
+/* The descriptor of a program, for another process to run; it belongs to `bpf`. */
+int bpfuse_bpf_program_fd(const struct bpfuse_bpf *bpf, const char *program);
+/* Runs a program of type syscall with `context` in and out; returns what it returned. */
 int bpfuse_bpf_run(const struct bpfuse_bpf *bpf, const char *program, void *context, size_t size);
+int bpfuse_bpf_run_fd(int program, void *context, size_t size);
 /* Makes the calling process the owner whose ring completions are answered, and attaches the tracepoint program. */
 int bpfuse_bpf_attach(struct bpfuse_bpf *bpf);
 void bpfuse_bpf_close(struct bpfuse_bpf *bpf);

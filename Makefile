@@ -1,0 +1,62 @@
+# bpfuse. `make` or `make help` lists the targets.
+
+PYTHON := /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+BPF_OBJECT := fuseclient/answer.bpf.o
+BPF_SOURCES := $(wildcard bpf/*.c bpf/*.h)
+NATIVE_SOURCES := cffi_build.py bpf/abi.h $(wildcard fuseclient/channel/native/*.c fuseclient/channel/native/*.h)
+C_SOURCES := $(BPF_SOURCES) $(wildcard fuseclient/channel/native/*.c fuseclient/channel/native/*.h tests/native/*.c)
+PYTHON_SOURCES := fuseclient metaserver bench tests cffi_build.py
+
+.DELETE_ON_ERROR:
+.PHONY: help setup packages test demo bench lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: packages $(VENV)/.installed build/native.stamp $(BPF_OBJECT) ## install what is missing and build (Debian 12, root)
+
+test: setup ## set up, then run every test (ARGS="-k name" chooses)
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: setup ## set up, then show a mounted volume and what BPF answered
+	$(BIN)/python -m bench.demo $(ARGS)
+
+bench: setup ## set up, then measure against the yardsticks
+	$(BIN)/python -m bench $(ARGS)
+
+lint: setup ## check the style and the types of Python and C
+	$(BIN)/ruff check $(PYTHON_SOURCES)
+	$(BIN)/ruff format --check $(PYTHON_SOURCES)
+	$(BIN)/mypy
+	clang-format --dry-run -Werror $(C_SOURCES)
+
+format: setup ## bring Python and C into that style
+	$(BIN)/ruff check --fix $(PYTHON_SOURCES)
+	$(BIN)/ruff format $(PYTHON_SOURCES)
+	clang-format -i $(C_SOURCES)
+
+clean: ## remove all that was built, the virtual environment too
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f $(BPF_OBJECT) fuseclient/_native*.so fuseclient/_native.c fuseclient/_native.o fuseclient/channel/native/*.o
+	find $(PYTHON_SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What setup is made of. Each stamp is newer than all it was made from, so a second run has nothing to do.
+
+packages:
+	@scripts/system-packages.sh
+
+$(VENV)/.installed: pyproject.toml | packages
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 5 -e '.[dev]'
+	touch $@
+
+build/native.stamp: $(NATIVE_SOURCES) $(VENV)/.installed
+	$(BIN)/python cffi_build.py
+	@mkdir -p build
+	touch $@
+
+$(BPF_OBJECT): | packages
+include bpf/build.mk

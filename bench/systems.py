@@ -1,0 +1,133 @@
+"""What is measured: bpfuse in its modes, and the yardstick, a proof of the datapath that does nothing but answer.
+
+A system is prepared once; each use of :meth:`System.mounted` is a fresh mount, its processes new and its caches cold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fuseclient import mounts
+from fuseclient.channel import acceleration
+
+_MOUNT_S: Final = 30.0
+
+
+@dataclass(frozen=True)
+class Tree:
+    """``files`` files of ``size`` bytes, evenly in ``directories`` directories; file n holds the byte n + 2 only."""
+
+    files: int
+    directories: int
+    size: int
+
+    def paths(self, root: Path) -> list[str]:
+        """Return every file's path, directory after directory."""
+        each = self.files // self.directories
+        return [f"{root}/d{number // each}/f{number}" for number in range(self.files)]
+
+    def create(self, root: Path) -> None:
+        """Write the tree below ``root``."""
+        for number in range(self.directories):
+            (root / f"d{number}").mkdir()
+        for number, path in enumerate(self.paths(root)):
+            Path(path).write_bytes(bytes([(number + 2) & 255]) * self.size)
+
+
+class System(ABC):
+    """Something that can be mounted and holds a tree of files."""
+
+    name: str
+
+    @abstractmethod
+    def prepare(self, tree: Tree) -> None:
+        """Make what every mount of this system shares."""
+
+    @abstractmethod
+    def mounted(self, *, kernel_ttl_s: float | None) -> contextlib.AbstractContextManager[list[str]]:
+        """Mount afresh for the body, and give the paths of the files. ``None``: as long a time-to-live as it can."""
+
+
+class Bpfuse(System):
+    """The real thing, by its own command."""
+
+    def __init__(self, directory: Path, accel: str) -> None:
+        self.name = f"bpfuse {accel}"
+        self._accel = accel
+        self._url = f"file://{directory / 'volume'}"
+        self._mountpoint = directory / "mnt"
+
+    def prepare(self, tree: Tree) -> None:
+        self._tree = tree
+        self._mountpoint.mkdir(parents=True)
+        self._run("format", self._url)
+        with self.mounted(kernel_ttl_s=None):
+            tree.create(self._mountpoint)
+
+    @contextlib.contextmanager
+    def mounted(self, *, kernel_ttl_s: float | None) -> Iterator[list[str]]:
+        options = [] if kernel_ttl_s is None else ["--kernel-ttl", str(kernel_ttl_s)]
+        self._run("mount", self._url, self._mountpoint, "--accel", self._accel, *options)
+        try:
+            yield self._tree.paths(self._mountpoint)
+        finally:
+            self._run("umount", self._mountpoint)
+
+    @staticmethod
+    def _run(*arguments: str | Path) -> None:
+        subprocess.run([sys.executable, "-P", "-m", "fuseclient.cli", *map(str, arguments)], check=True, stdout=sys.stderr)
+
+
+class Proof(System):
+    """The yardstick: 300 lines of C and BPF that serve 2,000 files of one directory from maps filled before the mount."""
+
+    name = "proof"
+    FILES: Final = 2000
+
+    def __init__(self, sources: Path, directory: Path) -> None:
+        self._sources = sources
+        self._directory = directory / "proof"
+        self._mountpoint = directory / "proof-mnt"
+
+    def prepare(self, tree: Tree) -> None:
+        if tree.files != self.FILES:
+            raise ValueError(f"the proof serves {self.FILES} files, not {tree.files}")
+        self._tree = tree
+        self._mountpoint.mkdir(parents=True)
+        shutil.copytree(self._sources, self._directory)
+        subprocess.run(["make", "-s", "-C", self._directory], check=True, stdout=sys.stderr)
+
+    @contextlib.contextmanager
+    def mounted(self, *, kernel_ttl_s: float | None) -> Iterator[list[str]]:
+        ttl_s = 3600 if kernel_ttl_s is None else int(kernel_ttl_s)
+        environment = {**os.environ, "BPF": "1", "TTL": str(ttl_s), "SIZE": str(self._tree.size)}
+        with acceleration.uring_enabled():
+            server = subprocess.Popen(
+                ["./channel", self._mountpoint], cwd=self._directory, env=environment, stdout=subprocess.DEVNULL
+            )
+            self._wait_mounted(server)
+        try:
+            yield [f"{self._mountpoint}/f{number}" for number in range(self.FILES)]
+        finally:
+            mounts.unmount(str(self._mountpoint))
+            server.wait(_MOUNT_S)
+
+    def _wait_mounted(self, server: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + _MOUNT_S
+        while mounts.find_mount(str(self._mountpoint)) is None:
+            if server.poll() is not None or time.monotonic() > deadline:
+                server.send_signal(signal.SIGKILL)
+                raise RuntimeError("the proof did not mount")
+            time.sleep(0.01)
+        os.stat(f"{self._mountpoint}/f0")

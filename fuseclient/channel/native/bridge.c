@@ -1,0 +1,492 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The bridge between the kernel and the worker: requests out, over a SOCK_SEQPACKET socket, one message each; replies
+ * in, copied into their ring entry and handed to the queue's owner by IORING_OP_MSG_RING, or written to /dev/fuse.
+ *
+ * Any thread sends, under the lock and without blocking; what the socket does not take is held and sent by the bridge
+ * thread. That thread alone receives, and alone takes up and gives up workers.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "channel_internal.h"
+
+enum {
+	INIT_TOKEN = 2,			/* below every pending's token, which have a generation of 1 or more */
+	WORKER_PROTOCOL_MINOR = 38,
+	REPLIES_A_TURN = 64,
+	ERROR_LIMIT = 511,		/* the kernel takes -511 .. 0 */
+};
+
+struct request {
+	struct fuse_in_header header;
+	struct iovec parts[3];
+	int count;
+};
+
+static void bridge_wake(struct bpfuse_channel *channel)
+{
+	uint64_t one = 1;
+
+	/* A full counter is readable already. */
+	if (write(channel->wake, &one, sizeof(one)) < 0)
+		return;
+}
+
+/* Describes the classic message of a request that lies in a ring entry. Returns 0, or -EPROTO for impossible sizes. */
+static int request_of_entry(struct request *request, struct bpfuse_entry *entry)
+{
+	const struct fuse_in_header *header = (void *)entry->uring.in_out;
+	size_t payload = entry->uring.payload_size, operation;
+
+	if (payload > sizeof(entry->payload) || header->len < sizeof(*header) + payload)
+		return -EPROTO;
+	operation = header->len - sizeof(*header) - payload;
+	if (operation > sizeof(entry->uring.op_in))
+		return -EPROTO;
+	request->header = *header;
+	request->parts[1] = (struct iovec){ entry->uring.op_in, operation };
+	request->parts[2] = (struct iovec){ entry->payload, payload };
+	request->count = 3;
+	return 0;
+}
+
+static void request_of_copy(struct request *request, const struct pending *pending)
+{
+	memcpy(&request->header, pending->bytes, sizeof(request->header));
+	request->parts[1] = (struct iovec){ (uint8_t *)pending->bytes + sizeof(request->header),
+					    pending->length - sizeof(request->header) };
+	request->count = 2;
+}
+
+/* Sends a pending to the worker; with the lock held. Returns 0, or -EAGAIN if it has to wait. */
+static int pending_send(struct bpfuse_channel *channel, struct pending *pending)
+{
+	struct request request;
+	struct msghdr message = { .msg_iov = request.parts };
+
+	if (!channel->worker.ready)
+		return -EAGAIN;
+	if (pending->origin.kind == PENDING_ENTRY)
+		request_of_entry(&request, &channel->entries[pending->origin.index]);
+	else
+		request_of_copy(&request, pending);
+	if (pending->origin.kind != PENDING_ONE_WAY)
+		request.header.unique = pending_token(pending);
+	request.parts[0] = (struct iovec){ &request.header, sizeof(request.header) };
+	message.msg_iovlen = (size_t)request.count;
+	/* A worker that died is noticed where its socket is read; until then its requests wait. */
+	if (sendmsg(channel->worker.fuse_socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
+		return -EAGAIN;
+	channel->figures.forwarded[pending->opcode % BPFUSE_OPCODES]++;
+	pending->state = PENDING_SENT;
+	if (pending->origin.kind == PENDING_ONE_WAY)
+		pending_finish(channel, pending);
+	return 0;
+}
+
+static void pending_forward(struct bpfuse_channel *channel, struct pending *pending)
+{
+	if (!channel->held_head && !pending_send(channel, pending))
+		return;
+	pending_hold(channel, pending);
+	if (channel->worker.ready)
+		bridge_wake(channel);
+}
+
+static void flush_held(struct bpfuse_channel *channel)
+{
+	pthread_mutex_lock(&channel->lock);
+	while (channel->held_head) {
+		struct pending *pending = channel->held_head;
+
+		/* Off the list first: once sent, a pending may be on the list of free copies. */
+		pending_unhold(channel, pending);
+		if (!pending_send(channel, pending))
+			continue;
+		pending->next = channel->held_head;
+		if (!channel->held_head)
+			channel->held_tail = &pending->next;
+		channel->held_head = pending;
+		channel->held_count++;
+		break;
+	}
+	pthread_mutex_unlock(&channel->lock);
+}
+
+/* Gives a finished entry to the thread that owns its queue. Bridge thread only. */
+static void entry_hand_over(struct bpfuse_channel *channel, uint32_t entry)
+{
+	int queue = queue_of_entry(channel, entry);
+	struct io_uring_sqe *sqe = io_uring_get_sqe(&channel->bridge_ring);
+
+	if (!sqe) {
+		io_uring_submit(&channel->bridge_ring);
+		sqe = io_uring_get_sqe(&channel->bridge_ring);
+	}
+	if (!sqe || queue < 0) {
+		pthread_mutex_lock(&channel->lock);
+		channel->figures.ring_errors++;
+		pthread_mutex_unlock(&channel->lock);
+		return;
+	}
+	io_uring_prep_msg_ring(sqe, channel->queues[queue].ring.ring_fd, 0,
+			       (uint64_t)BPFUSE_MAGIC_WAKE << 32 | entry, 0);
+	sqe->flags |= IOSQE_CQE_SKIP_SUCCESS;
+}
+
+static void bridge_submit(struct bpfuse_channel *channel)
+{
+	struct io_uring_cqe *cqe;
+	unsigned head, failed = 0;
+
+	if (!channel->ring_ready)
+		return;
+	io_uring_submit(&channel->bridge_ring);
+	io_uring_for_each_cqe(&channel->bridge_ring, head, cqe)
+		failed++;
+	if (!failed)
+		return;
+	io_uring_cq_advance(&channel->bridge_ring, failed);
+	pthread_mutex_lock(&channel->lock);
+	channel->figures.ring_errors += failed;
+	pthread_mutex_unlock(&channel->lock);
+}
+
+/* Gives a reply to the kernel. `reply` has room for its header, whose unique becomes the kernel's. */
+static void reply_deliver(struct bpfuse_channel *channel, struct origin origin, void *reply, size_t length)
+{
+	struct fuse_out_header *header = reply;
+	struct bpfuse_entry *entry;
+
+	header->unique = origin.unique;
+	if (origin.kind == PENDING_COPY) {
+		device_write(channel, reply, length);
+		return;
+	}
+	entry = &channel->entries[origin.index];
+	memcpy(entry->payload, header + 1, length - sizeof(*header));
+	memcpy(entry->uring.in_out, header, sizeof(*header));
+	entry->uring.payload_size = (uint32_t)(length - sizeof(*header));
+	atomic_store_explicit(&channel->pendings[origin.index]->replied, true, memory_order_release);
+	entry_hand_over(channel, origin.index);
+}
+
+static void reply_error(struct bpfuse_channel *channel, struct origin origin, int error)
+{
+	struct fuse_out_header reply = { .len = sizeof(reply), .error = error };
+
+	reply_deliver(channel, origin, &reply, sizeof(reply));
+}
+
+/*
+ * Requests that may reach a second worker although the first may have carried them out: handles say nothing that a
+ * worker has to remember, and writing the same bytes or attributes again changes nothing.
+ */
+static bool repeatable(uint32_t opcode)
+{
+	switch (opcode) {
+	case FUSE_SYMLINK:
+	case FUSE_MKNOD:
+	case FUSE_MKDIR:
+	case FUSE_UNLINK:
+	case FUSE_RMDIR:
+	case FUSE_RENAME:
+	case FUSE_RENAME2:
+	case FUSE_LINK:
+	case FUSE_CREATE:
+	case FUSE_SETXATTR:
+	case FUSE_REMOVEXATTR:
+		return false;
+	default:
+		return true;
+	}
+}
+
+static void worker_lost(struct bpfuse_channel *channel)
+{
+	struct pending *refused = NULL, *next;
+
+	pthread_mutex_lock(&channel->lock);
+	if (channel->worker.fuse_socket >= 0)
+		close(channel->worker.fuse_socket);
+	channel->worker.fuse_socket = -1;
+	channel->worker.ready = false;
+	for (uint32_t i = 0; i < channel->pending_count; i++) {
+		struct pending *pending = channel->pendings[i];
+
+		if (pending->state != PENDING_SENT)
+			continue;
+		pending->generation++;
+		if (repeatable(pending->opcode)) {
+			channel->figures.replayed++;
+			pending_hold(channel, pending);
+			continue;
+		}
+		channel->figures.refused++;
+		pending->next = refused;
+		refused = pending;
+	}
+	for (; refused; refused = next) {
+		struct origin origin = refused->origin;
+
+		next = refused->next;
+		pending_finish(channel, refused);
+		pthread_mutex_unlock(&channel->lock);
+		reply_error(channel, origin, -EIO);
+		pthread_mutex_lock(&channel->lock);
+	}
+	pthread_mutex_unlock(&channel->lock);
+}
+
+static int worker_send_init(int socket)
+{
+	struct {
+		struct fuse_in_header header;
+		struct fuse_init_in init;
+	} message = {
+		.header = { .len = sizeof(message), .opcode = FUSE_INIT, .unique = INIT_TOKEN },
+		.init = {
+			.major = FUSE_KERNEL_VERSION,
+			.minor = WORKER_PROTOCOL_MINOR,
+			.max_readahead = BPFUSE_MAX_WRITE,
+			.flags = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_MAX_PAGES | FUSE_DO_READDIRPLUS |
+				 FUSE_READDIRPLUS_AUTO | FUSE_PARALLEL_DIROPS,
+		},
+	};
+
+	return send(socket, &message, sizeof(message), MSG_NOSIGNAL) < 0 ? -errno : 0;
+}
+
+/* Takes up the worker that bpfuse_channel_attach_worker left for the bridge, giving up the one before. */
+static void worker_take_up(struct bpfuse_channel *channel)
+{
+	int socket;
+
+	pthread_mutex_lock(&channel->lock);
+	socket = channel->next_fuse_socket;
+	channel->next_fuse_socket = -1;
+	pthread_mutex_unlock(&channel->lock);
+	if (socket < 0)
+		return;
+	worker_lost(channel);
+	pthread_mutex_lock(&channel->lock);
+	channel->worker.fuse_socket = socket;
+	pthread_mutex_unlock(&channel->lock);
+	if (worker_send_init(socket))
+		worker_lost(channel);
+}
+
+static void worker_initialised(struct bpfuse_channel *channel, const struct fuse_out_header *header)
+{
+	pthread_mutex_lock(&channel->lock);
+	if (header->error)
+		channel->figures.malformed_replies++;
+	else
+		channel->worker.ready = true;
+	pthread_mutex_unlock(&channel->lock);
+	flush_held(channel);
+	channel_signal(channel);
+}
+
+static void reply_receive(struct bpfuse_channel *channel, size_t length)
+{
+	struct fuse_out_header *header = (void *)channel->reply_buffer;
+	struct pending *pending = NULL;
+	struct origin origin = { 0 };
+	bool whole = length >= sizeof(*header) && header->len == length &&
+		     length <= sizeof(*header) + BPFUSE_PAYLOAD;
+
+	if (whole && header->unique == INIT_TOKEN) {
+		worker_initialised(channel, header);
+		return;
+	}
+	pthread_mutex_lock(&channel->lock);
+	if (length >= sizeof(*header))
+		pending = pending_by_token(channel, header->unique);
+	if (pending) {
+		origin = pending->origin;
+		pending_finish(channel, pending);
+	}
+	channel->figures.malformed_replies += !whole;
+	channel->figures.stale_replies += whole && !pending;
+	pthread_mutex_unlock(&channel->lock);
+	if (!pending)
+		return;
+	if (!whole || header->error > 0 || header->error < -ERROR_LIMIT)
+		reply_error(channel, origin, -EIO);
+	else
+		reply_deliver(channel, origin, header, length);
+}
+
+static void drain_replies(struct bpfuse_channel *channel)
+{
+	for (int i = 0; i < REPLIES_A_TURN; i++) {
+		ssize_t length = recv(channel->worker.fuse_socket, channel->reply_buffer, MESSAGE_MAX,
+				      MSG_DONTWAIT | MSG_TRUNC);
+
+		if (length < 0 && (errno == EAGAIN || errno == EINTR))
+			break;
+		if (length <= 0) {
+			worker_lost(channel);
+			break;
+		}
+		reply_receive(channel, (size_t)length);
+	}
+	bridge_submit(channel);
+}
+
+/*
+ * Called by a queue's owner for a request that BPF left untouched. Returns 0, or -EPROTO for a request whose sizes
+ * are impossible: the owner then refuses it.
+ */
+int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index)
+{
+	struct bpfuse_entry *entry = &channel->entries[index];
+	const struct fuse_in_header *header = (void *)entry->uring.in_out;
+	struct pending *pending = channel->pendings[index];
+	struct request request;
+	int error = request_of_entry(&request, entry);
+
+	pthread_mutex_lock(&channel->lock);
+	pending->origin.unique = header->unique;
+	pending->opcode = header->opcode;
+	pending->interrupted = false;
+	if (error)
+		channel->figures.malformed_requests++;
+	else
+		pending_forward(channel, pending);
+	pthread_mutex_unlock(&channel->lock);
+	return error;
+}
+
+/* Called by the device reader. */
+void bridge_forward_copy(struct bpfuse_channel *channel, enum pending_kind kind, const void *message, size_t length)
+{
+	const struct fuse_in_header *header = message;
+	struct pending *pending = NULL;
+	uint64_t unique = header->unique;
+
+	pthread_mutex_lock(&channel->lock);
+	pending = pending_copy(channel, kind, message, length);
+	if (pending) {
+		pending->origin.unique = unique;
+		pending->opcode = header->opcode;
+		pending_forward(channel, pending);
+	} else if (kind == PENDING_ONE_WAY) {
+		channel->figures.dropped++;
+	}
+	pthread_mutex_unlock(&channel->lock);
+	if (!pending && kind == PENDING_COPY)
+		reply_error(channel, (struct origin){ .kind = PENDING_COPY, .unique = unique }, -ENOMEM);
+}
+
+/* Takes a held pending that was interrupted off the list and tells whose it was; false if there is none. */
+static bool take_interrupted(struct bpfuse_channel *channel, struct origin *origin)
+{
+	struct pending *pending;
+
+	pthread_mutex_lock(&channel->lock);
+	for (pending = channel->held_head; pending && !pending->interrupted; pending = pending->next)
+		;
+	if (pending) {
+		*origin = pending->origin;
+		pending_unhold(channel, pending);
+		pending_finish(channel, pending);
+		channel->figures.interrupted++;
+	}
+	pthread_mutex_unlock(&channel->lock);
+	return pending != NULL;
+}
+
+static void answer_interrupted(struct bpfuse_channel *channel)
+{
+	struct origin origin;
+
+	while (take_interrupted(channel, &origin))
+		reply_error(channel, origin, -EINTR);
+}
+
+void *bridge_run(void *argument)
+{
+	struct bpfuse_channel *channel = argument;
+
+	while (!atomic_load(&channel->closing)) {
+		struct pollfd ready[2] = {
+			{ .fd = channel->wake, .events = POLLIN },
+			{ .fd = channel->worker.fuse_socket, .events = POLLIN },
+		};
+		uint64_t count;
+
+		pthread_mutex_lock(&channel->lock);
+		if (channel->held_head && channel->worker.ready)
+			ready[1].events |= POLLOUT;
+		pthread_mutex_unlock(&channel->lock);
+		if (poll(ready, 2, -1) < 0)
+			continue;
+		if (ready[0].revents && read(channel->wake, &count, sizeof(count)) > 0) {
+			worker_take_up(channel);
+			answer_interrupted(channel);
+		}
+		if (ready[1].revents & POLLOUT)
+			flush_held(channel);
+		if (ready[1].revents & (POLLIN | POLLHUP | POLLERR) && ready[1].fd == channel->worker.fuse_socket)
+			drain_replies(channel);
+		bridge_submit(channel);
+	}
+	worker_lost(channel);
+	return NULL;
+}
+
+/*
+ * An interrupted request that still waits for a worker is answered EINTR by the bridge thread. One that a worker has
+ * is the worker's to finish: its unique in the message becomes the token that the worker knows.
+ */
+void bridge_interrupt(struct bpfuse_channel *channel, const void *message, size_t length)
+{
+	struct {
+		struct fuse_in_header header;
+		struct fuse_interrupt_in interrupt;
+	} carried;
+	struct pending *pending;
+	bool sent;
+
+	if (length != sizeof(carried))
+		return;
+	memcpy(&carried, message, sizeof(carried));
+	pthread_mutex_lock(&channel->lock);
+	pending = pending_by_unique(channel, carried.interrupt.unique);
+	sent = pending && pending->state == PENDING_SENT;
+	if (sent)
+		carried.interrupt.unique = pending_token(pending);
+	else if (pending)
+		pending->interrupted = true;
+	pthread_mutex_unlock(&channel->lock);
+	if (sent) {
+		carried.header.unique = carried.interrupt.unique | 1;
+		bridge_forward_copy(channel, PENDING_ONE_WAY, &carried, sizeof(carried));
+	} else if (pending) {
+		bridge_wake(channel);
+	}
+}
+
+int bpfuse_channel_attach_worker(struct bpfuse_channel *channel, int fuse_socket, int notify_socket)
+{
+	int error = notify_start(channel, notify_socket);
+
+	if (error)
+		return error;
+	pthread_mutex_lock(&channel->lock);
+	if (channel->next_fuse_socket >= 0)
+		close(channel->next_fuse_socket);
+	channel->next_fuse_socket = fuse_socket;
+	pthread_mutex_unlock(&channel->lock);
+	bridge_wake(channel);
+	return 0;
+}

@@ -1,0 +1,429 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * The worker's side of the kernel cache.
+ *
+ * Content lies in `pages`, a ring: a cursor walks it, and each extent goes where the cursor is. `owners` has at an
+ * extent's first page the inode it was given to. When the cursor comes by again, the inode, if it still has that
+ * extent, is put anew without content, and only then are its pages written. Dropping or replacing an inode leaves its
+ * pages to the cursor. An extent never wraps; the pages left over at the end keep what they had.
+ *
+ * A value's version is never used twice in the life of the maps: it begins above CLOCK_BOOTTIME in nanoseconds at
+ * start and above every version found, and rises by one.
+ *
+ * When the kernel refuses a value, its key is deleted, since an older value may be there; when a deletion fails too,
+ * the epoch is raised, which drops everything.
+ */
+#define _GNU_SOURCE
+#include <bpf/bpf.h>
+#include <errno.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#include "abi.h"
+#include "cache_fill.h"
+#include "hash.h"
+#include "map_walk.h"
+
+enum { NANOSECONDS = 1000000000 };
+
+/* Inode values that are collected to be put by one call. */
+struct inode_batch {
+	__u32 count;
+	__u64 keys[BPFUSE_BATCH];
+	struct bpfuse_inode_value values[BPFUSE_BATCH];
+};
+
+struct bpfuse_cache {
+	struct bpfuse_cache_options options;
+	struct bpfuse_control *control;
+	__u8 *pages;
+	__u64 *opens;
+	__u64 *owners;     /* by page */
+	__u64 version;     /* the last one used */
+	__u32 batch_pages; /* how far the cursor went for the batch at hand */
+	__u32 batch_epoch; /* when its pages were taken; a new epoch frees them */
+	struct bpfuse_cache_figures figures;
+	struct bpfuse_record records[BPFUSE_BATCH];
+	struct inode_batch inodes;
+	struct inode_batch overtaken;
+	struct bpfuse_name_key name_keys[BPFUSE_BATCH];
+	struct bpfuse_name_value name_values[BPFUSE_BATCH];
+};
+
+void bpfuse_hash_name(const __u8 *name, __u32 length, const __u64 *key, __u64 *out)
+{
+	__u64 words[(BPFUSE_NAME_MAX + 1) / 8];
+
+	words[length / 8] = 0;
+	memcpy(words, name, length);
+	bpfuse_siphash(words, length, key, out);
+}
+
+/* Opening and closing */
+
+static void *map_array(int fd, size_t size)
+{
+	void *address = mmap(NULL, (size + BPFUSE_PAGE - 1) & ~(size_t)(BPFUSE_PAGE - 1), PROT_READ | PROT_WRITE,
+			     MAP_SHARED, fd, 0);
+
+	return address == MAP_FAILED ? NULL : address;
+}
+
+static void unmap_array(void *address, size_t size)
+{
+	if (address)
+		munmap(address, (size + BPFUSE_PAGE - 1) & ~(size_t)(BPFUSE_PAGE - 1));
+}
+
+static size_t pages_size(const struct bpfuse_cache *cache)
+{
+	return (size_t)cache->options.page_count * BPFUSE_PAGE;
+}
+
+static __u32 pages_of(__u32 bytes)
+{
+	return (bytes + BPFUSE_PAGE - 1) / BPFUSE_PAGE;
+}
+
+static __u64 boot_time(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_BOOTTIME, &now);
+	return (__u64)now.tv_sec * NANOSECONDS + now.tv_nsec;
+}
+
+static bool has_pages(const struct bpfuse_cache *cache, const struct bpfuse_inode_value *value)
+{
+	return value->epoch == cache->control->epoch && value->flags & BPFUSE_INODE_HAS_DATA && value->data_bytes &&
+	       value->first_page < cache->options.page_count;
+}
+
+static void take_over(void *context, const void *key, const void *value)
+{
+	struct bpfuse_cache *cache = context;
+	struct bpfuse_inode_value inode;
+
+	memcpy(&inode, value, sizeof(inode));
+	if (inode.version > cache->version)
+		cache->version = inode.version;
+	if (has_pages(cache, &inode))
+		memcpy(&cache->owners[inode.first_page], key, sizeof(__u64));
+}
+
+static int prepare(struct bpfuse_cache *cache)
+{
+	const struct bpfuse_cache_options *options = &cache->options;
+
+	cache->control = map_array(options->control_fd, sizeof(*cache->control));
+	cache->pages = map_array(options->pages_fd, pages_size(cache));
+	cache->opens = map_array(options->opens_fd, BPFUSE_OPEN_SLOTS * sizeof(*cache->opens));
+	if (!cache->control || !cache->pages || !cache->opens)
+		return -errno;
+	cache->owners = calloc(options->page_count, sizeof(*cache->owners));
+	if (!cache->owners)
+		return -ENOMEM;
+	if (cache->control->page_cursor >= options->page_count)
+		cache->control->page_cursor = 0;
+	cache->version = boot_time();
+	return bpfuse_map_walk(options->inodes_fd, take_over, cache);
+}
+
+int bpfuse_cache_open(struct bpfuse_cache **out, const struct bpfuse_cache_options *options)
+{
+	struct bpfuse_cache *cache = calloc(1, sizeof(*cache));
+	int result;
+
+	if (!cache)
+		return -ENOMEM;
+	cache->options = *options;
+	result = prepare(cache);
+	if (result) {
+		bpfuse_cache_close(cache);
+		return result;
+	}
+	*out = cache;
+	return 0;
+}
+
+void bpfuse_cache_close(struct bpfuse_cache *cache)
+{
+	unmap_array(cache->control, sizeof(*cache->control));
+	unmap_array(cache->pages, pages_size(cache));
+	unmap_array(cache->opens, BPFUSE_OPEN_SLOTS * sizeof(*cache->opens));
+	free(cache->owners);
+	free(cache);
+}
+
+void bpfuse_cache_figures(const struct bpfuse_cache *cache, struct bpfuse_cache_figures *out)
+{
+	*out = cache->figures;
+}
+
+struct bpfuse_record *bpfuse_cache_records(struct bpfuse_cache *cache)
+{
+	return cache->records;
+}
+
+__u8 *bpfuse_cache_pages(struct bpfuse_cache *cache)
+{
+	return cache->pages;
+}
+
+const struct bpfuse_control *bpfuse_cache_control(const struct bpfuse_cache *cache)
+{
+	return cache->control;
+}
+
+/* Maps */
+
+static void drop(struct bpfuse_cache *cache, int fd, const void *key)
+{
+	int result = bpf_map_delete_elem(fd, key);
+
+	if (!result || result == -ENOENT)
+		return;
+	cache->figures.forced_epochs++;
+	bpfuse_cache_bump_epoch(cache);
+}
+
+static void put_all(struct bpfuse_cache *cache, int fd, const void *keys, size_t key_size, const void *values,
+		    size_t value_size, __u32 count)
+{
+	__u32 at = 0;
+
+	while (at < count) {
+		const char *key = (const char *)keys + at * key_size, *value = (const char *)values + at * value_size;
+		__u32 done = count - at;
+
+		if (!bpf_map_update_batch(fd, key, value, &done, NULL))
+			return;
+		if (done >= count - at) /* refused as a whole */
+			done = 0;
+		cache->figures.put_failures++;
+		drop(cache, fd, key + done * key_size);
+		at += done + 1;
+	}
+}
+
+static void put_inodes(struct bpfuse_cache *cache, struct inode_batch *batch)
+{
+	put_all(cache, cache->options.inodes_fd, batch->keys, sizeof(batch->keys[0]), batch->values,
+		sizeof(batch->values[0]), batch->count);
+	batch->count = 0;
+}
+
+static struct bpfuse_inode_value *append(struct bpfuse_cache *cache, struct inode_batch *batch, __u64 ino)
+{
+	if (batch->count == BPFUSE_BATCH)
+		put_inodes(cache, batch);
+	batch->keys[batch->count] = ino;
+	return &batch->values[batch->count++];
+}
+
+/* Pages */
+
+/* If the inode still has the extent that begins at `page`, has it put without content. */
+static void overtake(struct bpfuse_cache *cache, __u64 ino, __u32 page)
+{
+	struct bpfuse_inode_value value;
+
+	if (bpf_map_lookup_elem(cache->options.inodes_fd, &ino, &value))
+		return;
+	if (!has_pages(cache, &value) || value.first_page != page)
+		return;
+	value.flags &= ~(__u32)BPFUSE_INODE_HAS_DATA;
+	value.first_page = value.data_bytes = 0;
+	value.version = ++cache->version;
+	*append(cache, &cache->overtaken, ino) = value;
+	cache->figures.overtaken++;
+}
+
+/* Moves the cursor over `count` pages for `ino`; false if this batch has been once around the ring. */
+static bool take_pages(struct bpfuse_cache *cache, __u64 ino, __u32 count, __u32 *first)
+{
+	struct bpfuse_control *control = cache->control;
+	__u32 total = cache->options.page_count, cursor = control->page_cursor;
+	__u32 skipped = count > total - cursor ? total - cursor : 0;
+
+	if (count > total || skipped + count > total - cache->batch_pages)
+		return false;
+	cache->batch_pages += skipped + count;
+	if (skipped)
+		cursor = 0;
+	for (__u32 page = cursor; page < cursor + count; page++) {
+		if (cache->owners[page])
+			overtake(cache, cache->owners[page], page);
+		cache->owners[page] = 0;
+	}
+	cache->owners[cursor] = ino;
+	*first = cursor;
+	if (control->pages_used < cursor + count)
+		control->pages_used = cursor + count;
+	control->page_cursor = cursor + count == total ? 0 : cursor + count;
+	return true;
+}
+
+/* Whether the content given is of a kind that is served from pages, and whole. */
+static bool is_servable(const struct bpfuse_record *record)
+{
+	if (record->data_bytes != record->size)
+		return false;
+	if (S_ISLNK(record->mode))
+		return record->data_bytes && record->data_bytes < BPFUSE_PAGE;
+	return S_ISREG(record->mode) && record->data_bytes <= BPFUSE_MAX_DATA;
+}
+
+void bpfuse_cache_place(struct bpfuse_cache *cache, __u32 count)
+{
+	cache->batch_pages = 0;
+	cache->batch_epoch = cache->control->epoch;
+	for (__u32 i = 0; i < count && i < BPFUSE_BATCH; i++) {
+		struct bpfuse_record *record = &cache->records[i];
+
+		record->first_page = BPFUSE_NO_DATA;
+		if (!is_servable(record))
+			record->data_bytes = BPFUSE_NO_DATA;
+		else if (record->data_bytes &&
+			 !take_pages(cache, record->ino, pages_of(record->data_bytes), &record->first_page))
+			record->data_bytes = BPFUSE_NO_DATA;
+	}
+	put_inodes(cache, &cache->overtaken);
+}
+
+/* Values */
+
+static void split_time(__s64 ns, __s64 *seconds, __u32 *nanoseconds)
+{
+	__s64 rest = ns % NANOSECONDS;
+
+	*seconds = ns / NANOSECONDS - (rest < 0);
+	*nanoseconds = rest < 0 ? rest + NANOSECONDS : rest;
+}
+
+static void fill_inode(struct bpfuse_cache *cache, struct bpfuse_inode_value *value, const struct bpfuse_record *record)
+{
+	*value = (struct bpfuse_inode_value){
+		.size = record->size,
+		.mode = record->mode,
+		.nlink = record->nlink,
+		.uid = record->uid,
+		.gid = record->gid,
+		.rdev = record->rdev,
+		.flags = record->flags & cache->options.xattrs_flag ? 0 : BPFUSE_INODE_NO_XATTRS,
+		.epoch = cache->control->epoch,
+		.version = ++cache->version,
+	};
+	split_time(record->atime_ns, &value->atime, &value->atimensec);
+	split_time(record->mtime_ns, &value->mtime, &value->mtimensec);
+	split_time(record->ctime_ns, &value->ctime, &value->ctimensec);
+	if (record->data_bytes == BPFUSE_NO_DATA || cache->batch_epoch != value->epoch)
+		return;
+	value->flags |= BPFUSE_INODE_HAS_DATA;
+	value->data_bytes = record->data_bytes;
+	value->first_page = record->data_bytes ? record->first_page : 0;
+}
+
+static void fill_name(struct bpfuse_cache *cache, __u32 index, __u64 parent, const __u8 *name, __u32 length, __u64 ino)
+{
+	struct bpfuse_name_key *key = &cache->name_keys[index];
+
+	key->parent = parent;
+	bpfuse_hash_name(name, length, cache->control->hash_key, key->hash);
+	cache->name_values[index] = (struct bpfuse_name_value){
+		.ino = ino,
+		.epoch = cache->control->epoch,
+		.version = ++cache->version,
+	};
+}
+
+static void put_names(struct bpfuse_cache *cache, __u32 count)
+{
+	put_all(cache, cache->options.names_fd, cache->name_keys, sizeof(cache->name_keys[0]), cache->name_values,
+		sizeof(cache->name_values[0]), count);
+}
+
+void bpfuse_cache_put(struct bpfuse_cache *cache, __u32 count, __u64 parent, const __u8 *names)
+{
+	for (__u32 i = 0; i < count && i < BPFUSE_BATCH; i++) {
+		const struct bpfuse_record *record = &cache->records[i];
+
+		fill_inode(cache, append(cache, &cache->inodes, record->ino), record);
+		if (!names)
+			continue;
+		fill_name(cache, i, parent, names, record->name_bytes, record->ino);
+		names += record->name_bytes;
+	}
+	put_inodes(cache, &cache->inodes);
+	if (names)
+		put_names(cache, count);
+}
+
+void bpfuse_cache_put_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length, __u64 ino)
+{
+	fill_name(cache, 0, parent, name, length, ino);
+	put_names(cache, 1);
+}
+
+void bpfuse_cache_drop_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length)
+{
+	struct bpfuse_name_key key = { .parent = parent };
+
+	bpfuse_hash_name(name, length, cache->control->hash_key, key.hash);
+	drop(cache, cache->options.names_fd, &key);
+}
+
+void bpfuse_cache_drop_inode(struct bpfuse_cache *cache, __u64 ino)
+{
+	drop(cache, cache->options.inodes_fd, &ino);
+}
+
+/* The control page */
+
+void bpfuse_cache_set_deadline(struct bpfuse_cache *cache, __u64 deadline_ns)
+{
+	__atomic_store_n(&cache->control->deadline, deadline_ns, __ATOMIC_SEQ_CST);
+}
+
+void bpfuse_cache_set_ttl(struct bpfuse_cache *cache, __u64 kernel_ttl_ns)
+{
+	__atomic_store_n(&cache->control->kernel_ttl_max, kernel_ttl_ns, __ATOMIC_SEQ_CST);
+}
+
+void bpfuse_cache_set_statfs(struct bpfuse_cache *cache, const struct bpfuse_statfs *figures)
+{
+	struct bpfuse_statfs *out = &cache->control->statfs;
+	__u32 odd = out->seq | 1; /* it may have been left odd by a worker that died in here */
+
+	__atomic_store_n(&out->seq, odd, __ATOMIC_RELAXED);
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	memcpy(&out->bsize, &figures->bsize, sizeof(*out) - offsetof(struct bpfuse_statfs, bsize));
+	__atomic_store_n(&out->seq, odd + 1, __ATOMIC_RELEASE);
+}
+
+void bpfuse_cache_bump_epoch(struct bpfuse_cache *cache)
+{
+	__atomic_store_n(&cache->control->epoch, cache->control->epoch + 1, __ATOMIC_SEQ_CST);
+	memset(cache->owners, 0, cache->options.page_count * sizeof(*cache->owners));
+}
+
+/* Handles given out by BPF */
+
+__u64 bpfuse_cache_opens(const struct bpfuse_cache *cache, __u64 ino)
+{
+	return __atomic_load_n(&cache->opens[bpfuse_open_slot(ino)], __ATOMIC_SEQ_CST);
+}
+
+void bpfuse_cache_released(struct bpfuse_cache *cache, __u64 ino)
+{
+	__u64 *slot = &cache->opens[bpfuse_open_slot(ino)];
+	__u64 count = __atomic_load_n(slot, __ATOMIC_RELAXED);
+
+	while (count &&
+	       !__atomic_compare_exchange_n(slot, &count, count - 1, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+		;
+}

@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The worker's side of the kernel cache: fills and empties the maps that the BPF programs answer from. The worker is
+ * their only writer, and one thread of it calls this.
+ *
+ * A batch is put in three steps: the caller fills in records, bpfuse_cache_place() gives each content its pages, the
+ * caller copies the bytes there, bpfuse_cache_put() makes all of it visible. Nothing here fails for want of room: a
+ * full map forgets something else.
+ */
+#ifndef BPFUSE_CACHE_FILL_H
+#define BPFUSE_CACHE_FILL_H
+
+#include <stddef.h>
+#include <linux/types.h>
+
+struct bpfuse_cache;
+struct bpfuse_control;
+struct bpfuse_statfs;
+
+enum bpfuse_cache_limit {
+	BPFUSE_BATCH = 256,
+};
+
+enum bpfuse_cache_mark {
+	BPFUSE_NO_DATA = 0xffffffff, /* data_bytes: the content is not known; first_page: it got no pages */
+};
+
+struct bpfuse_cache_options {
+	int control_fd, names_fd, inodes_fd, pages_fd, opens_fd;
+	__u32 page_count;
+	__u32 xattrs_flag; /* the bit in a record's flags that says that the inode has xattrs */
+};
+
+/* An inode, in the order of wire.Attributes, and what a batch says of it beside. */
+struct bpfuse_record {
+	__u64 ino;
+	__u32 mode, nlink, uid, gid, rdev;
+	__u32 reserved;
+	__u64 size;
+	__s64 atime_ns, mtime_ns, ctime_ns;
+	__u32 flags;
+	__u32 name_bytes;
+	__u32 data_bytes;
+	__u32 first_page; /* set by bpfuse_cache_place(); BPFUSE_NO_DATA: there is nothing to copy */
+};
+
+/* Counts since the cache was opened. */
+struct bpfuse_cache_figures {
+	__u64 overtaken;     /* inodes whose content lost its pages to newer content */
+	__u64 put_failures;  /* values that the kernel did not take, and that are therefore not cached */
+	__u64 forced_epochs; /* times that everything was dropped because a drop failed */
+};
+
+/* Returns 0 or a negative errno. Goes on where an earlier worker of the same maps stopped. */
+int bpfuse_cache_open(struct bpfuse_cache **out, const struct bpfuse_cache_options *options);
+void bpfuse_cache_close(struct bpfuse_cache *cache);
+void bpfuse_cache_figures(const struct bpfuse_cache *cache, struct bpfuse_cache_figures *out);
+
+/* BPFUSE_BATCH records, and the page_count pages. */
+struct bpfuse_record *bpfuse_cache_records(struct bpfuse_cache *cache);
+__u8 *bpfuse_cache_pages(struct bpfuse_cache *cache);
+const struct bpfuse_control *bpfuse_cache_control(const struct bpfuse_cache *cache);
+
+void bpfuse_cache_place(struct bpfuse_cache *cache, __u32 count);
+/* `names`: the records' names one after another; NULL: the inodes alone. */
+void bpfuse_cache_put(struct bpfuse_cache *cache, __u32 count, __u64 parent, const __u8 *names);
+/* `ino` 0: the name is known to be absent. */
+void bpfuse_cache_put_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length, __u64 ino);
+void bpfuse_cache_drop_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length);
+void bpfuse_cache_drop_inode(struct bpfuse_cache *cache, __u64 ino);
+
+void bpfuse_cache_set_deadline(struct bpfuse_cache *cache, __u64 deadline_ns);
+void bpfuse_cache_set_ttl(struct bpfuse_cache *cache, __u64 kernel_ttl_ns);
+void bpfuse_cache_set_statfs(struct bpfuse_cache *cache, const struct bpfuse_statfs *figures);
+/* Makes every value put so far a miss. */
+void bpfuse_cache_bump_epoch(struct bpfuse_cache *cache);
+
+/* Handles that BPF gave out for inodes of this one's slot and that are not released; 0 means that it is not in use. */
+__u64 bpfuse_cache_opens(const struct bpfuse_cache *cache, __u64 ino);
+void bpfuse_cache_released(struct bpfuse_cache *cache, __u64 ino);
+
+/* SipHash-2-4-128 of at most BPFUSE_NAME_MAX bytes. */
+void bpfuse_hash_name(const __u8 *name, __u32 length, const __u64 *key, __u64 *out);
+
+#endif

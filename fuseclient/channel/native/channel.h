@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The channel: owns /dev/fuse, the mount and the rings; commits what BPF answered; carries everything else, in
+ * classic FUSE messages, to and from the worker. It knows no policy and no file.
+ */
+#ifndef BPFUSE_CHANNEL_H
+#define BPFUSE_CHANNEL_H
+
+#include <stddef.h>
+#include <linux/types.h>
+
+struct bpfuse_channel;
+
+struct bpfuse_channel_options {
+	const char *mountpoint;		/* absolute */
+	const char *source;		/* the first column of /proc/mounts */
+	int read_only;
+	int allow_other;
+	int uring;			/* 1: FUSE-over-io_uring; 0: every request is read from /dev/fuse */
+	int entries_fd;			/* the `entries` map; with uring only */
+	__u32 depth;			/* ring entries of each queue whose CPU is online */
+};
+
+/* What the channel has done so far. Counts, never reset. */
+struct bpfuse_channel_figures {
+	__u64 forwarded[64];		/* by opcode: requests sent to a worker */
+	__u64 committed;		/* replies committed on a ring */
+	__u64 held;			/* requests waiting for a worker at this moment */
+	__u64 replayed;			/* sent again to the next worker */
+	__u64 refused;			/* answered EIO because the worker died with them and they cannot be repeated */
+	__u64 interrupted;		/* answered EINTR while they were held */
+	__u64 notifications;		/* written to /dev/fuse for the worker */
+	__u64 malformed_requests;
+	__u64 malformed_replies;
+	__u64 stale_replies;		/* for requests that are no longer open */
+	__u64 device_errors;		/* writes to /dev/fuse that failed, notifications of absent inodes aside */
+	__u64 ring_errors;		/* completions and submissions that failed, the end of the mount aside */
+	__u64 dropped;			/* one-way messages (FORGET) that no worker was there to take */
+	__u32 queues, entries, pinned;	/* queue threads, ring entries, threads bound to their CPU */
+	__u32 worker_ready;		/* 1: a worker has answered INIT */
+};
+
+/* The number of ring entries that a channel of this depth needs: the size of the `entries` map. */
+__u32 bpfuse_channel_entries(__u32 depth);
+
+/*
+ * Mounts and completes INIT with the kernel. Returns 0 or a negative errno, `error` then holding one line for the
+ * user; -EOPNOTSUPP means that the kernel did not grant FUSE-over-io_uring. On failure nothing is left mounted.
+ */
+int bpfuse_channel_open(struct bpfuse_channel **out, const struct bpfuse_channel_options *options, char *error,
+			size_t error_size);
+/* Starts the threads; requests flow from here on. Returns when every queue is registered. */
+int bpfuse_channel_start(struct bpfuse_channel *channel);
+/*
+ * Gives the channel a worker: the sockets, of type SOCK_SEQPACKET and with buffers for messages of BPFUSE_PAYLOAD and
+ * a header, are its to close. Requests go to the worker once it has answered INIT; those that an earlier worker left
+ * unanswered are sent again if they can be repeated, and answered EIO if not.
+ */
+int bpfuse_channel_attach_worker(struct bpfuse_channel *channel, int fuse_socket, int notify_socket);
+/* An eventfd that becomes readable when the mount has ended or a worker has become ready: see figures and ended. */
+int bpfuse_channel_event_fd(const struct bpfuse_channel *channel);
+int bpfuse_channel_ended(const struct bpfuse_channel *channel);
+void bpfuse_channel_figures(struct bpfuse_channel *channel, struct bpfuse_channel_figures *out);
+/* Joins the threads and frees everything. The mount must have ended (unmounted or aborted) before. */
+void bpfuse_channel_close(struct bpfuse_channel *channel);
+
+#endif

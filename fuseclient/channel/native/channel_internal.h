@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What device.c, queue.c, bridge.c and notify.c share.
+ *
+ * Threads: one a queue (queue.c), the device reader (device.c), the bridge (bridge.c: replies of the worker) and the
+ * notifier (notify.c). A request that BPF did not answer is a `pending` from the moment it is seen until its reply is
+ * given back:
+ *
+ *	IDLE -> HELD -> SENT -> (IDLE)		HELD: waits for a worker that is ready, in the order of arrival
+ *
+ * All pendings, the held list and the worker's socket are guarded by `lock`; no system call under it blocks.
+ */
+#ifndef BPFUSE_CHANNEL_INTERNAL_H
+#define BPFUSE_CHANNEL_INTERNAL_H
+
+#include <liburing.h>
+#include <linux/fuse.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "../../../bpf/abi.h"
+#include "channel.h"
+
+enum {
+	MESSAGE_MAX = BPFUSE_PAYLOAD + 4096,	/* the largest classic FUSE message either way */
+	MAX_QUEUES = 4096,
+	MAX_COPIES = 1 << 16,			/* requests and one-way messages held in copies at one time */
+};
+
+enum pending_state { PENDING_IDLE, PENDING_HELD, PENDING_SENT };
+
+/* Where a request's bytes lie, and so how its reply is given back. */
+enum pending_kind {
+	PENDING_ENTRY,		/* in a ring entry; the queue's owner commits the reply */
+	PENDING_COPY,		/* in `bytes`; the reply is written to /dev/fuse */
+	PENDING_ONE_WAY,	/* in `bytes`; there is no reply */
+};
+
+struct origin {
+	enum pending_kind kind;
+	uint32_t index;			/* in channel.pendings, and of the ring entry if it is one */
+	uint64_t unique;		/* the kernel's; the worker sees the token in its place */
+};
+
+struct pending {
+	struct origin origin;
+	enum pending_state state;
+	uint32_t generation;		/* rises with each use, so that a late reply is recognised */
+	uint32_t opcode;
+	bool interrupted;		/* while held: to be answered EINTR */
+	atomic_bool replied;		/* the bridge has put the reply in the ring entry */
+	struct pending *next;		/* in the held or the free list */
+	void *bytes;
+	size_t length;
+};
+
+struct queue {
+	struct bpfuse_channel *channel;
+	pthread_t thread;
+	bool started;
+	uint32_t id, first, count;	/* the kernel's queue id, and the entries first .. first + count - 1 */
+	bool online;
+	struct io_uring ring;
+	bool ring_open;
+	struct iovec (*vectors)[2];
+	uint32_t live;			/* entries the kernel may still complete */
+};
+
+struct worker_link {
+	int fuse_socket;		/* -1: none */
+	bool ready;			/* has answered INIT */
+};
+
+struct bpfuse_channel {
+	int device;
+	int event;			/* to the owner of the channel */
+	int wake;			/* to the bridge: look at the held list and the worker */
+	bool uring, mounted;
+	atomic_bool ended, closing;
+
+	struct bpfuse_entry *entries;
+	uint32_t entry_count;
+	struct queue *queues;
+	uint32_t queue_count;
+	atomic_uint pinned;
+
+	pthread_mutex_t lock;
+	uint32_t queues_reported;	/* queue threads that are registered or have failed */
+	int start_error;		/* of the first that failed */
+	pthread_cond_t queue_reported;
+	struct worker_link worker;
+	int next_fuse_socket;		/* of a worker that the bridge is to take up; -1: none */
+	struct pending **pendings;	/* [0, entry_count) are the ring entries', the rest copies */
+	uint32_t pending_count;
+	struct pending *free_copies;
+	struct pending *held_head, **held_tail;
+	uint32_t held_count;
+	struct bpfuse_channel_figures figures;	/* under lock, but for `committed` */
+	atomic_ullong committed;
+
+	struct io_uring bridge_ring;
+	uint8_t *reply_buffer, *device_buffer;
+	pthread_t bridge, reader;
+	bool bridge_started, reader_started, ring_ready;
+	uint32_t notifiers;		/* threads; under lock */
+	pthread_cond_t notifier_ended;
+};
+
+/* device.c */
+ssize_t device_write(struct bpfuse_channel *channel, const void *message, size_t length);
+void *device_reader(void *channel);
+void channel_signal(struct bpfuse_channel *channel);
+
+/* queue.c */
+int queue_layout(uint32_t depth, struct queue **out, uint32_t *queues, uint32_t *entries);
+void *queue_serve(void *queue);
+int queue_of_entry(const struct bpfuse_channel *channel, uint32_t entry);
+
+/* pending.c: all with the lock held */
+int pending_prepare(struct bpfuse_channel *channel, uint32_t entry_count);
+void pending_free_all(struct bpfuse_channel *channel);
+struct pending *pending_copy(struct bpfuse_channel *channel, enum pending_kind kind, const void *message,
+			     size_t length);
+struct pending *pending_by_token(struct bpfuse_channel *channel, uint64_t token);
+struct pending *pending_by_unique(struct bpfuse_channel *channel, uint64_t unique);
+uint64_t pending_token(const struct pending *pending);
+void pending_hold(struct bpfuse_channel *channel, struct pending *pending);
+void pending_unhold(struct bpfuse_channel *channel, struct pending *pending);
+void pending_finish(struct bpfuse_channel *channel, struct pending *pending);
+
+/* bridge.c */
+void *bridge_run(void *channel);
+int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t entry);
+void bridge_forward_copy(struct bpfuse_channel *channel, enum pending_kind kind, const void *message, size_t length);
+void bridge_interrupt(struct bpfuse_channel *channel, const void *message, size_t length);
+
+/* notify.c */
+int notify_start(struct bpfuse_channel *channel, int socket);
+
+#endif

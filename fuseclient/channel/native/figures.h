@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Figures of the BPF maps, for whoever has their descriptors. All return 0 or a negative errno. */
+#ifndef BPFUSE_FIGURES_H
+#define BPFUSE_FIGURES_H
+
+#include <stddef.h>
+#include <linux/types.h>
+
+struct bpfuse_control;
+
+int bpfuse_read_control(int control_fd, struct bpfuse_control *out);
+/* Adds up over all CPUs: `out` takes BPFUSE_OPCODES * BPFUSE_OUTCOMES counts. */
+int bpfuse_read_counters(int counters_fd, __u64 *out);
+/* Counts the entries of a hash map one by one: about 0.1 us each. */
+int bpfuse_count_entries(int map_fd, __u64 *out);
+
+#endif

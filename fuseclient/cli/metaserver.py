@@ -1,0 +1,32 @@
+"""``bpfuse metaserver``: serve volumes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Literal
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("metaserver")(metaserver)
+
+
+def metaserver(
+    engine: Annotated[str, typer.Option(metavar="URL", help="where metadata is kept: lmdb:///directory")],
+    listen: Annotated[str, typer.Option(metavar="ADDRESS", help="host:port, or unix:/path")],
+    lease: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, max=3600, help="how long clients may rely on what they hold")
+    ] = 30.0,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="allow plaintext TCP that other machines can reach")
+    ] = False,
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], typer.Option(help="what is logged")] = "INFO",
+) -> None:
+    """Serve the volumes of one engine, in the foreground, until SIGTERM or SIGINT."""
+    address = listen if listen.startswith(("unix:", "tcp:")) else f"tcp:{listen}"
+    arguments = ["--engine", engine, "--listen", address, "--lease-s", str(lease), "--log-level", log_level]
+    if insecure:
+        arguments.append("--insecure")
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "metaserver", *arguments])

@@ -1,0 +1,1 @@
+"""File content: gathering of writes, reads over slices, and the objects that hold the bytes of large files."""

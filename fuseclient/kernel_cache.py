@@ -1,0 +1,267 @@
+"""The kernel cache as the worker sees it: what is put here, BPF programs answer from.
+
+The only Python that writes the maps. All of it is synchronous and belongs to the worker's one thread; a batch is laid
+out, copied and put without an await. The C side (cache_fill.c) owns the rules: versions, the ring of pages, what
+happens when the kernel refuses a value.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+from msgspec.structs import astuple
+
+from fuseclient import native
+from fuseclient._native import ffi, lib
+from fuseclient.config import MapFds
+from metaserver.wire import Attributes, DirectoryEntry, InodeFlag
+
+_FOREVER_NS: Final = 2**64 - 1
+_BATCH: Final[int] = lib.BPFUSE_BATCH
+_PAGE: Final[int] = lib.BPFUSE_PAGE
+_NO_DATA: Final[int] = lib.BPFUSE_NO_DATA
+
+_FORMATS: Final = {"unsigned long long": "Q", "long long": "q", "unsigned int": "I"}
+
+
+def _record_format() -> str:
+    """Return the format of ``struct bpfuse_record`` for :mod:`struct`, without what is not the caller's to write."""
+    fields = dict(ffi.typeof("struct bpfuse_record").fields)
+    del fields["first_page"]
+    return "=" + "".join("4x" if name == "reserved" else _FORMATS[field.type.cname] for name, field in fields.items())
+
+
+_RECORD: Final = struct.Struct(_record_format())
+_RECORD_BYTES: Final[int] = ffi.sizeof("struct bpfuse_record")
+_RECORD_WORDS: Final = _RECORD_BYTES // 4
+_FIRST_PAGE_WORD: Final[int] = ffi.offsetof("struct bpfuse_record", "first_page") // 4
+#: The fields of Attributes that a record begins with: all but ``version``.
+_ATTRIBUTES: Final = len(Attributes.__struct_fields__) - 1
+
+
+class Cache(Protocol):
+    """What the worker tells the kernel cache. Times are nanoseconds of CLOCK_BOOTTIME."""
+
+    def put(self, parent: int, entries: Sequence[DirectoryEntry]) -> None: ...
+    def put_inode(self, attributes: Attributes, data: bytes | None = None) -> None: ...
+    def put_name(self, parent: int, name: bytes, ino: int) -> None: ...
+    def put_absent(self, parent: int, name: bytes) -> None: ...
+    def drop_name(self, parent: int, name: bytes) -> None: ...
+    def drop_inode(self, ino: int) -> None: ...
+    def renew(self, deadline_ns: int) -> None: ...
+    def bump_epoch(self) -> None: ...
+    @property
+    def epoch(self) -> int: ...
+    def put_statfs(
+        self, *, bsize: int, blocks: int, bfree: int, bavail: int, files: int, ffree: int, valid_until_ns: int
+    ) -> None: ...
+    def drop_statfs(self) -> None: ...
+    def is_open(self, ino: int) -> bool: ...
+    def released(self, ino: int) -> None: ...
+    def figures(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+class KernelCache:
+    """The maps of an accelerated mount. ``kernel_ttl_s`` bounds the time-to-live in replies; ``None``: the lease does.
+
+    Raises :exc:`native.NativeError` if the maps cannot be mapped, :exc:`ValueError` once it is closed. Filling and
+    dropping never fail: see :file:`cache_fill.c`.
+    """
+
+    def __init__(self, fds: MapFds, kernel_ttl_s: float | None = None) -> None:
+        self._fds = fds
+        self._cache: Any = None
+        options = ffi.new("struct bpfuse_cache_options *")
+        options.control_fd, options.names_fd, options.inodes_fd = fds.control, fds.names, fds.inodes
+        options.pages_fd, options.opens_fd, options.page_count = fds.pages, fds.opens, fds.page_count
+        options.xattrs_flag = InodeFlag.HAS_XATTRS
+        out = ffi.new("struct bpfuse_cache **")
+        native.check(lib.bpfuse_cache_open(out, options), "cannot map the kernel cache")
+        self._cache = out[0]
+        records = ffi.buffer(lib.bpfuse_cache_records(self._cache), _BATCH * _RECORD_BYTES)
+        self._records = memoryview(records)
+        self._record_words = self._records.cast("B").cast("I")
+        self._pages = memoryview(ffi.buffer(lib.bpfuse_cache_pages(self._cache), fds.page_count * _PAGE))
+        ttl_ns = _FOREVER_NS if kernel_ttl_s is None else round(kernel_ttl_s * 1e9)
+        lib.bpfuse_cache_set_ttl(self._cache, ttl_ns)
+
+    def put(self, parent: int, entries: Sequence[DirectoryEntry]) -> None:
+        """Put entries of a directory: names, inodes, and content where ``data`` is the whole of it."""
+        for start in range(0, len(entries), _BATCH):
+            self._put_batch(parent, entries[start : start + _BATCH])
+
+    def _put_batch(self, parent: int, entries: Sequence[DirectoryEntry]) -> None:
+        handle = self._handle()
+        pack, records = _RECORD.pack_into, self._records
+        names, contents = [], []
+        offset = 0
+        for index, entry in enumerate(entries):
+            name, data = entry.name, entry.data
+            if data is None:
+                data_bytes = _NO_DATA
+            else:
+                data_bytes = len(data)
+                contents.append((index, data))
+            pack(records, offset, *astuple(entry.attributes)[:_ATTRIBUTES], len(name), data_bytes)
+            offset += _RECORD_BYTES
+            names.append(name)
+        lib.bpfuse_cache_place(handle, len(names))
+        self._copy(contents)
+        lib.bpfuse_cache_put(handle, len(names), parent, b"".join(names))
+
+    def _copy(self, contents: list[tuple[int, bytes]]) -> None:
+        """Copy content into the pages that its record was given."""
+        words, pages = self._record_words, self._pages
+        for index, data in contents:
+            page = words[index * _RECORD_WORDS + _FIRST_PAGE_WORD]
+            if page != _NO_DATA:
+                offset = page * _PAGE
+                pages[offset : offset + len(data)] = data
+
+    def put_inode(self, attributes: Attributes, data: bytes | None = None) -> None:
+        """Put one inode; ``data`` is the whole content of a file of at most 64 KiB, or a symlink's target."""
+        handle = self._handle()
+        data_bytes = _NO_DATA if data is None else len(data)
+        _RECORD.pack_into(self._records, 0, *astuple(attributes)[:_ATTRIBUTES], 0, data_bytes)
+        lib.bpfuse_cache_place(handle, 1)
+        if data is not None:
+            self._copy([(0, data)])
+        lib.bpfuse_cache_put(handle, 1, 0, ffi.NULL)
+
+    def put_name(self, parent: int, name: bytes, ino: int) -> None:
+        """Say which inode a name leads to. The inode is put by itself."""
+        lib.bpfuse_cache_put_name(self._handle(), parent, name, _name_bytes(name), ino)
+
+    def put_absent(self, parent: int, name: bytes) -> None:
+        """Say that a directory has no entry of this name."""
+        lib.bpfuse_cache_put_name(self._handle(), parent, name, _name_bytes(name), 0)
+
+    def drop_name(self, parent: int, name: bytes) -> None:
+        """Forget what is known of a name, if anything."""
+        lib.bpfuse_cache_drop_name(self._handle(), parent, name, _name_bytes(name))
+
+    def drop_inode(self, ino: int) -> None:
+        """Forget an inode and its content, if they are known."""
+        lib.bpfuse_cache_drop_inode(self._handle(), ino)
+
+    def renew(self, deadline_ns: int) -> None:
+        """Let BPF answer until then (nanoseconds of CLOCK_BOOTTIME); 0 stops it at once."""
+        lib.bpfuse_cache_set_deadline(self._handle(), deadline_ns)
+
+    def bump_epoch(self) -> None:
+        """Forget everything at once, the figures of STATFS aside."""
+        lib.bpfuse_cache_bump_epoch(self._handle())
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that values are put with."""
+        return int(lib.bpfuse_cache_control(self._handle()).epoch)
+
+    def put_statfs(
+        self, *, bsize: int, blocks: int, bfree: int, bavail: int, files: int, ffree: int, valid_until_ns: int
+    ) -> None:
+        """Set what STATFS answers: ``blocks``, ``bfree`` and ``bavail`` in units of ``bsize`` bytes."""
+        values = {
+            "bsize": bsize,
+            "frsize": bsize,
+            "namelen": lib.BPFUSE_NAME_MAX,
+            "blocks": blocks,
+            "bfree": bfree,
+            "bavail": bavail,
+            "files": files,
+            "ffree": ffree,
+            "valid_until": valid_until_ns,
+        }
+        lib.bpfuse_cache_set_statfs(self._handle(), ffi.new("struct bpfuse_statfs *", values))
+
+    def drop_statfs(self) -> None:
+        """Leave STATFS to the worker."""
+        lib.bpfuse_cache_set_statfs(self._handle(), ffi.new("struct bpfuse_statfs *"))
+
+    def is_open(self, ino: int) -> bool:
+        """Whether BPF may have given out a handle for this inode that is not released. False is certain."""
+        return bool(lib.bpfuse_cache_opens(self._handle(), ino))
+
+    def released(self, ino: int) -> None:
+        """Count the release, seen by the worker, of a handle that BPF gave out."""
+        lib.bpfuse_cache_released(self._handle(), ino)
+
+    def figures(self) -> dict[str, Any]:
+        """Return :func:`native.figures`, and what has gone wrong or been given up since this cache was made."""
+        out = ffi.new("struct bpfuse_cache_figures *")
+        lib.bpfuse_cache_figures(self._handle(), out)
+        filling = {name: getattr(out, name) for name, _ in ffi.typeof(out[0]).fields}
+        return {**native.figures(self._fds), "filling": filling}
+
+    def close(self) -> None:
+        """Unmap the maps; what is in them stays. Twice does no harm."""
+        if self._cache is None:
+            return
+        for view in (self._record_words, self._records, self._pages):
+            view.release()
+        lib.bpfuse_cache_close(self._cache)
+        self._cache = None
+
+    def _handle(self) -> Any:
+        if self._cache is None:
+            raise ValueError("the kernel cache is closed")
+        return self._cache
+
+
+def _name_bytes(name: bytes) -> int:
+    if len(name) > lib.BPFUSE_NAME_MAX:
+        raise ValueError(f"a name of {len(name)} bytes")
+    return len(name)
+
+
+class NoKernelCache:
+    """The kernel cache of a mount that is not accelerated: it forgets all it is told."""
+
+    epoch = 0
+
+    def put(self, parent: int, entries: Sequence[DirectoryEntry]) -> None:
+        pass
+
+    def put_inode(self, attributes: Attributes, data: bytes | None = None) -> None:
+        pass
+
+    def put_name(self, parent: int, name: bytes, ino: int) -> None:
+        pass
+
+    def put_absent(self, parent: int, name: bytes) -> None:
+        pass
+
+    def drop_name(self, parent: int, name: bytes) -> None:
+        pass
+
+    def drop_inode(self, ino: int) -> None:
+        pass
+
+    def renew(self, deadline_ns: int) -> None:
+        pass
+
+    def bump_epoch(self) -> None:
+        pass
+
+    def put_statfs(
+        self, *, bsize: int, blocks: int, bfree: int, bavail: int, files: int, ffree: int, valid_until_ns: int
+    ) -> None:
+        pass
+
+    def drop_statfs(self) -> None:
+        pass
+
+    def is_open(self, ino: int) -> bool:
+        return False
+
+    def released(self, ino: int) -> None:
+        pass
+
+    def figures(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass

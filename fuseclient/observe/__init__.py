@@ -1,0 +1,1 @@
+"""What a mount tells of itself: figures, typed and as tables."""

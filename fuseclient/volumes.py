@@ -1,0 +1,128 @@
+"""Where a volume is: its URL as the user writes it, checked, as a typed value.
+
+``file:///dir`` is an embedded volume: its metadata and blocks lie in one directory, and whoever uses it starts a
+metaserver of its own on it. ``bpfuse://host:port/name`` is a volume of a running metaserver. The path of a file URL
+is taken literally, as a shell would: nothing in it is percent-decoded. The URLs of engines and stores, which travel
+between programs, are percent-encoded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from fuseclient.errors import UserError, reason
+
+#: What the one volume of an embedded metaserver is called.
+EMBEDDED_NAME: Final = "volume"
+
+#: What the engine of an embedded volume keeps its data in.
+_ENGINE_FILE: Final = "data.mdb"
+_FORMS: Final = "file:///directory or bpfuse://host:port/volume"
+_VOLUME_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+_REMOTE: Final = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})/(?P<volume>.+)")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A volume in a directory of this machine."""
+
+    #: Absolute; symbolic links are resolved.
+    directory: Path
+
+    name = EMBEDDED_NAME
+
+    @property
+    def url(self) -> str:
+        return f"file://{self.directory}"
+
+    @property
+    def metadata(self) -> Path:
+        """Where the metaserver's engine lives."""
+        return self.directory / "meta"
+
+    @property
+    def blocks(self) -> Path:
+        """Where data objects lie, unless the volume was made with another store."""
+        return self.directory / "blocks"
+
+    @property
+    def engine_url(self) -> str:
+        return f"lmdb://{quote(str(self.metadata))}"
+
+    @property
+    def store_url(self) -> str:
+        return f"file://{quote(str(self.blocks))}"
+
+    def is_formatted(self) -> bool:
+        """Say whether there is a volume; raise :exc:`UserError` if the directory cannot be looked into."""
+        try:
+            return (self.metadata / _ENGINE_FILE).is_file()
+        except OSError as error:
+            raise UserError(f"{self.metadata} cannot be read: {reason(error)}") from None
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A volume of a metaserver that runs by itself."""
+
+    host: str
+    port: int
+    name: str
+
+    @property
+    def url(self) -> str:
+        return f"bpfuse://{self.host}:{self.port}/{self.name}"
+
+    @property
+    def address(self) -> str:
+        """The metaserver, in the form that a connection is made to."""
+        return f"tcp:{self.host}:{self.port}"
+
+
+Volume = Embedded | Remote
+
+
+def parse_volume(url: str) -> Volume:
+    """Return the volume that ``url`` names, whether or not it exists; raise :exc:`UserError`."""
+    if url.startswith("file://"):
+        return Embedded(Path(os.path.realpath(_absolute_path(url))))
+    if url.startswith("bpfuse://"):
+        return _parse_remote(url)
+    raise UserError(f"not the URL of a volume: {url!r}; it is {_FORMS}")
+
+
+def parse_store(url: str) -> str:
+    """Return the encoded URL of the store that the user wrote as ``file:///directory``; raise :exc:`UserError`."""
+    if not url.startswith("file://"):
+        raise UserError(f"not the URL of a store: {url!r}; it is file:///directory")
+    return f"file://{quote(os.path.realpath(_absolute_path(url)))}"
+
+
+def _absolute_path(url: str) -> str:
+    path = url.removeprefix("file://")
+    if not path.startswith("/"):
+        raise UserError(f"{url!r} has no absolute path; write file:///directory")
+    if any(ord(character) < 32 or ord(character) == 127 for character in path):
+        raise UserError(f"the path in {url!r} has a control character")
+    if not path.strip("/"):
+        raise UserError(f"{url!r} is the root directory")
+    return path
+
+
+def _parse_remote(url: str) -> Remote:
+    match = _REMOTE.fullmatch(url.removeprefix("bpfuse://"))
+    if match is None:
+        raise UserError(f"not the URL of a volume: {url!r}; it is {_FORMS}")
+    port, volume = int(match["port"]), match["volume"]
+    if not 0 < port < 65536:
+        raise UserError(f"{url!r} has no valid port: it is from 1 to 65535")
+    if not _VOLUME_NAME.fullmatch(volume):
+        raise UserError(
+            f"{volume!r} cannot be a volume's name: up to 63 of a-z, 0-9, '_', '.', '-', a letter or digit first"
+        )
+    return Remote(match["host"], port, volume)

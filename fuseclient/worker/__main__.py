@@ -1,0 +1,10 @@
+"""``python -m fuseclient.worker CONFIG_FD``: started by the channel, never by hand."""
+
+from __future__ import annotations
+
+import sys
+
+from fuseclient.worker.process import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

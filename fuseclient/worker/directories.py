@@ -1,0 +1,267 @@
+"""Names to inodes, and listings: the misses of the kernel, turned into fetches of whole directories.
+
+The first miss below a directory fetches it: entries, attributes and small content go into the maps as they come, and
+whoever waits for a name is answered by the page that brings it. A large directory is fetched by windows. Later misses
+in it are names that the maps have evicted, or that are absent; each asks for itself, and after enough evicted ones
+the directory is fetched again.
+
+A listing reads the same fetches, and keeps the last few for the rest of the listing, as long as nothing whatever is
+dropped from the caches; after that it goes on with small fetches of its own.
+
+Without maps (``window`` None) nothing is kept and nothing fetched ahead: each request is one request to the metaserver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
+
+from fuseclient.data.caller import Caller
+from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.rpc import Refused
+from metaserver import wire
+
+#: Entries fetched at once.
+WINDOW: Final = wire.MAX_FETCH
+#: Entries fetched for one READDIR that no window serves.
+PAGE: Final = 256
+#: Evicted names asked for one by one before a directory is fetched again.
+MISSES: Final = 16
+_KNOWN_DIRECTORIES: Final = 65536
+_KEPT_WINDOWS: Final = 8
+
+
+class Session(Caller, Protocol):
+    """What reaches the metaserver."""
+
+    def stream(self, request: wire.FetchDirectory, /) -> AsyncIterator[wire.DirectoryPage]:
+        """Yield the pages of a directory fetch."""
+        ...
+
+
+class Entry(NamedTuple):
+    """One entry of a listing."""
+
+    name: bytes
+    cookie: int
+    attributes: wire.Attributes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a name stands for; None: nothing. If not ``fresh``, it changed meanwhile and must not be kept."""
+
+    attributes: wire.Attributes | None
+    fresh: bool
+
+
+def _cookie(entry: Entry) -> int:
+    return entry.cookie
+
+
+class Listing(NamedTuple):
+    """Some entries that follow a cookie; ``complete``: there are no more after them."""
+
+    entries: list[Entry]
+    complete: bool
+
+
+class _Fetch:
+    """One fetch, under way or done. Its token lives as long as somebody reads from it."""
+
+    def __init__(self, request: wire.FetchDirectory, feeder: Feeder) -> None:
+        self.request = request
+        self.entries: list[Entry] = []
+        self.names: dict[bytes, wire.Attributes] = {}
+        #: It began at the directory's first entry / the directory's listing ended in it.
+        self.whole = False
+        self.complete = False
+        self.done = False
+        self.error: Exception | None = None
+        self.generation = feeder.generation
+        self._feeder = feeder
+        self._token = feeder.begin()
+        self._users = 1
+        self._progress = asyncio.Event()
+
+    def __enter__(self) -> _Fetch:
+        self._users += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._users -= 1
+        if self._users == 0:
+            self._token.end()
+            self.names = {}
+
+    async def run(self, session: Session) -> None:
+        """Read all pages into the maps and into here. This is the first user, from the beginning."""
+        try:
+            async for page in session.stream(self.request):
+                self._add(page)
+        except Exception as error:
+            self.error = error
+        finally:
+            self.entries.sort(key=_cookie)
+            self.done = True
+            self._progress.set()
+            self.__exit__()
+
+    def _add(self, page: wire.DirectoryPage) -> None:
+        self._feeder.page(self._token, page)
+        for entry in page.entries:
+            self.entries.append(Entry(entry.name, entry.cookie, entry.attributes))
+            self.names[entry.name] = entry.attributes
+        self.whole, self.complete = page.whole, page.last and page.complete
+        self._progress.set()
+
+    async def advanced(self) -> None:
+        """Wait for another page, or for the end; raise what ended it early."""
+        if not self.done:
+            self._progress.clear()
+            await self._progress.wait()
+        if self.error is not None:
+            raise self.error
+
+    async def answer(self, name: bytes) -> Answer | None:
+        """Return what a name stands for, or None if this fetch does not say; to be called by a user."""
+        while name not in self.names and not self.done:
+            await self.advanced()
+        if self.error is not None and name not in self.names:
+            raise self.error
+        attributes = self.names.get(name)
+        parent = self.request.ino
+        if attributes is not None:
+            fresh = self._feeder.fresh(self._token, parent, name, attributes.ino)
+            return Answer(attributes, True) if fresh else None
+        if self.whole and self.complete and self._feeder.absent(self._token, parent, name):
+            return Answer(None, True)
+        return None
+
+    def after(self, cookie: int) -> list[Entry]:
+        """Return the entries read so far that follow a cookie; of a fetch around a name, none before its end."""
+        if self.request.around is not None and not self.done:
+            return []
+        return self.entries[self._index(cookie) :]
+
+    def _index(self, cookie: int) -> int:
+        return bisect_right(self.entries, cookie, key=_cookie)
+
+    def serves(self, cookie: int) -> bool:
+        """Say whether the listing after a cookie can be read here: nothing was dropped since, and it is covered."""
+        if self.generation != self._feeder.generation or self.error is not None:
+            return False
+        begins = self.request.cookie if self.request.around is None else None
+        covered = self.whole or (begins is not None and begins <= cookie)
+        return covered and (not self.done or self.complete or self._index(cookie) < len(self.entries))
+
+
+class Directories:
+    """Looks names up and lists directories."""
+
+    def __init__(self, session: Session, feeder: Feeder, *, window: int | None, data_budget: int) -> None:
+        self._session = session
+        self._feeder = feeder
+        self._window = window
+        self._data_budget = data_budget
+        #: Of directories that were fetched: how many evicted names were asked for since.
+        self._misses: OrderedDict[int, int] = OrderedDict()
+        self._fetches: dict[int, _Fetch] = {}
+        self._windows: OrderedDict[int, _Fetch] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def lookup(self, parent: int, name: bytes) -> Answer:
+        """Return what a name stands for, and put it in the maps."""
+        if self._window is not None and parent not in self._misses:
+            with self._join(parent, around=name) as fetch:
+                answer = await fetch.answer(name)
+            if answer is not None:
+                return answer
+        return await self._lookup_one(parent, name)
+
+    async def _lookup_one(self, parent: int, name: bytes) -> Answer:
+        with self._feeder.begin() as token:
+            try:
+                found = await self._session.call(wire.Lookup(parent, name), wire.Found)
+            except Refused as error:
+                if error.code != wire.ErrorCode.NOT_FOUND:
+                    raise
+                return Answer(None, self._feeder.absent(token, parent, name))
+            self._count_miss(parent)
+            return Answer(found.attributes, self._feeder.found(token, parent, name, found.attributes))
+
+    def _count_miss(self, parent: int) -> None:
+        if parent in self._misses:
+            self._misses[parent] += 1
+            if self._misses[parent] >= MISSES:
+                del self._misses[parent]
+
+    async def listing(self, ino: int, cookie: int) -> Listing:
+        """Return at least one of the entries that follow a cookie, or say that there are none."""
+        if self._window is None:
+            return await self._page(ino, cookie, PAGE, data=False)
+        fetch = self._windows.get(ino) or self._fetches.get(ino)
+        if fetch is None or not fetch.serves(cookie):
+            if cookie and fetch is not None and fetch.generation != self._feeder.generation:
+                return await self._page(ino, cookie, PAGE, data=False)
+            fetch = self._start(ino, cookie, None)
+        self._keep(fetch)
+        with fetch:
+            while not (entries := fetch.after(cookie)) and not fetch.done:
+                await fetch.advanced()
+        if fetch.error is not None:
+            raise fetch.error
+        return Listing(entries, fetch.done and fetch.complete)
+
+    async def _page(self, ino: int, cookie: int, limit: int, *, data: bool) -> Listing:
+        """Fetch a few entries, for one listing only."""
+        request = self._request(ino, cookie, limit, None, data=data)
+        fetch = _Fetch(request, self._feeder)
+        await fetch.run(self._session)
+        if fetch.error is not None:
+            raise fetch.error
+        return Listing(fetch.entries, fetch.complete)
+
+    def forget_everything(self) -> None:
+        """Fetch each directory anew at its next miss."""
+        self._misses.clear()
+        self._windows.clear()
+
+    def _keep(self, fetch: _Fetch) -> None:
+        self._windows[fetch.request.ino] = fetch
+        self._windows.move_to_end(fetch.request.ino)
+        if len(self._windows) > _KEPT_WINDOWS:
+            self._windows.popitem(last=False)
+
+    def _join(self, ino: int, around: bytes) -> _Fetch:
+        fetch = self._fetches.get(ino)
+        return fetch if fetch is not None else self._start(ino, 0, around)
+
+    def _start(self, ino: int, cookie: int, around: bytes | None) -> _Fetch:
+        request = self._request(ino, cookie, self._window or PAGE, around, data=True)
+        fetch = self._fetches[ino] = _Fetch(request, self._feeder)
+        task = asyncio.create_task(self._run(fetch), name=f"fetch {ino}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return fetch
+
+    def _request(self, ino: int, cookie: int, limit: int, around: bytes | None, *, data: bool) -> wire.FetchDirectory:
+        data_limit, budget = (wire.MAX_INLINE, self._data_budget) if data else (0, 0)
+        return wire.FetchDirectory(ino, cookie, limit, data_limit, budget, around)
+
+    async def _run(self, fetch: _Fetch) -> None:
+        ino = fetch.request.ino
+        await fetch.run(self._session)
+        if self._fetches.get(ino) is fetch:
+            del self._fetches[ino]
+        if fetch.error is None:
+            if fetch.whole:
+                self._keep(fetch)
+            self._misses[ino] = 0
+            self._misses.move_to_end(ino)
+            if len(self._misses) > _KNOWN_DIRECTORIES:
+                self._misses.popitem(last=False)

@@ -1,0 +1,72 @@
+"""Domain errors to errno: what operations.py shows the kernel. The funnel through which every operation answers."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, ParamSpec, TypeVar
+
+from pyfuse3 import FUSEError
+
+from fuseclient.data.objects import NoSpace, StoreError
+from fuseclient.worker.rpc import Disconnected, Refused
+from metaserver.wire import ErrorCode
+
+_log = logging.getLogger(__name__)
+
+_ERRNO: Final = {
+    ErrorCode.NOT_FOUND: errno.ENOENT,
+    ErrorCode.EXISTS: errno.EEXIST,
+    ErrorCode.NOT_A_DIRECTORY: errno.ENOTDIR,
+    ErrorCode.IS_A_DIRECTORY: errno.EISDIR,
+    ErrorCode.NOT_EMPTY: errno.ENOTEMPTY,
+    ErrorCode.INVALID: errno.EINVAL,
+    ErrorCode.NAME_TOO_LONG: errno.ENAMETOOLONG,
+    ErrorCode.TOO_MANY_LINKS: errno.EMLINK,
+    ErrorCode.NO_XATTR: errno.ENODATA,
+    ErrorCode.XATTR_EXISTS: errno.EEXIST,
+    ErrorCode.TOO_LARGE: errno.EFBIG,
+    ErrorCode.NO_SPACE: errno.ENOSPC,
+    ErrorCode.NOT_PERMITTED: errno.EPERM,
+    ErrorCode.STALE_SESSION: errno.EIO,
+    ErrorCode.NO_SUCH_VOLUME: errno.EIO,
+    ErrorCode.VOLUME_EXISTS: errno.EIO,
+    ErrorCode.UNSUPPORTED: errno.EOPNOTSUPP,
+    ErrorCode.MALFORMED: errno.EIO,
+    ErrorCode.BUSY: errno.EBUSY,
+    ErrorCode.INTERNAL: errno.EIO,
+}
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def answered(operation: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, Coroutine[Any, Any, _R]]:
+    """Let an operation raise what it likes: pyfuse3 sees :exc:`FUSEError` only. What is not expected is logged."""
+
+    @functools.wraps(operation)
+    async def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return await operation(*args, **kwargs)
+        except FUSEError:
+            raise
+        except Exception as error:
+            raise FUSEError(errno_of(error, operation.__name__)) from error
+
+    return wrapper
+
+
+def errno_of(error: Exception, operation: str) -> int:
+    """Return the errno that stands for an error, and log those that are not a plain answer."""
+    if isinstance(error, Refused):
+        code = _ERRNO[error.code]
+        if code == errno.EIO:
+            _log.error("%s: %s", operation, error)
+        return code
+    if isinstance(error, Disconnected | StoreError):
+        _log.error("%s: %s", operation, error)
+        return errno.ENOSPC if isinstance(error, NoSpace) else errno.EIO
+    _log.error("%s failed", operation, exc_info=error)
+    return errno.EIO

@@ -1,0 +1,163 @@
+"""What goes into the kernel's maps, and what must not.
+
+Every put is either of a reply to a read, under a token taken before the read was sent, so that what was dropped
+meanwhile is not put back; or of a reply to a change made here, which is newer than all reads sent before it. Inodes
+that are open for writing are never put, their names are.
+
+Everything here is synchronous: between a reply and its put there is no await.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final
+
+from fuseclient.data.writer import Closed
+from fuseclient.worker.guard import Guard, Token
+from fuseclient.worker.inode_set import InodeSet
+from metaserver import wire
+
+if TYPE_CHECKING:
+    from fuseclient.kernel_cache import Cache
+
+#: Inodes changed here of which the newest version is remembered.
+_RECENT: Final = 1024
+
+
+class Feeder:
+    """The one way into the maps. ``is_written`` says whether an inode is open for writing."""
+
+    def __init__(self, cache: Cache, is_written: Callable[[int], bool]) -> None:
+        self._cache = cache
+        self._is_written = is_written
+        self._guard = Guard()
+        self._recent: OrderedDict[int, int] = OrderedDict()
+        #: Rises with everything that is dropped.
+        self.generation = 0
+        #: The files that the kernel may hold pages of, whoever answered its requests.
+        self.paged = InodeSet()
+
+    def begin(self) -> Token:
+        """Return the token of a read that is about to be sent: a context that ends when its reply has been put."""
+        return self._guard.begin()
+
+    # Replies to reads
+
+    def fresh(self, token: Token, parent: int, name: bytes, ino: int | None) -> bool:
+        """Say whether neither the name nor the inode was dropped since the token was taken."""
+        return self._guard.may_put(token, (parent, name)) and (ino is None or self._guard.may_put(token, ino))
+
+    def page(self, token: Token, page: wire.DirectoryPage) -> None:
+        """Put a part of a directory."""
+        parent = page.directory.ino
+        self.inode(token, page.directory)
+        whole = []
+        for entry in page.entries:
+            if not self._guard.may_put(token, (parent, entry.name)):
+                continue
+            if self._may_put_inode(token, entry.attributes):
+                whole.append(entry)
+                self._note_pages(entry.attributes)
+            else:
+                self._cache.put_name(parent, entry.name, entry.attributes.ino)
+        self._cache.put(parent, whole)
+
+    def found(self, token: Token, parent: int, name: bytes, attributes: wire.Attributes) -> bool:
+        """Put what a lookup found; say whether it was fresh."""
+        self.inode(token, attributes)
+        if self._guard.may_put(token, (parent, name)):
+            self._cache.put_name(parent, name, attributes.ino)
+        return self.fresh(token, parent, name, attributes.ino)
+
+    def absent(self, token: Token, parent: int, name: bytes) -> bool:
+        """Put that a lookup found nothing; say whether it was fresh."""
+        fresh = self._guard.may_put(token, (parent, name))
+        if fresh:
+            self._cache.put_absent(parent, name)
+        return fresh
+
+    def inode(self, token: Token, attributes: wire.Attributes, content: bytes | None = None) -> bool:
+        """Put attributes, with the whole content of a small file; say whether they were fresh."""
+        if self._may_put_inode(token, attributes):
+            self._put_inode(attributes, content)
+        return self._guard.may_put(token, attributes.ino)
+
+    def _may_put_inode(self, token: Token, attributes: wire.Attributes) -> bool:
+        return self._guard.may_put(token, attributes.ino) and self._wanted(attributes)
+
+    def _wanted(self, attributes: wire.Attributes) -> bool:
+        """Say whether an inode may lie in the maps: it has links, nobody writes it, and nothing newer is known."""
+        return (
+            attributes.nlink > 0
+            and not self._is_written(attributes.ino)
+            and attributes.version >= self._recent.get(attributes.ino, 0)
+        )
+
+    def _put_inode(self, attributes: wire.Attributes, content: bytes | None) -> None:
+        self._note_pages(attributes)
+        self._cache.put_inode(attributes, content)
+
+    def _note_pages(self, attributes: wire.Attributes) -> None:
+        if stat.S_ISREG(attributes.mode):
+            self.paged.add(attributes.ino)
+
+    # Changes made through this mount
+
+    def changed(self, attributes: Iterable[wire.Attributes]) -> None:
+        """Replace the inodes that a change made here touched."""
+        for each in attributes:
+            self.drop_inode(each.ino)
+            self._remember(each)
+            if self._wanted(each):
+                self._put_inode(each, None)
+
+    def named(self, parent: int, name: bytes, ino: int) -> None:
+        """A name was given to an inode."""
+        self.drop_name(parent, name)
+        self._cache.put_name(parent, name, ino)
+
+    def unnamed(self, parent: int, name: bytes) -> None:
+        """A name was removed."""
+        self.drop_name(parent, name)
+        self._cache.put_absent(parent, name)
+
+    def closed(self, closed: Closed) -> None:
+        """The last writer of a file has gone."""
+        self.drop_inode(closed.attributes.ino)
+        if self._wanted(closed.attributes):
+            self._put_inode(closed.attributes, closed.content)
+
+    def content(self, attributes: wire.Attributes, content: bytes) -> None:
+        """Put a new inode's content (a symlink's target), just after :meth:`changed` has put its attributes."""
+        if self._wanted(attributes):
+            self._put_inode(attributes, content)
+
+    def _remember(self, attributes: wire.Attributes) -> None:
+        self._recent[attributes.ino] = max(attributes.version, self._recent.get(attributes.ino, 0))
+        self._recent.move_to_end(attributes.ino)
+        if len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
+
+    # Dropping
+
+    def drop_name(self, parent: int, name: bytes) -> None:
+        """Forget a name, and that it is absent."""
+        self.generation += 1
+        self._guard.dropped((parent, name))
+        self._cache.drop_name(parent, name)
+
+    def drop_inode(self, ino: int) -> None:
+        """Forget an inode's attributes and content."""
+        self.generation += 1
+        self._guard.dropped(ino)
+        self._cache.drop_inode(ino)
+
+    def drop_everything(self) -> None:
+        """Forget all there is."""
+        self.generation += 1
+        self._guard.dropped_all()
+        self._recent.clear()
+        self._cache.bump_epoch()
+        self._cache.drop_statfs()

@@ -1,0 +1,137 @@
+"""The parts that answer a mount's requests, put together and taken apart again."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from fuseclient.config import WorkerConfig
+from fuseclient.data.objects import StoreError, open_store
+from fuseclient.data.reader import Reader
+from fuseclient.data.unused import UnusedObjects
+from fuseclient.data.writer import Writer
+from fuseclient.worker.changes import Changes, Kernel, OpenedVersions
+from fuseclient.worker.directories import WINDOW, Directories
+from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.lease import Lease
+from fuseclient.worker.operations import Operations, Parts
+from fuseclient.worker.orphans import Orphans
+from fuseclient.worker.rpc import Disconnected, Refused
+from fuseclient.worker.session import Session
+from metaserver import wire
+
+if TYPE_CHECKING:
+    from fuseclient.kernel_cache import Cache
+
+#: Content that one directory fetch may bring, at most, in bytes; and at most this part of the pages.
+_FETCH_DATA: Final = 8 * 1024 * 1024
+_FETCH_SHARE: Final = 4
+_PAGE: Final = 4096
+
+
+class CannotStart(Exception):
+    """The worker cannot serve; the text is one line for the user."""
+
+
+class Mount:
+    """A mount as its worker sees it: :meth:`open`, ``operations`` and :meth:`close`."""
+
+    operations: Operations
+
+    def __init__(self, config: WorkerConfig, cache: Cache, kernel: Kernel) -> None:
+        self._config = config
+        self._cache = cache
+        self._kernel = kernel
+        self._changes: Changes | None = None
+        #: What the session told while it was being opened, when there was nothing yet to tell.
+        self._early: list[Callable[[Changes], None]] = []
+        self._session = Session(
+            config.address,
+            config.volume,
+            client=f"{socket.gethostname()}:{config.options.mountpoint}"[:256],
+            on_changes=lambda renewed: self._tell(lambda changes: changes.apply(renewed)),
+            on_renewed=lambda deadline_ns: self._tell(lambda changes: changes.renewed(deadline_ns)),
+            on_lost=lambda: self._tell(lambda changes: changes.lost()),
+            resume=bytes.fromhex(config.session) if config.session else None,
+        )
+
+    def _tell(self, what: Callable[[Changes], None]) -> None:
+        if self._changes is None:
+            self._early.append(what)
+        else:
+            what(self._changes)
+
+    async def open(self) -> None:
+        """Open the session and the store, and make all that hangs on them; raise :exc:`CannotStart`."""
+        try:
+            opened = await self._session.open()
+            self._store = open_store(opened.store)
+        except (Refused, Disconnected, StoreError, ValueError) as error:
+            await self._session.close()
+            raise CannotStart(str(error)) from error
+        self._assemble(opened)
+        unused = UnusedObjects(self._session, self._store, opened.lease_ms / 1000, lambda: self._writer.bytes > 0)
+        self._cleaning = asyncio.create_task(unused.run(), name="unused objects")
+
+    def _assemble(self, opened: wire.SessionOpened) -> None:
+        config, cache, session = self._config, self._cache, self._session
+        open_handles: Counter[int] = Counter()
+        lease = Lease(cache, config.options.kernel_ttl_s)
+        feeder = Feeder(cache, lambda ino: self._writer.is_open(ino))
+        self._writer = Writer(
+            session, self._store, opened.inline_limit, lambda changed: feeder.changed(changed.attributes)
+        )
+        orphans = Orphans(session, lambda ino: open_handles[ino] > 0 or cache.is_open(ino) or self._writer.is_open(ino))
+        directories = Directories(session, feeder, window=_window(config), data_budget=_data_budget(config))
+        versions = OpenedVersions()
+        self._changes = Changes(feeder, directories, self._writer, orphans, lease, versions, self._kernel)
+        for each in self._early:
+            each(self._changes)
+        self.operations = Operations(
+            Parts(
+                session=session,
+                feeder=feeder,
+                directories=directories,
+                writer=self._writer,
+                reader=Reader(session, self._store),
+                orphans=orphans,
+                lease=lease,
+                cache=cache,
+                opened=versions,
+                open_handles=open_handles,
+                generation=config.generation,
+                may_remember=config.maps is not None,
+            )
+        )
+
+    @property
+    def session_id(self) -> bytes:
+        """The session to be resumed by the next worker."""
+        return self._session.id or b""
+
+    def figures(self) -> dict[str, Any]:
+        """Return what the channel shows of its worker, and needs to know to start the next."""
+        return {
+            "session": self.session_id.hex(),
+            "epoch": self._cache.epoch,
+            "uncommitted_bytes": self._writer.bytes,
+        }
+
+    async def close(self) -> None:
+        """Commit all that was written, and end the session."""
+        self._cleaning.cancel()
+        await self._writer.flush_all()
+        await self._session.close()
+        self._store.close()
+
+
+def _window(config: WorkerConfig) -> int | None:
+    return None if config.maps is None else WINDOW
+
+
+def _data_budget(config: WorkerConfig) -> int:
+    """Return how many bytes of content one fetch may bring: a part of what the pages hold."""
+    return 0 if config.maps is None else min(_FETCH_DATA, config.maps.page_count * _PAGE // _FETCH_SHARE)

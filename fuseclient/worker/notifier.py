@@ -1,0 +1,96 @@
+"""Notifications to the kernel: what it is to drop from, or put into, its own caches.
+
+They travel on a socket of their own to the channel's notifier thread, which writes each to /dev/fuse and answers with
+the result, in order. So a call here returns when the kernel has done it, and an invalidation that waits for an inode's
+lock holds up other notifications but no reply. Formats: ``include/uapi/linux/fuse.h``, ``fuse_notify_code``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import errno
+import os
+import socket
+import struct
+
+_HEADER = struct.Struct("=IiQ")
+_INVAL_INODE = struct.Struct("=Qqq")
+_INVAL_ENTRY = struct.Struct("=QII")
+_STORE = struct.Struct("=QQII")
+_RESULT = struct.Struct("=i")
+
+_CODE_INVAL_INODE = 2
+_CODE_INVAL_ENTRY = 3
+_CODE_STORE = 4
+_CODE_INC_EPOCH = 8
+
+
+class Notifier:
+    """Sends notifications in order; any number may be on their way. To be used from the event loop only."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(False)
+        self._waiting: collections.deque[asyncio.Future[int]] = collections.deque()
+        self._loop = asyncio.get_running_loop()
+        self._sending = asyncio.Lock()
+        self._loop.add_reader(self._socket, self._on_readable)
+        self.sent = 0
+
+    async def invalidate_inode(self, ino: int) -> None:
+        """Drop an inode's attributes and its page cache; an inode that the kernel does not know is no error."""
+        await self._notify(_CODE_INVAL_INODE, _INVAL_INODE.pack(ino, 0, 0))
+
+    async def invalidate_attributes(self, ino: int) -> None:
+        """Drop an inode's attributes only; never waits for a lock."""
+        await self._notify(_CODE_INVAL_INODE, _INVAL_INODE.pack(ino, -1, 0))
+
+    async def invalidate_entry(self, parent: int, name: bytes) -> None:
+        """Drop a name. Waits for the directory's lock, so for requests in flight in it."""
+        await self._notify(_CODE_INVAL_ENTRY, _INVAL_ENTRY.pack(parent, len(name), 0) + name + b"\0")
+
+    async def increment_epoch(self) -> bool:
+        """Expire every name at once, without a lock; False where the kernel (before 7.44) does not know how."""
+        return await self._notify(_CODE_INC_EPOCH, b"", allowed=(errno.EINVAL,)) == 0
+
+    async def store(self, ino: int, offset: int, data: bytes) -> None:
+        """Put bytes into an inode's page cache."""
+        await self._notify(_CODE_STORE, _STORE.pack(ino, offset, len(data), 0) + data)
+
+    async def _notify(self, code: int, body: bytes, allowed: tuple[int, ...] = ()) -> int:
+        """Send one and wait for its result (0 or an errno); raise OSError unless it is ENOENT or ``allowed``."""
+        result: asyncio.Future[int] = self._loop.create_future()
+        async with self._sending:
+            message = _HEADER.pack(_HEADER.size + len(body), code, 0) + body
+            await self._loop.sock_sendall(self._socket, message)
+            self._waiting.append(result)
+        self.sent += 1
+        error = -await result
+        if error not in (0, errno.ENOENT, *allowed):
+            raise OSError(error, os.strerror(error))
+        return error
+
+    def _on_readable(self) -> None:
+        try:
+            answer = self._socket.recv(_RESULT.size)
+        except BlockingIOError:
+            return
+        except OSError:
+            answer = b""
+        if not answer:
+            self.close()
+            return
+        result = self._waiting.popleft()
+        if not result.done():
+            result.set_result(_RESULT.unpack(answer)[0])
+
+    def close(self) -> None:
+        """Close the socket; whoever still waits is told that the channel is gone."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+        while self._waiting:
+            result = self._waiting.popleft()
+            if not result.done():
+                result.set_exception(ConnectionResetError("the channel closed the notification socket"))

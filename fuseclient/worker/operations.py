@@ -1,0 +1,469 @@
+"""The FUSE operations, as pyfuse3 calls them for each request that nothing in the kernel answered.
+
+Each method asks the metaserver, brings the caches up to date, and only then answers: when an operation has returned,
+no cache of this mount holds the state before it. This is the only module, with errors.py, that speaks of errno.
+
+Requests of one mount run at once, each in a task of its own. The kernel serialises changes within one directory, and
+writes to and truncation of one file; nothing else may be relied upon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
+
+from fuseclient.data.reader import Reader
+from fuseclient.data.writer import Writer
+from fuseclient.worker import handles
+from fuseclient.worker.attributes import absent_entry, dot_entry, entry_of, statistics_of
+from fuseclient.worker.changes import OpenedVersions
+from fuseclient.worker.directories import Directories, Session
+from fuseclient.worker.errors import answered
+from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.lease import Lease
+from fuseclient.worker.orphans import Orphans
+from fuseclient.worker.rpc import Disconnected, Refused
+from metaserver import wire
+
+if TYPE_CHECKING:
+    from fuseclient.kernel_cache import Cache
+
+_INT64: Final = 1 << 63
+#: Positions of "." and ".." in a listing; entries follow at their cookie and this.
+_DOTS: Final = 2
+#: How long a volume's figures are answered from the kernel.
+_STATISTICS_NS: Final = 1_000_000_000
+#: Kinds of xattr that are not kept for anybody.
+_FOREIGN_XATTRS: Final = b"system."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the operations are made of."""
+
+    session: Session
+    feeder: Feeder
+    directories: Directories
+    writer: Writer
+    reader: Reader
+    orphans: Orphans
+    lease: Lease
+    cache: Cache
+    opened: OpenedVersions
+    #: Handles given out by this worker and not yet released, by inode.
+    open_handles: Counter[int]
+    #: Of the worker; part of its handles.
+    generation: int
+    #: False: each request is answered by the metaserver.
+    may_remember: bool
+
+
+class Operations(pyfuse3.Operations):
+    """Every request of one mount."""
+
+    supports_dot_lookup = False
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self._session = parts.session
+        self._feeder = parts.feeder
+        self._directories = parts.directories
+        self._writer = parts.writer
+        self._reader = parts.reader
+        self._orphans = parts.orphans
+        self._lease = parts.lease
+        self._cache = parts.cache
+        self._opened = parts.opened
+        self._open_handles = parts.open_handles
+        self._generation = parts.generation % handles.GENERATIONS
+        self._may_remember = parts.may_remember
+        #: Writing handles of earlier workers that are used here, and those of them whose loss was reported.
+        self._adopted: set[int] = set()
+        self._reported: set[int] = set()
+
+    # Names
+
+    @answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        _check_name(name)
+        answer = await self._directories.lookup(parent_inode, name)
+        ttl_s = self._lease.ttl_s() if answer.fresh else 0.0
+        if answer.attributes is None:
+            return absent_entry(ttl_s)
+        return entry_of(self._writer.overlay(answer.attributes), ttl_s)
+
+    @answered
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(await self._make(parent_inode, name, mode, ctx, rdev=rdev))
+
+    @answered
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(await self._make(parent_inode, name, mode, ctx))
+
+    @answered
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        if not 0 < len(target) <= wire.MAX_TARGET:
+            raise FUSEError(errno.ENAMETOOLONG if target else errno.ENOENT)
+        made = await self._make(parent_inode, name, stat.S_IFLNK | 0o777, ctx, target=target)
+        self._feeder.content(made, target)
+        return self._entry(made)
+
+    async def _make(
+        self, parent: int, name: bytes, mode: int, ctx: RequestContext, *, rdev: int = 0, target: bytes | None = None
+    ) -> wire.Attributes:
+        """Make a node and return it; the caches know of it."""
+        _check_name(name)
+        request = wire.MakeNode(parent, name, mode, ctx.uid, ctx.gid, rdev, target)
+        with self._doubting((parent, name)):
+            changed = await self._session.call(request, wire.Changed)
+        self._feeder.changed(changed.attributes)
+        self._feeder.named(parent, name, changed.attributes[0].ino)
+        return changed.attributes[0]
+
+    @answered
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        _check_name(new_name)
+        with self._doubting((new_parent_inode, new_name)):
+            changed = await self._session.call(wire.Link(inode, new_parent_inode, new_name), wire.Changed)
+        self._feeder.changed(changed.attributes)
+        self._feeder.named(new_parent_inode, new_name, inode)
+        self._orphans.linked(inode)
+        return self._entry(changed.attributes[0])
+
+    @answered
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._remove(parent_inode, name, directory=False)
+
+    @answered
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._remove(parent_inode, name, directory=True)
+
+    async def _remove(self, parent: int, name: bytes, *, directory: bool) -> None:
+        _check_name(name)
+        with self._doubting((parent, name)):
+            changed = await self._session.call(wire.Remove(parent, name, directory), wire.Changed)
+        self._feeder.changed(changed.attributes)
+        self._feeder.unnamed(parent, name)
+        self._note_orphan(changed.attributes[0])
+
+    @answered
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        _check_name(name_old)
+        _check_name(name_new)
+        exchange, no_replace = bool(flags & pyfuse3.RENAME_EXCHANGE), bool(flags & pyfuse3.RENAME_NOREPLACE)
+        if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE):
+            raise FUSEError(errno.EINVAL)
+        request = wire.Rename(parent_inode_old, name_old, parent_inode_new, name_new, no_replace, exchange)
+        with self._doubting((parent_inode_old, name_old), (parent_inode_new, name_new)):
+            changed = await self._session.call(request, wire.Changed)
+        self._feeder.changed(changed.attributes)
+        moved = changed.attributes[0]
+        parents = (parent_inode_old, parent_inode_new)
+        others = [each for each in changed.attributes[1:] if each.ino not in parents]
+        if exchange and others:
+            self._feeder.named(parent_inode_old, name_old, others[0].ino)
+        elif others or moved.nlink == 1 or stat.S_ISDIR(moved.mode):
+            self._feeder.unnamed(parent_inode_old, name_old)
+            for each in others:
+                self._note_orphan(each)
+        else:
+            # The two may have been names of one inode, which leaves both.
+            self._feeder.drop_name(parent_inode_old, name_old)
+        self._feeder.named(parent_inode_new, name_new, moved.ino)
+
+    @contextlib.contextmanager
+    def _doubting(self, *names: tuple[int, bytes]) -> Iterator[None]:
+        """Drop the names if a change of them fails: the kernel asked for it because of what it holds of them."""
+        try:
+            yield
+        except (Refused, Disconnected):
+            for parent, name in names:
+                self._feeder.drop_name(parent, name)
+            raise
+
+    def _note_orphan(self, attributes: wire.Attributes) -> None:
+        if attributes.nlink == 0:
+            self._orphans.add(attributes.ino)
+
+    @answered
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return (await self._session.call(wire.ReadLink(inode), wire.TargetIs)).target
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        self._orphans.forgotten(ino for ino, _ in inode_list)
+
+    # Attributes
+
+    @answered
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        attributes, fresh = await self._get_attributes(inode)
+        return self._entry(attributes, fresh)
+
+    async def _get_attributes(self, ino: int) -> tuple[wire.Attributes, bool]:
+        """Return attributes from the metaserver, and whether they are fresh; they are in the maps."""
+        with self._feeder.begin() as token:
+            found = await self._session.call(wire.GetAttributes(ino), wire.Found)
+            return found.attributes, self._feeder.inode(token, found.attributes)
+
+    @answered
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._entry(await self._set_attributes(_setattr_request(inode, attr, fields)))
+
+    async def _set_attributes(self, request: wire.SetAttributes) -> wire.Attributes:
+        async with self._writer.settled(request.ino):
+            changed = await self._session.call(request, wire.Changed)
+            self._feeder.changed(changed.attributes)
+            return self._writer.overlay(changed.attributes[0])
+
+    @answered
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """Permissions are the kernel's (default_permissions): it asks nobody."""
+        return True
+
+    @answered
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        statistics = await self._session.call(wire.GetStatistics(), wire.Statistics)
+        data = statistics_of(statistics)
+        self._cache.put_statfs(
+            bsize=data.f_bsize,
+            blocks=data.f_blocks,
+            bfree=data.f_bfree,
+            bavail=data.f_bavail,
+            files=data.f_files,
+            ffree=data.f_ffree,
+            valid_until_ns=self._lease.until_ns(_STATISTICS_NS),
+        )
+        return data
+
+    def _entry(self, attributes: wire.Attributes, fresh: bool = True) -> EntryAttributes:
+        return entry_of(self._writer.overlay(attributes), self._lease.ttl_s() if fresh else 0.0)
+
+    # Extended attributes
+
+    @answered
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        """The kernel asks for security.capability before each write: so files that are written are answered here."""
+        written = self._writer.known(inode) if self._may_remember else None
+        if name.startswith(_FOREIGN_XATTRS) or (written and not written.flags & wire.InodeFlag.HAS_XATTRS):
+            raise FUSEError(errno.ENODATA)
+        return (await self._session.call(wire.GetXattr(inode, name), wire.XattrIs)).value
+
+    @answered
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        return (await self._session.call(wire.ListXattrs(inode), wire.XattrNames)).names
+
+    @answered
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        if name.startswith(_FOREIGN_XATTRS):
+            raise FUSEError(errno.EOPNOTSUPP)
+        if len(value) > wire.MAX_XATTR_VALUE:
+            raise FUSEError(errno.ENOSPC)
+        changed = await self._session.call(wire.SetXattr(inode, name, value), wire.Changed)
+        self._changed(changed)
+
+    @answered
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        self._changed(await self._session.call(wire.RemoveXattr(inode, name), wire.Changed))
+
+    def _changed(self, changed: wire.Changed) -> None:
+        self._feeder.changed(changed.attributes)
+        self._writer.overlay(changed.attributes[0])
+
+    # Directories
+
+    @answered
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return self._handle(inode, writing=False)
+
+    @answered
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        ino = handles.decode(fh).ino
+        for position in range(start_id, _DOTS):
+            if not pyfuse3.readdir_reply(token, b"." * (position + 1), dot_entry(ino), position + 1):
+                return
+        cookie, complete = max(0, start_id - _DOTS), False
+        while not complete:
+            listing = await self._directories.listing(ino, cookie)
+            complete = listing.complete
+            for entry in listing.entries:
+                attributes = self._entry(entry.attributes)
+                if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + _DOTS):
+                    return
+                cookie = entry.cookie
+
+    @answered
+    async def releasedir(self, fh: int) -> None:
+        self._released(handles.decode(fh))
+
+    @answered
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """What the metaserver acknowledged is durable."""
+
+    # Files
+
+    @answered
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        attributes, _ = await self._get_attributes(inode)
+        if writing:
+            self._begin_writing(attributes)
+        if flags & os.O_TRUNC and writing:
+            attributes = await self._truncate(inode)
+        keep = self._opened.opened(inode, attributes.version)
+        self._feeder.paged.add(inode)
+        return FileInfo(fh=self._handle(inode, writing=writing), keep_cache=keep)
+
+    async def _truncate(self, ino: int) -> wire.Attributes:
+        """Cut a file that has just been opened for writing; if that fails it is not open."""
+        try:
+            return await self._set_attributes(wire.SetAttributes(ino, size=0))
+        except BaseException:
+            await self._end_writing(ino)
+            raise
+
+    @answered
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """A file that exists, which the kernel did not know, is answered ESTALE: it then looks again, and opens it."""
+        _check_name(name)
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        request = wire.MakeNode(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
+        try:
+            with self._doubting((parent_inode, name)):
+                changed = await self._session.call(request, wire.Changed)
+        except Refused as error:
+            if error.code == wire.ErrorCode.EXISTS and not flags & os.O_EXCL:
+                raise FUSEError(errno.ESTALE) from None
+            raise
+        made = changed.attributes[0]
+        if writing:
+            self._writer.open(made)
+        self._feeder.changed(changed.attributes)
+        self._feeder.named(parent_inode, name, made.ino)
+        self._opened.opened(made.ino, made.version)
+        self._feeder.paged.add(made.ino)
+        return FileInfo(fh=self._handle(made.ino, writing=writing), keep_cache=True), self._entry(made)
+
+    @answered
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        ino = handles.decode(fh).ino
+        await self._writer.before_read(ino, off, size)
+        with self._feeder.begin() as token:
+            reading = await self._reader.read(ino, off, size)
+            if reading.content is not None:
+                self._feeder.inode(token, reading.attributes, reading.content)
+        return reading.data
+
+    @answered
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        await self._adopt(fh)
+        await self._writer.write(handles.decode(fh).ino, off, buf)
+        return len(buf)
+
+    @answered
+    async def flush(self, fh: int) -> None:
+        await self._sync(fh)
+
+    @answered
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._sync(fh)
+
+    async def _sync(self, fh: int) -> None:
+        """Make durable what was written through any handle; say once what an earlier worker may have lost."""
+        await self._writer.flush(handles.decode(fh).ino)
+        if self._is_earlier_writer(fh) and fh not in self._reported:
+            self._reported.add(fh)
+            raise FUSEError(errno.EIO)
+
+    @answered
+    async def release(self, fh: int) -> None:
+        handle = handles.decode(fh)
+        self._reported.discard(fh)
+        if self._is_earlier_writer(fh):
+            if fh in self._adopted:
+                self._adopted.discard(fh)
+                await self._end_writing(handle.ino)
+        elif handle.writing:
+            await self._end_writing(handle.ino)
+        self._released(handle)
+
+    # Handles
+
+    def _handle(self, ino: int, *, writing: bool) -> int:
+        self._open_handles[ino] += 1
+        return handles.encode(ino, writing=writing, generation=self._generation)
+
+    def _released(self, handle: handles.Handle) -> None:
+        if handle.kernel:
+            self._cache.released(handle.ino)
+        elif handle.generation == self._generation:
+            self._open_handles[handle.ino] -= 1
+            if not self._open_handles[handle.ino]:
+                del self._open_handles[handle.ino]
+        self._orphans.closed(handle.ino)
+
+    def _is_earlier_writer(self, fh: int) -> bool:
+        handle = handles.decode(fh)
+        return handle.writing and handle.generation != self._generation
+
+    async def _adopt(self, fh: int) -> None:
+        """Open the file of a writing handle that an earlier worker gave out, at its first use here."""
+        if self._is_earlier_writer(fh) and fh not in self._adopted:
+            attributes, _ = await self._get_attributes(handles.decode(fh).ino)
+            if fh not in self._adopted:
+                self._adopted.add(fh)
+                self._begin_writing(attributes)
+
+    def _begin_writing(self, attributes: wire.Attributes) -> None:
+        self._writer.open(attributes)
+        self._feeder.drop_inode(attributes.ino)
+
+    async def _end_writing(self, ino: int) -> None:
+        closed = await self._writer.close(ino)
+        if closed is not None:
+            self._feeder.closed(closed)
+
+
+def _check_name(name: bytes) -> None:
+    """The kernel lets longer names through than a directory holds; it never sends any other bad one."""
+    if len(name) > wire.MAX_NAME:
+        raise FUSEError(errno.ENAMETOOLONG)
+    if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+        raise FUSEError(errno.EINVAL)
+
+
+def _setattr_request(ino: int, attr: EntryAttributes, fields: SetattrFields) -> wire.SetAttributes:
+    return wire.SetAttributes(
+        ino,
+        mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+        uid=attr.st_uid if fields.update_uid else None,
+        gid=attr.st_gid if fields.update_gid else None,
+        size=attr.st_size if fields.update_size else None,
+        atime_ns=_nanoseconds(attr.st_atime_ns) if fields.update_atime else None,
+        mtime_ns=_nanoseconds(attr.st_mtime_ns) if fields.update_mtime else None,
+    )
+
+
+def _nanoseconds(time_ns: int) -> int:
+    """Return the nearest time that is kept: years 1677 to 2262."""
+    return max(-_INT64, min(_INT64 - 1, time_ns))

@@ -1,0 +1,184 @@
+"""The worker's process: start, the parts put together, and a stop that loses nothing.
+
+It is started by the channel with inherited descriptors (see :class:`~fuseclient.config.WorkerConfig`), opens the
+session, says that it is ready, and serves FUSE requests from the channel's socket with pyfuse3. It ends cleanly, with
+everything written committed and the session closed, on SIGTERM or SIGINT and when the channel closes the socket. It
+dies with the channel, too: the kernel sends it SIGTERM then.
+
+pyfuse3 takes the end of the socket for a broken device and raises in each of its tasks; so the socket is watched
+for a hang-up, and the loop is told to end first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import select
+import signal
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+import pyfuse3
+import pyfuse3.asyncio
+import uvloop
+
+from fuseclient.config import WorkerConfig
+from fuseclient.kernel_cache import Cache, KernelCache, NoKernelCache
+from fuseclient.native import NativeError
+from fuseclient.worker.mount import CannotStart, Mount
+from fuseclient.worker.notifier import Notifier
+
+_log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG: Final = 1
+#: Requests in hand at once, and idle tasks kept for them.
+_MAX_TASKS: Final = 1024
+_MIN_TASKS: Final = 16
+#: Seconds that a clean stop may take before the process just ends.
+_STOP_S: Final = 30
+_FIGURES_S: Final = 1.0
+
+
+def main(argv: list[str]) -> int:
+    """Run a worker; return the process's exit code."""
+    _die_with_parent()
+    config = read_config(int(argv[1]))
+    _set_up_logging(config)
+    pyfuse3.asyncio.enable()
+    status = Status(config.status_fd)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(Worker(config, status).run())
+    except CannotStart as error:
+        status.send({"error": str(error)})
+        return 1
+    except Exception as error:
+        _log.exception("the worker failed")
+        status.send({"error": f"internal error: {error}"})
+        return 1
+    return 0
+
+
+def read_config(fd: int) -> WorkerConfig:
+    """Read the configuration up to the end of the descriptor, and close it."""
+    with os.fdopen(fd, "rb") as file:
+        return msgspec.json.decode(file.read(), type=WorkerConfig)
+
+
+def _die_with_parent() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+
+def _set_up_logging(config: WorkerConfig) -> None:
+    logging.basicConfig(
+        level=config.options.log_level,
+        filename=config.options.log_file,
+        format="%(asctime)s worker[%(process)d] %(levelname)s %(name)s: %(message)s",
+    )
+
+
+class Status:
+    """The pipe to the channel: JSON objects, one a line. One that does not fit at once is left out."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        os.set_blocking(fd, False)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send an object, unless the pipe is full or nobody reads it."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(self._fd, json.dumps(message).encode() + b"\n")
+
+
+class Worker:
+    """One worker, from its configuration to its end."""
+
+    def __init__(self, config: WorkerConfig, status: Status) -> None:
+        self._config = config
+        self._status = status
+        self._ending = False
+
+    async def run(self) -> None:
+        """Serve until told to stop; raise :exc:`CannotStart`."""
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+        async with contextlib.AsyncExitStack() as stack:
+            cache = _open_cache(self._config)
+            stack.callback(cache.close)
+            notifier = Notifier(self._config.notify_fd)
+            stack.callback(notifier.close)
+            mount = Mount(self._config, cache, notifier)
+            await mount.open()
+            stack.push_async_callback(mount.close)
+            await self._serve(mount)
+
+    async def _serve(self, mount: Mount) -> None:
+        """Answer requests until the socket is closed or a signal comes."""
+        options = set(pyfuse3.default_options) | {"fsname=bpfuse"}
+        pyfuse3.init(mount.operations, f"/dev/fd/{self._config.fuse_fd}", options)
+        try:
+            with self._watched():
+                self._status.send({"ready": True, "session": mount.session_id.hex()})
+                figures = asyncio.create_task(self._report(mount), name="figures")
+                try:
+                    await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
+                finally:
+                    figures.cancel()
+        finally:
+            pyfuse3.close(unmount=False)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """End the loop at a hang-up of the socket, SIGTERM or SIGINT."""
+        loop = asyncio.get_running_loop()
+        with select.epoll() as hang_up:
+            hang_up.register(self._config.fuse_fd, select.EPOLLRDHUP | select.EPOLLHUP)
+            loop.add_reader(hang_up.fileno(), self._hung_up, hang_up.fileno())
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._end, signal.Signals(number).name)
+            try:
+                yield
+            finally:
+                loop.remove_reader(hang_up.fileno())
+
+    def _hung_up(self, watch_fd: int) -> None:
+        asyncio.get_running_loop().remove_reader(watch_fd)
+        self._end("the channel closed the socket")
+
+    def _end(self, why: str) -> None:
+        """Have pyfuse3 return when the requests in hand are answered."""
+        if self._ending:
+            return
+        self._ending = True
+        _log.info("ending: %s", why)
+        signal.alarm(_STOP_S)
+        # The wait that this ends may have ended in the same turn of the loop.
+        with contextlib.suppress(asyncio.InvalidStateError):
+            pyfuse3.terminate()
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """pyfuse3's tasks raise OSError once the socket is closed; anything else is a defect, and is logged."""
+        if isinstance(context.get("exception"), OSError) and self._ending:
+            _log.debug("after the end: %s", context["exception"])
+        else:
+            loop.default_exception_handler(context)
+
+    async def _report(self, mount: Mount) -> None:
+        while True:
+            await asyncio.sleep(_FIGURES_S)
+            self._status.send({"figures": mount.figures()})
+
+
+def _open_cache(config: WorkerConfig) -> Cache:
+    if config.maps is None:
+        return NoKernelCache()
+    try:
+        return KernelCache(config.maps, config.options.kernel_ttl_s)
+    except NativeError as error:
+        raise CannotStart(str(error)) from error

@@ -1,0 +1,226 @@
+"""One connection to a metaserver: requests out, replies matched to them by id.
+
+Everything runs on the event loop's thread. Many calls can be in flight; their replies come in any order. A connection
+is used once: when it is lost, for whatever reason, every call in flight raises :exc:`Disconnected` and so does every
+later one. Reconnecting, sessions and retries are :mod:`fuseclient.worker.session`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from typing import Final, TypeVar, cast
+
+from metaserver import wire
+
+_log = logging.getLogger(__name__)
+
+_SOFTWARE: Final = "bpfuse"
+#: Seconds that connecting and the handshake may take together.
+CONNECT_TIMEOUT_S: Final = 5.0
+
+_Reply = TypeVar("_Reply", bound=wire.Reply)
+
+
+class Refused(Exception):
+    """The metaserver answered that it will not do this; ``code`` says why.
+
+    Nothing was changed, unless the code is INTERNAL: then a change may or may not have been made.
+    """
+
+    def __init__(self, code: wire.ErrorCode, message: str) -> None:
+        super().__init__(f"{code.name}: {message}")
+        self.code = code
+
+
+class Disconnected(ConnectionError):
+    """There is no connection, or it was lost before the reply came: a change may or may not have been made."""
+
+
+class NotSent(Disconnected):
+    """The connection was lost before the request was sent: nothing was changed."""
+
+
+async def connect(address: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Connection:
+    """Connect to "unix:/path" or "tcp:host:port" and shake hands.
+
+    Raises :exc:`Disconnected` when there is no answer in time, :exc:`Refused` (UNSUPPORTED) when the metaserver speaks
+    another version of the protocol and :exc:`ValueError` when ``address`` is not an address.
+    """
+    target = wire.parse_address(address)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _connect(target)
+    except TimeoutError:
+        raise Disconnected(f"{address} does not answer within {timeout_s:g} s") from None
+    except Disconnected:
+        raise
+    except OSError as error:
+        raise Disconnected(f"cannot connect to {address}: {error.strerror or error}") from error
+
+
+async def _connect(target: wire.UnixAddress | wire.TcpAddress) -> Connection:
+    loop = asyncio.get_running_loop()
+    if isinstance(target, wire.UnixAddress):
+        _, protocol = await loop.create_unix_connection(_Protocol, target.path)
+    else:
+        _, protocol = await loop.create_connection(_Protocol, target.host, target.port)
+    connection = Connection(protocol)
+    try:
+        hello = wire.Hello(wire.PROTOCOL_VERSION, _SOFTWARE)
+        connection.welcome = await connection.call(hello, wire.Welcome)
+    except BaseException:
+        connection.abort()
+        raise
+    return connection
+
+
+class Connection:
+    """A connection on which the handshake is done. Made by :func:`connect`."""
+
+    #: What the metaserver said of itself in the handshake.
+    welcome: wire.Welcome
+
+    def __init__(self, protocol: _Protocol) -> None:
+        self._protocol = protocol
+
+    @property
+    def lost(self) -> bool:
+        """Whether the connection can carry no more calls."""
+        return self._protocol.lost is not None
+
+    async def call(self, request: wire.Request, reply_type: type[_Reply]) -> _Reply:
+        """Send a request and return its reply.
+
+        Raises :exc:`Refused`, or :exc:`Disconnected` when the connection is, or is lost before the reply.
+        """
+        await self._protocol.writable()
+        future: asyncio.Future[wire.Reply] = self._protocol.loop.create_future()
+        request_id = self._protocol.send(request, future)
+        try:
+            reply = await future
+        finally:
+            self._protocol.forget(request_id)
+        return self._checked(reply, reply_type)
+
+    async def stream(self, request: wire.FetchDirectory) -> AsyncGenerator[wire.DirectoryPage, None]:
+        """Send a directory fetch and yield its pages as they come; raises as :meth:`call` does."""
+        await self._protocol.writable()
+        queue: asyncio.Queue[wire.Reply | Disconnected] = asyncio.Queue()
+        request_id = self._protocol.send(request, queue)
+        try:
+            last = False
+            while not last:
+                page = self._checked(await queue.get(), wire.DirectoryPage)
+                last = page.last
+                yield page
+        finally:
+            self._protocol.forget(request_id)
+
+    def _checked(self, reply: wire.Reply | Disconnected, reply_type: type[_Reply]) -> _Reply:
+        if isinstance(reply, reply_type):
+            return reply
+        if isinstance(reply, Disconnected):
+            raise reply
+        if isinstance(reply, wire.Failure):
+            raise Refused(reply.code, reply.message)
+        self._protocol.fail(f"a reply of type {type(reply).__name__} where {reply_type.__name__} belongs")
+        raise cast(Disconnected, self._protocol.lost)
+
+    def abort(self, reason: str = "given up by this side") -> None:
+        """End the connection now. Every call in flight raises :exc:`Disconnected` with ``reason``."""
+        self._protocol.fail(reason)
+
+    def when_lost(self, callback: Callable[[], object]) -> None:
+        """Call back, on the event loop, once the connection is closed."""
+        self._protocol.closed.add_done_callback(lambda _: callback())
+
+
+class _Protocol(asyncio.Protocol):
+    """Frames in and out. ``_waiting`` holds what each request in flight waits on, by its id."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[None] = self.loop.create_future()
+        #: Why the connection is of no use any more.
+        self.lost: Disconnected | None = None
+        self._transport: asyncio.Transport | None = None
+        self._splitter = wire.FrameSplitter(wire.MAX_REPLY)
+        self._waiting: dict[int, asyncio.Future[wire.Reply] | asyncio.Queue[wire.Reply | Disconnected]] = {}
+        self._last_id = 0
+        self._resumed: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.fail(str(error) if error else "closed by the metaserver")
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        if self.lost is not None:
+            return
+        self._splitter.feed(data)
+        try:
+            while self.lost is None and (body := self._splitter.next_body()) is not None:
+                self._deliver(*wire.decode_reply(body))
+        except wire.Malformed as error:
+            _log.error("the metaserver sent a malformed frame: %s", error)
+            self.fail(str(error))
+
+    def _deliver(self, request_id: int, reply: wire.Reply) -> None:
+        """Hand a reply to its waiter. A call that was given up has none; an id of 0 concerns the whole connection."""
+        waiter = self._waiting.get(request_id)
+        if isinstance(waiter, asyncio.Queue):
+            waiter.put_nowait(reply)
+        elif waiter is not None:
+            if not waiter.done():
+                waiter.set_result(reply)
+        elif request_id == 0 and isinstance(reply, wire.Failure):
+            self.fail(f"the metaserver gave up the connection: {reply.message}")
+        elif not 0 < request_id <= self._last_id:
+            raise wire.Malformed(f"a reply to request {request_id}, which was never sent")
+
+    def send(
+        self, request: wire.Request, waiter: asyncio.Future[wire.Reply] | asyncio.Queue[wire.Reply | Disconnected]
+    ) -> int:
+        """Send a request whose replies go to ``waiter``, and return its id."""
+        if self.lost is not None or self._transport is None:
+            raise NotSent(str(self.lost))
+        self._last_id += 1
+        self._waiting[self._last_id] = waiter
+        self._transport.write(wire.encode(self._last_id, request))
+        return self._last_id
+
+    def forget(self, request_id: int) -> None:
+        """Let go of a request that is answered, or whose caller is gone."""
+        self._waiting.pop(request_id, None)
+
+    def fail(self, reason: str) -> None:
+        """Give the connection up: whoever waits raises :exc:`Disconnected`. Does nothing the second time."""
+        if self.lost is not None:
+            return
+        self.lost = Disconnected(reason)
+        if self._transport is not None:
+            self._transport.abort()
+        self.resume_writing()
+        for waiter in self._waiting.values():
+            if isinstance(waiter, asyncio.Queue):
+                waiter.put_nowait(Disconnected(reason))
+            elif not waiter.done():
+                waiter.set_exception(Disconnected(reason))
+
+    def pause_writing(self) -> None:
+        self._resumed = self.loop.create_future()
+
+    def resume_writing(self) -> None:
+        if self._resumed is not None and not self._resumed.done():
+            self._resumed.set_result(None)
+        self._resumed = None
+
+    async def writable(self) -> None:
+        """Wait until the metaserver takes what was sent before."""
+        while self._resumed is not None:
+            await asyncio.shield(self._resumed)

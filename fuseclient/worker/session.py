@@ -1,0 +1,296 @@
+"""The mount's session with the metaserver: its lease, its reconnection, and which calls may be repeated.
+
+The lease is what makes caches right, so the order of things is the point of this module:
+
+* the deadline is (time the renewal was *sent*) + lease - margin, on CLOCK_BOOTTIME, which counts suspend: the client
+  always stops before the metaserver does;
+* what others changed is handed to ``on_changes`` before the deadline moves; if that fails, it does not move;
+* a session that could not be resumed is gone: ``on_lost`` is called, in which all that is cached must be dropped,
+  before the new session's deadline is announced.
+
+One task renews and reconnects. Calls run in their callers' tasks; they wait while there is no connection or no lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Final, TypeVar
+
+from fuseclient.worker import rpc
+from fuseclient.worker.rpc import Connection, Disconnected, NotSent, Refused
+from metaserver import wire
+
+_log = logging.getLogger(__name__)
+
+_Reply = TypeVar("_Reply", bound=wire.Reply)
+
+#: What is kept of a lease for the time between the last check and the use of an answer, in nanoseconds, at most.
+MARGIN_NS: Final = 1_000_000_000
+#: Seconds between attempts to reconnect: the first and the longest pause.
+_BACKOFF_S: Final = (0.02, 1.0)
+#: Seconds that the farewell may take.
+_CLOSE_S: Final = 1.0
+
+#: Requests that do no harm when they are done twice.
+_REPEATABLE: Final = (
+    wire.Lookup, wire.FetchDirectory, wire.GetAttributes, wire.ReadLink, wire.GetXattr, wire.ListXattrs,
+    wire.GetContent, wire.GetStatistics, wire.ListSlices, wire.NewSlices, wire.Reap, wire.ForgetSlices,
+)  # fmt: skip
+
+
+def boottime_ns() -> int:
+    """Return the time since boot, suspend included, in nanoseconds."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def client_deadline(sent_ns: int, lease_ms: int) -> int:
+    """Return until when a client may rely on a lease that it asked for at ``sent_ns``."""
+    lease_ns = lease_ms * 1_000_000
+    return sent_ns + lease_ns - min(lease_ns // 10, MARGIN_NS)
+
+
+class Session:
+    """A session on one volume, kept alive until :meth:`close`.
+
+    The callbacks are plain functions on the event loop's thread. ``resume`` is the id of the session of the worker
+    before this one; if it is resumed, ``on_changes`` tells of everything that changed since the metaserver's start.
+    """
+
+    #: The lease's end on CLOCK_BOOTTIME; 0 while there is none.
+    deadline_ns: int = 0
+    #: What the metaserver said when the session was opened or last resumed.
+    opened: wire.SessionOpened
+
+    def __init__(
+        self,
+        address: str,
+        volume: str,
+        *,
+        client: str,
+        on_changes: Callable[[wire.Renewed], object],
+        on_renewed: Callable[[int], object],
+        on_lost: Callable[[], object],
+        resume: bytes | None = None,
+        clock: Callable[[], int] = boottime_ns,
+        connect: Callable[[str], Awaitable[Connection]] = rpc.connect,
+    ) -> None:
+        self.id = resume
+        self._address = address
+        self._volume = volume
+        self._client = client
+        self._on_changes = on_changes
+        self._on_renewed = on_renewed
+        self._on_lost = on_lost
+        self._clock = clock
+        self._connect = connect
+        self._seen = 0
+        self._lease_s = 0.0
+        self._connection: Connection | None = None
+        #: Set while there are a connection and a lease, as far as is known.
+        self._ready = asyncio.Event()
+        #: Set to make the keeping task act now.
+        self._poked = asyncio.Event()
+        self._keeping: asyncio.Task[None] | None = None
+
+    async def open(self) -> wire.SessionOpened:
+        """Connect, open or resume the session, and keep it from now on.
+
+        Raises :exc:`Refused` (NO_SUCH_VOLUME, UNSUPPORTED, BUSY), :exc:`Disconnected`, or :exc:`ValueError` for what
+        is not an address. There is no retry here.
+        """
+        await self._enter()
+        self._keeping = asyncio.create_task(self._keep(), name="session")
+        return self.opened
+
+    async def close(self) -> None:
+        """End the session at the metaserver too, if it can be reached. Orphans of this session are reaped then.
+
+        Calls that wait, and later ones, raise :exc:`NotSent`.
+        """
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait({self._keeping})
+        self.deadline_ns = 0
+        connection, self._connection = self._connection, None
+        self._ready.set()  # those who wait learn that nothing will come
+        if connection is not None:
+            with contextlib.suppress(Disconnected, Refused, TimeoutError):
+                async with asyncio.timeout(_CLOSE_S):
+                    await connection.call(wire.CloseSession(), wire.Done)
+            connection.abort("the session is closed")
+
+    async def call(self, request: wire.Request, reply_type: type[_Reply]) -> _Reply:
+        """Send a request and return its reply.
+
+        Waits for a connection and a lease, for at most a lease's length, then raises :exc:`Disconnected`. A request
+        that changes something and whose reply was lost raises it too: the change may or may not have been made, and
+        the next ``on_changes`` tells. Raises :exc:`Refused` as the metaserver does; STALE_SESSION comes through only
+        for a change that was under way when the lease ran out, and was not made.
+        """
+        give_up = asyncio.get_running_loop().time() + self._lease_s
+        while True:
+            connection = await self._usable(give_up)
+            try:
+                return await connection.call(request, reply_type)
+            except (Disconnected, Refused) as error:
+                if not self._may_repeat(request, error, connection, give_up):
+                    raise
+
+    async def stream(self, request: wire.FetchDirectory) -> AsyncGenerator[wire.DirectoryPage, None]:
+        """Yield the pages of a directory fetch. Raises as :meth:`call` does; not repeated after the first page."""
+        give_up = asyncio.get_running_loop().time() + self._lease_s
+        begun = False
+        while True:
+            connection = await self._usable(give_up)
+            try:
+                async with contextlib.aclosing(connection.stream(request)) as pages:
+                    async for page in pages:
+                        begun = True
+                        yield page
+                return
+            except (Disconnected, Refused) as error:
+                if begun or not self._may_repeat(request, error, connection, give_up):
+                    raise
+
+    def renew_now(self) -> None:
+        """Make the keeping task renew, or reconnect, without waiting for its time."""
+        self._poked.set()
+
+    # Calls
+
+    def _usable_now(self) -> Connection | None:
+        connection = self._connection
+        if self._ready.is_set() and connection is not None and not connection.lost and self._clock() < self.deadline_ns:
+            return connection
+        return None
+
+    async def _usable(self, give_up: float) -> Connection:
+        while (connection := self._usable_now()) is None:
+            if self._keeping is None or self._keeping.done():
+                raise NotSent("the session is closed")
+            self._ready.clear()
+            self._poked.set()
+            try:
+                async with asyncio.timeout_at(give_up):
+                    await self._ready.wait()
+            except TimeoutError:
+                raise NotSent(f"no connection to {self._address} for {self._lease_s:g} s") from None
+        return connection
+
+    def _may_repeat(self, request: wire.Request, error: Exception, connection: Connection, give_up: float) -> bool:
+        """Say whether a request that failed is to be sent again, and get the session mended if it was that."""
+        if isinstance(error, Refused):
+            if error.code is not wire.ErrorCode.STALE_SESSION:
+                return False
+            if connection is self._connection:
+                self._ready.clear()
+                self._poked.set()
+        harmless = isinstance(error, NotSent) or isinstance(request, _REPEATABLE)
+        return harmless and asyncio.get_running_loop().time() < give_up
+
+    # The lease
+
+    async def _enter(self) -> None:
+        """Connect and open or resume the session."""
+        connection = await self._connect(self._address)
+        try:
+            async with asyncio.timeout(rpc.CONNECT_TIMEOUT_S):
+                await self._open(connection)
+        except TimeoutError:
+            connection.abort("no reply in time")
+            raise Disconnected(f"{self._address} does not answer") from None
+        except BaseException:
+            connection.abort()
+            raise
+        self._connection = connection
+        connection.when_lost(lambda: self._lost(connection))
+        self._poked.clear()
+        self._ready.set()
+
+    def _lost(self, connection: Connection) -> None:
+        if connection is self._connection:
+            self._poked.set()
+
+    async def _open(self, connection: Connection) -> None:
+        sent_ns = self._clock()
+        request = wire.OpenSession(self._volume, self._client, self.id)
+        opened = await connection.call(request, wire.SessionOpened)
+        if opened.resumed:
+            await self._renew(connection)
+        else:
+            self._replace(opened)
+            self._grant(sent_ns, opened.lease_ms)
+        self.opened = opened
+
+    def _replace(self, opened: wire.SessionOpened) -> None:
+        """Take a new session; if there was another, all that was cached under it is void."""
+        self.deadline_ns = 0
+        if self.id is not None:
+            _log.warning("the session on %s was lost; caches are dropped", self._volume)
+            self._on_lost()
+        self.id = opened.session
+        self._seen = opened.version
+
+    async def _renew(self, connection: Connection) -> None:
+        sent_ns = self._clock()
+        renewed = await connection.call(wire.Renew(self._seen), wire.Renewed)
+        if renewed.names or renewed.inodes or renewed.everything:
+            self._on_changes(renewed)
+        self._seen = renewed.version
+        self._grant(sent_ns, renewed.lease_ms)
+
+    def _grant(self, sent_ns: int, lease_ms: int) -> None:
+        self._lease_s = lease_ms / 1000
+        self.deadline_ns = client_deadline(sent_ns, lease_ms)
+        self._on_renewed(self.deadline_ns)
+
+    # The keeping task
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                await self._renew_until_lost()
+            except (Disconnected, Refused) as error:
+                _log.warning("the session on %s: %s", self._volume, error)
+            except Exception:
+                _log.exception("renewing the session on %s failed", self._volume)
+            self._ready.clear()
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.abort("the session is opened again")
+            await self._reconnect()
+
+    async def _renew_until_lost(self) -> None:
+        while (connection := self._connection) is not None and not connection.lost:
+            await self._until_due()
+            try:
+                async with asyncio.timeout(self._lease_s / 3):
+                    await self._renew(connection)
+            except TimeoutError:
+                raise Disconnected("a renewal was not answered in time") from None
+            self._ready.set()
+
+    async def _until_due(self) -> None:
+        """Wait for a third of the lease, or until :meth:`renew_now`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._lease_s / 3):
+                await self._poked.wait()
+        self._poked.clear()
+
+    async def _reconnect(self) -> None:
+        pause_s = _BACKOFF_S[0]
+        while True:
+            try:
+                await self._enter()
+                return
+            except (Disconnected, Refused) as error:
+                _log.warning("cannot open the session on %s: %s", self._volume, error)
+            except Exception:
+                _log.exception("opening the session on %s failed", self._volume)
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(pause_s * 2, _BACKOFF_S[1])

@@ -1,0 +1,61 @@
+"""``python -m metaserver``: the command line of a metaserver."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import NoReturn
+
+from metaserver import process, wire
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _address(text: str) -> str:
+    try:
+        wire.parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _lease(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0.1 to 3600")
+    return seconds
+
+
+def _descriptor(text: str) -> int:
+    try:
+        number = int(text)
+        os.fstat(number)
+    except (ValueError, OSError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an open file descriptor") from None
+    return number
+
+
+def parse(arguments: list[str]) -> process.Options:
+    """Return the options; a mistake prints one line and exits with 2."""
+    parser = _Parser(prog="metaserver", description="Serve bpfuse volumes.", allow_abbrev=False)
+    parser.add_argument("--engine", required=True, metavar="URL", help="lmdb:///directory or memory://")
+    parser.add_argument("--listen", required=True, type=_address, metavar="ADDRESS", help="unix:/path or tcp:host:port")
+    parser.add_argument("--lease-s", type=_lease, default=30.0, metavar="SECONDS", help="lease length (default: 30)")
+    parser.add_argument("--ready-fd", type=_descriptor, metavar="FD", help='gets "ready ADDRESS" and a newline')
+    parser.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
+    parser.add_argument("--insecure", action="store_true", help="allow plaintext TCP that other machines can reach")
+    parser.add_argument("--die-with-parent", action="store_true", help="end when the starting process ends")
+    return process.Options(**vars(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(process.run(parse(sys.argv[1:])))

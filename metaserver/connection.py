@@ -1,0 +1,298 @@
+"""One client's connection: frames in, requests started, replies out, and the limits that keep a client in its place.
+
+* The first frame is a Hello and comes in time, or the connection ends.
+* At most ``in_flight`` requests of a connection run at once. What a client sends beyond that stays in its socket.
+* Replies are not buffered without end: while the client does not take them no request is started and no page of a
+  stream is read, and after ``stall_s`` of that it is cut off.
+* A frame that is not of the protocol ends the connection, with a Failure of id 0 that says why. No other connection
+  is touched by it.
+
+Everything runs on the event loop's thread. A request once started runs to its end even if its client is gone: a
+change that is committed must reach the feed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator
+from typing import Final, NamedTuple, Protocol, cast
+
+from metaserver import wire
+from metaserver.errors import Conflict, EngineClosed, EngineFull, Refused
+from metaserver.sessions import Session
+
+_log = logging.getLogger(__name__)
+
+
+#: What a client is told when the engine could not do it, and nothing was committed.
+_ENGINE_CODES: Final[dict[type[Exception], wire.ErrorCode]] = {
+    EngineFull: wire.ErrorCode.NO_SPACE,
+    Conflict: wire.ErrorCode.BUSY,
+    EngineClosed: wire.ErrorCode.BUSY,
+}
+
+
+class Limits(NamedTuple):
+    """What a client may take. Times are in seconds."""
+
+    hello_s: float = 5.0
+    stall_s: float = 30.0
+    in_flight: int = 64
+    #: Directory fetches that may run at once, of those in flight.
+    streams: int = 4
+    connections: int = 4096
+    #: Bytes of replies that may wait for a client before it counts as slow.
+    unsent_bytes: int = 1024 * 1024
+
+
+class Caller:
+    """Who is at the other end: the session that was opened on this connection, if any."""
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+        self.incarnation = 0
+
+    def must_be_free(self) -> None:
+        """Raise :exc:`Refused` (INVALID) if a live session is bound to this connection."""
+        if self._session is not None and self._session.is_live and self._session.incarnation == self.incarnation:
+            raise Refused(wire.ErrorCode.INVALID, "a session is open on this connection already")
+
+    def bind(self, session: Session) -> None:
+        """The session belongs to this connection now, and to no earlier one."""
+        self._session = session
+        self.incarnation = session.incarnation
+
+    def session(self) -> Session:
+        """Return the live session; raise :exc:`Refused`: INVALID if none was opened, else STALE_SESSION."""
+        if self._session is None:
+            raise Refused(wire.ErrorCode.INVALID, "no session is open on this connection")
+        self._session.check()
+        if self._session.incarnation != self.incarnation:
+            raise Refused(wire.ErrorCode.STALE_SESSION, "the session was resumed on another connection")
+        return self._session
+
+
+class Service(Protocol):
+    """What answers the requests."""
+
+    def welcome(self) -> wire.Welcome: ...
+
+    async def answer(self, caller: Caller, request: wire.Request) -> wire.Reply: ...
+
+    def pages(self, caller: Caller, request: wire.FetchDirectory) -> AsyncIterator[wire.DirectoryPage]: ...
+
+
+class _Gone(Exception):
+    """The client is gone and nobody waits for the rest of its stream."""
+
+
+class Connection(asyncio.Protocol):
+    """The protocol object of one accepted socket; ``connections`` holds all those of its server."""
+
+    def __init__(self, service: Service, limits: Limits, connections: set[Connection]) -> None:
+        self._service = service
+        self._limits = limits
+        self._connections = connections
+        self._loop = asyncio.get_running_loop()
+        self._splitter = wire.FrameSplitter(wire.MAX_HELLO)
+        self._caller = Caller()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._streams = asyncio.Semaphore(limits.streams)
+        self._transport: asyncio.Transport | None = None
+        self._greeted = False
+        self._closing = False
+        self._reading = True
+        self._timer: asyncio.TimerHandle | None = None
+        self._ended = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._writable.set()
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of replies that the client has not taken yet."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    # The transport's calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=self._limits.unsent_bytes)
+        self._connections.add(self)
+        if len(self._connections) > self._limits.connections:
+            self.cut("there are too many connections")
+            return
+        _keep_alive(self._transport)
+        self._cut_after(self._limits.hello_s, "no handshake came in time")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._closing = True
+        self._transport = None
+        self._stop_timer()
+        self._writable.set()
+        self._release()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._closing:
+            self._splitter.feed(data)
+            self._pump()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+        self._cut_after(self._limits.stall_s, "it does not take its replies")
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+        if not self._closing:
+            self._stop_timer()
+            self._pump()
+
+    # Requests
+
+    def _pump(self) -> None:
+        """Start the requests that are here, as many as may run."""
+        try:
+            while self._may_start() and (body := self._splitter.next_body()) is not None:
+                self._received(*wire.decode_request(body))
+        except wire.Malformed as error:
+            _log.warning("%s: %s", self, error)
+            self._give_up(0, wire.ErrorCode.MALFORMED, str(error))
+        self._read_if(self._may_start())
+
+    def _may_start(self) -> bool:
+        return not self._closing and len(self._tasks) < self._limits.in_flight and self._writable.is_set()
+
+    def _received(self, request_id: int, request: wire.Request) -> None:
+        if not self._greeted:
+            self._greet(request_id, request)
+            return
+        task = self._loop.create_task(self._run(request_id, request))
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _greet(self, request_id: int, request: wire.Request) -> None:
+        if not isinstance(request, wire.Hello):
+            raise wire.Malformed("the first frame is not a Hello")
+        if request.version != wire.PROTOCOL_VERSION:
+            message = f"protocol version {request.version}; this metaserver speaks {wire.PROTOCOL_VERSION}"
+            self._give_up(request_id, wire.ErrorCode.UNSUPPORTED, message)
+            return
+        self._greeted = True
+        self._stop_timer()
+        self._splitter.limit = wire.MAX_REQUEST
+        self._send(request_id, self._service.welcome())
+
+    async def _run(self, request_id: int, request: wire.Request) -> None:
+        """Answer one request: the place where every exception ends."""
+        try:
+            if isinstance(request, wire.FetchDirectory):
+                await self._stream(request_id, request)
+            else:
+                self._send(request_id, await self._service.answer(self._caller, request))
+        except _Gone:
+            pass
+        except Refused as refused:
+            self._send(request_id, failure(refused.code, refused.message))
+        except tuple(_ENGINE_CODES) as error:
+            _log.error("%s: %s: %s", self, type(request).__name__, error)
+            self._send(request_id, failure(_ENGINE_CODES[type(error)], str(error)))
+        except Exception:
+            _log.exception("%s: %s failed", self, type(request).__name__)
+            self._send(request_id, failure(wire.ErrorCode.INTERNAL, "an internal error, see the metaserver's log"))
+
+    async def _stream(self, request_id: int, request: wire.FetchDirectory) -> None:
+        async with self._streams:
+            async for page in self._service.pages(self._caller, request):
+                self._send(request_id, page)
+                await self._writable.wait()
+                if self._closing:
+                    raise _Gone
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not self._closing:
+            self._pump()
+        self._release()
+
+    def _release(self) -> None:
+        if self._transport is None and not self._tasks:
+            self._connections.discard(self)
+            self._ended.set()
+
+    # Replies and the end
+
+    def _send(self, request_id: int, reply: wire.Reply) -> None:
+        if self._closing or self._transport is None:
+            return
+        frame = wire.encode(request_id, reply)
+        if len(frame) > wire.HEADER_BYTES + wire.MAX_REPLY:
+            _log.error("%s: a %s of %d bytes is over the limit", self, type(reply).__name__, len(frame))
+            frame = wire.encode(request_id, failure(wire.ErrorCode.INTERNAL, "the reply is too large"))
+        self._transport.write(frame)
+
+    def _give_up(self, request_id: int, code: wire.ErrorCode, message: str) -> None:
+        """Say why and close, as soon as the client has taken it."""
+        self._send(request_id, failure(code, message))
+        self._close()
+
+    def _close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        self._writable.set()
+        if self._transport is not None:
+            self._transport.close()
+        self._cut_after(self._limits.stall_s, "it does not take its last reply")
+
+    def cut(self, reason: str) -> None:
+        """End the connection now; what was not sent is lost."""
+        _log.warning("%s is cut off: %s", self, reason)
+        self._closing = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _cut_after(self, delay_s: float, reason: str) -> None:
+        self._stop_timer()
+        self._timer = self._loop.call_later(delay_s, self.cut, reason)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _read_if(self, wanted: bool) -> None:
+        if self._transport is None or self._transport.is_closing() or wanted == self._reading:
+            return
+        self._reading = wanted
+        if wanted:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+    async def shut(self) -> None:
+        """Start nothing more, answer what runs, and close; return when all of it has ended."""
+        self._limits = self._limits._replace(in_flight=0)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._close()
+        await self._ended.wait()
+
+    def __str__(self) -> str:
+        peer = self._transport.get_extra_info("peername") if self._transport is not None else None
+        return f"client {peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "local client"
+
+
+def failure(code: wire.ErrorCode, message: str) -> wire.Failure:
+    """Return a Failure whose message is short enough for the wire."""
+    return wire.Failure(code, message[:1000])
+
+
+def _keep_alive(transport: asyncio.Transport) -> None:
+    """Let the kernel find out when a TCP client's machine is gone."""
+    sock: socket.socket | None = transport.get_extra_info("socket")
+    if sock is not None and sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)

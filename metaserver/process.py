@@ -1,0 +1,100 @@
+"""A metaserver as a process: its engine, its signals, and what it says to the process that started it."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import resource
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Final
+
+import uvloop
+
+from metaserver.engine import Engine, open_engine
+from metaserver.errors import EngineBusy, EngineUnusable
+from metaserver.listener import ListenError
+from metaserver.server import Server
+
+_log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a metaserver is started with. ``ready_fd`` is told the address, ``lease_s`` is in seconds."""
+
+    engine: str
+    listen: str
+    lease_s: float
+    ready_fd: int | None
+    log_level: str
+    insecure: bool
+    die_with_parent: bool
+
+
+def run(options: Options) -> int:
+    """Serve until SIGTERM or SIGINT and return the exit code: 2, with one line on stderr, for a user's mistake."""
+    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if options.die_with_parent:
+        _die_with_parent()
+    _allow_many_files()
+    try:
+        uvloop.run(_serve(options))
+    except (ListenError, EngineBusy, EngineUnusable) as error:
+        print(f"metaserver: {error}", file=sys.stderr)
+        _say(options.ready_fd, f"error {error}")
+        return 2
+    return 0
+
+
+async def _serve(options: Options) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    engine = open_engine(options.engine)
+    try:
+        await _serve_on(engine, options, stop)
+    finally:
+        await engine.close()
+
+
+async def _serve_on(engine: Engine, options: Options, stop: asyncio.Event) -> None:
+    server = Server(engine, lease_s=options.lease_s)
+    address = await server.start(options.listen, insecure=options.insecure)
+    try:
+        _log.info("serving %s on %s", options.engine, address)
+        _say(options.ready_fd, f"ready {address}")
+        await stop.wait()
+        _log.info("ending")
+    finally:
+        await server.close()
+
+
+def _say(ready_fd: int | None, line: str) -> None:
+    """Tell whoever started this process "ready ADDRESS" or "error TEXT"."""
+    if ready_fd is None:
+        return
+    try:
+        os.write(ready_fd, f"{line}\n".encode())
+    except BrokenPipeError:
+        _log.warning("nobody reads the ready descriptor")
+    os.close(ready_fd)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel send SIGTERM when the thread that started this process ends, or end now if it already has."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _allow_many_files() -> None:
+    """Raise the soft limit of open files: a connection is one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,77 @@
+"""A running metaserver: its listening socket, its connections and its janitor.
+
+The engine is the caller's: it is opened before and closed after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Final
+
+from metaserver import listener, wire
+from metaserver.connection import Connection, Limits
+from metaserver.engine.base import Engine
+from metaserver.janitor import Janitor
+from metaserver.service import Service
+from metaserver.sessions import FEED_CHANGES, Sessions
+
+#: Seconds that requests in progress get to end when the server is closed.
+_CLOSE_S: Final = 5.0
+
+
+def boottime_ns() -> int:
+    """Return the time since boot in nanoseconds; unlike the monotonic clock it counts suspend."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+class Server:
+    """A metaserver on one address. ``lease_s`` is the length of the leases it gives, in seconds (0.1 to 3600)."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        lease_s: float = 30.0,
+        limits: Limits = Limits(),  # noqa: B008 - immutable
+        feed_changes: int = FEED_CHANGES,
+    ) -> None:
+        self.sessions = Sessions(int(lease_s * 1000) * 1_000_000, boottime_ns, feed_changes)
+        self.janitor = Janitor(engine, self.sessions)
+        self.connections: set[Connection] = set()
+        self._service = Service(engine, self.sessions, self.janitor)
+        self._limits = limits
+        self._listening: asyncio.Server | None = None
+        self._cleaning: asyncio.Task[None] | None = None
+
+    async def start(self, address: str, *, insecure: bool = False) -> str:
+        """Listen on an address and return the one it came to be (a TCP port of 0 is chosen by the kernel).
+
+        What an earlier run left is cleared up in the background. Raises :exc:`ValueError` for what is not an address
+        and :exc:`~metaserver.listener.ListenError` for one that cannot be listened on.
+        """
+        sock = listener.listen(wire.parse_address(address), insecure)
+        self._socket = sock
+        self._listening = await asyncio.get_running_loop().create_server(self._accept, sock=sock)
+        self._cleaning = asyncio.create_task(self.janitor.run(), name="janitor")
+        return listener.address_of(sock)
+
+    def _accept(self) -> Connection:
+        return Connection(self._service, self._limits, self.connections)
+
+    async def close(self) -> None:
+        """Accept nothing more, answer what is in progress, close every connection and remove the socket's file.
+
+        A second call does nothing.
+        """
+        if self._listening is None or self._cleaning is None or not self._listening.is_serving():
+            return
+        listener.remove_socket(self._socket)
+        self._listening.close()
+        self._cleaning.cancel()
+        await asyncio.wait({self._cleaning})
+        ends = [asyncio.create_task(connection.shut()) for connection in self.connections]
+        if ends and (late := (await asyncio.wait(ends, timeout=_CLOSE_S))[1]):
+            for connection in list(self.connections):
+                connection.cut("the server is closing")
+            await asyncio.wait(late)

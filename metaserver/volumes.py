@@ -1,0 +1,65 @@
+"""Volumes: the registry of them, and what a verb is told about the one it works on."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass
+
+from metaserver import keys, records, wire
+from metaserver.engine.base import Snapshot, Transaction
+from metaserver.errors import Refused
+from metaserver.wire import ErrorCode
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A volume of the engine; never changes once made."""
+
+    id: int
+    name: str
+    #: Bytes; larger files live in slices.
+    inline_limit: int
+    #: URL of the object store that holds the slices.
+    store: str
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """On whose behalf a verb runs: the volume, the 16-byte session id, and the wall clock in nanoseconds."""
+
+    volume: Volume
+    session: bytes
+    now_ns: int
+
+
+def create_volume(txn: Transaction, request: wire.CreateVolume, now_ns: int) -> Volume:
+    """Make a volume with an empty root directory, owned by root; VOLUME_EXISTS if the name is taken."""
+    if txn.get(keys.volume(request.name)) is not None:
+        raise Refused(ErrorCode.VOLUME_EXISTS, f"there is a volume {request.name!r} already")
+    number = records.unpack_number(txn.get(keys.next_volume()), 1)
+    txn.put(keys.next_volume(), records.pack_number(number + 1))
+    volume = Volume(number, request.name, request.inline_limit, request.store)
+    txn.put(keys.volume(request.name), records.pack_volume(number, request.inline_limit, request.store))
+    root = records.Inode.made(wire.ROOT_INO, stat.S_IFDIR | 0o755, 0, 0, 0, now_ns, parent=wire.ROOT_INO)
+    txn.put(keys.inode(number, root.ino), root.pack())
+    txn.put(keys.shard(number, keys.shard_of(root.ino)), records.Shard(inodes=1).pack())
+    return volume
+
+
+def open_volume(snapshot: Snapshot, name: str) -> Volume:
+    """Return a volume by name; NO_SUCH_VOLUME."""
+    record = snapshot.get(keys.volume(name))
+    if record is None:
+        raise Refused(ErrorCode.NO_SUCH_VOLUME, f"there is no volume {name!r}")
+    return _volume(name, record)
+
+
+def list_volumes(snapshot: Snapshot) -> list[Volume]:
+    """Return every volume, by name."""
+    rows = snapshot.range(*keys.volumes())
+    return [_volume(keys.volume_name(key), record) for key, record in rows]
+
+
+def _volume(name: str, record: bytes) -> Volume:
+    number, inline_limit, store = records.unpack_volume(record)
+    return Volume(number, name, inline_limit, store)

@@ -1,0 +1,104 @@
+"""Fixtures of all levels. Real mounts skip, and say why, where they are not possible."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+import rig
+from hypothesis import settings
+
+settings.register_profile("bpfuse", deadline=None)  # a machine under load is no failure
+settings.load_profile("bpfuse")
+
+_REPORT = pytest.StashKey[pytest.TestReport]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Keep the outcome of the test itself, for fixtures that tell more when it has failed."""
+    report = yield
+    if report.when == "call":
+        item.stash[_REPORT] = report
+    return report
+
+
+class MountFactory(Protocol):
+    """Makes mounts that end with the test."""
+
+    def __call__(
+        self, accel: str = ..., *options: str, url: str | None = None, name: str = ..., allowed: tuple[str, ...] = ...
+    ) -> rig.Mount:
+        """Mount a volume (a fresh one unless ``url`` is given) with --accel ``accel`` and further options.
+
+        ``name`` is the mount point's. ``allowed``: patterns of serious log lines that the test provokes.
+        """
+
+
+@pytest.fixture
+def sandbox() -> Iterator[rig.Sandbox]:
+    """A directory and a runtime directory of the test's own; at the end nothing may be left of what ran in it."""
+    box = rig.Sandbox()
+    try:
+        yield box
+        box.assert_nothing_runs()
+    finally:
+        box.close()
+
+
+@pytest.fixture
+def runtime_root(sandbox: rig.Sandbox, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The runtime directory of this test, for this process too; it does not exist yet."""
+    monkeypatch.setenv("BPFUSE_RUNTIME_DIR", str(sandbox.runtime))
+    return sandbox.runtime
+
+
+@pytest.fixture(scope="session")
+def needs_mounts() -> None:
+    """Skip where nothing can be mounted."""
+    rig.require_mounts()
+
+
+@pytest.fixture(scope="session")
+def needs_uring() -> None:
+    """Skip, with the reason that ``bpfuse doctor`` gives, where requests cannot be answered in the kernel."""
+    rig.require_uring()
+
+
+@pytest.fixture(params=["bpf", "off"])
+def accel(request: pytest.FixtureRequest) -> str:
+    """Both ways to answer requests: a test that takes this runs accelerated, and as its own twin without."""
+    if request.param == "bpf":
+        rig.require_uring()
+    return str(request.param)
+
+
+@pytest.fixture
+def mount(sandbox: rig.Sandbox, request: pytest.FixtureRequest) -> Iterator[MountFactory]:
+    """Real mounts, made by the real command, each under a watchdog."""
+    rig.require_mounts()
+    mounted: list[rig.Mount] = []
+    with contextlib.ExitStack() as stack:
+
+        def make(
+            accel: str = "off",
+            *options: str,
+            url: str | None = None,
+            name: str = "mnt",
+            allowed: tuple[str, ...] = (),
+        ) -> rig.Mount:
+            if accel == "bpf":
+                rig.require_uring()
+            url = url or sandbox.format(f"{name}-volume")
+            made = rig.Mount(sandbox, url, sandbox.directory(name), accel, options, list(allowed))
+            mounted.append(made)
+            return stack.enter_context(rig.watched(made))
+
+        yield make
+        report = request.node.stash.get(_REPORT, None)
+        if report is not None and report.failed:
+            for each in mounted:
+                print(f"--- log of {each.path}\n{each.read_log()}")

@@ -1,0 +1,76 @@
+"""One example of every message, with every optional field in use: what the wire and server tests send around."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from metaserver import wire
+
+ATTRIBUTES: Final = wire.Attributes(
+    ino=2**48 - 1,
+    mode=0o100644,
+    nlink=1,
+    uid=2**32 - 1,
+    gid=0,
+    rdev=0,
+    size=2**63 - 1,
+    atime_ns=-1,
+    mtime_ns=2**63 - 1,
+    ctime_ns=-(2**63),
+    flags=wire.InodeFlag.INLINE,
+    version=7,
+)
+ENTRY: Final = wire.DirectoryEntry(b"\xff name", 3, ATTRIBUTES, b"content")
+SLICE: Final = wire.Slice(0, 4096, 5, 0)
+SESSION: Final = bytes(range(16))
+
+REQUESTS: Final[list[wire.Request]] = [
+    wire.Hello(1, "test"),
+    wire.CreateVolume("volume", "file:///blocks", 65536),
+    wire.OpenSession("volume", "client", SESSION),
+    wire.Renew(9),
+    wire.CloseSession(),
+    wire.Lookup(1, b"name"),
+    wire.FetchDirectory(1, 0, 100, 65536, 2**63 - 1, b"around"),
+    wire.GetAttributes(1),
+    wire.SetAttributes(1, 0o644, 0, 0, 10, 11, 12),
+    wire.MakeNode(1, b"name", 0o120777, 0, 0, 0, b"target"),
+    wire.Link(2, 1, b"name"),
+    wire.Remove(1, b"name", True),
+    wire.Rename(1, b"a", 2, b"b", True, True),
+    wire.Reap([2, 3]),
+    wire.ReadLink(2),
+    wire.GetXattr(2, b"user.a"),
+    wire.ListXattrs(2),
+    wire.SetXattr(2, b"user.a", b"value", True, True),
+    wire.RemoveXattr(2, b"user.a"),
+    wire.GetContent(2, 0, 4096),
+    wire.WriteInline(2, 0, b"data"),
+    wire.NewSlices(3),
+    wire.CommitSlices(2, [SLICE], 4096, True, 7),
+    wire.GetStatistics(),
+    wire.ListSlices(100),
+    wire.ForgetSlices([1, 2]),
+]
+
+REPLIES: Final[list[wire.Reply]] = [
+    wire.Failure(wire.ErrorCode.NOT_FOUND, "no such thing"),
+    wire.Done(),
+    wire.Welcome(1, "test", 2**63 - 1),
+    wire.SessionOpened(SESSION, 30_000, 5, "file:///blocks", 65536, False),
+    wire.Renewed(30_000, 6, [(1, b"name")], [1, 2], False),
+    wire.Found(ATTRIBUTES, 4),
+    wire.DirectoryPage(ATTRIBUTES, [ENTRY, wire.DirectoryEntry(b"b", 4, ATTRIBUTES)], True, True, True),
+    wire.Changed([ATTRIBUTES], 8),
+    wire.TargetIs(b"target"),
+    wire.XattrIs(b""),
+    wire.XattrNames([b"user.a", b"user.b"]),
+    wire.Content(ATTRIBUTES, None, [SLICE]),
+    wire.SliceIds([1, 2**63 - 1]),
+    wire.Statistics(1, 2, 3, 4),
+]
+
+
+def body(request_id: int, message: wire.Request | wire.Reply) -> bytes:
+    """Return a message's frame without its header."""
+    return wire.encode(request_id, message)[wire.HEADER_BYTES :]

@@ -1,0 +1,300 @@
+"""A worker without its process and without a mount: its operations are called directly, against a real metaserver.
+
+The kernel is played by :class:`Maps`, which remembers what a BPF program would answer, and :class:`Kernel`, which
+remembers notifications.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import stat
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import pyfuse3
+import pytest
+from served import VOLUME, Client, Metaserver, serving
+
+from fuseclient.config import MapFds, MountOptions, WorkerConfig
+from fuseclient.worker.mount import Mount
+from fuseclient.worker.operations import Operations
+from metaserver import wire
+
+ROOT: Final = wire.ROOT_INO
+ME: Final[Any] = SimpleNamespace(uid=0, gid=0, pid=1, umask=0o022)
+INLINE_LIMIT: Final = 4096
+
+_NO_FDS: Final = MapFds(
+    control=-1,
+    names=-1,
+    inodes=-1,
+    pages=-1,
+    opens=-1,
+    counters=-1,
+    name_capacity=1 << 16,
+    inode_capacity=1 << 16,
+    page_count=1 << 16,
+)
+
+
+class Maps:
+    """The BPF maps: what is in here is answered without the worker."""
+
+    def __init__(self) -> None:
+        self.names: dict[tuple[int, bytes], int] = {}
+        self.inodes: dict[int, wire.Attributes] = {}
+        self.data: dict[int, bytes] = {}
+        self.opens: dict[int, int] = {}
+        self.deadline_ns = 0
+        self.epoch = 0
+        self.statfs: dict[str, int] = {}
+
+    def put(self, parent: int, entries: Sequence[wire.DirectoryEntry]) -> None:
+        for entry in entries:
+            self.put_name(parent, entry.name, entry.attributes.ino)
+            self.put_inode(entry.attributes, entry.data)
+
+    def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
+        self.drop_inode(attributes.ino)
+        self.inodes[attributes.ino] = attributes
+        if data is not None:
+            self.data[attributes.ino] = data
+
+    def put_name(self, parent: int, name: bytes, ino: int) -> None:
+        self.names[parent, name] = ino
+
+    def put_absent(self, parent: int, name: bytes) -> None:
+        self.names[parent, name] = 0
+
+    def drop_name(self, parent: int, name: bytes) -> None:
+        self.names.pop((parent, name), None)
+
+    def drop_inode(self, ino: int) -> None:
+        self.inodes.pop(ino, None)
+        self.data.pop(ino, None)
+
+    def renew(self, deadline_ns: int) -> None:
+        self.deadline_ns = deadline_ns
+
+    def bump_epoch(self) -> None:
+        self.epoch += 1
+        for each in (self.names, self.inodes, self.data):
+            each.clear()
+
+    def put_statfs(self, **figures: int) -> None:
+        self.statfs = figures
+
+    def drop_statfs(self) -> None:
+        self.statfs = {}
+
+    def is_open(self, ino: int) -> bool:
+        return self.opens.get(ino, 0) > 0
+
+    def released(self, ino: int) -> None:
+        self.opens[ino] -= 1
+
+    def figures(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+class Forgetful(Maps):
+    """No maps."""
+
+    def put(self, parent: int, entries: Sequence[wire.DirectoryEntry]) -> None:
+        pass
+
+    def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
+        pass
+
+    def put_name(self, parent: int, name: bytes, ino: int) -> None:
+        pass
+
+    def put_absent(self, parent: int, name: bytes) -> None:
+        pass
+
+
+class Kernel:
+    """Notifications, in order. They wait while ``gate`` is an event that is not set."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        self.has_epochs = True
+        self.gate: Any = None
+
+    async def _pass(self, *what: Any) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
+        self.log.append(what)
+
+    async def invalidate_inode(self, ino: int) -> None:
+        await self._pass("inode", ino)
+
+    async def invalidate_entry(self, parent: int, name: bytes) -> None:
+        await self._pass("entry", parent, name)
+
+    async def increment_epoch(self) -> bool:
+        await self._pass("epoch")
+        return self.has_epochs
+
+
+class Rig:
+    """A mount, and a second client of its volume to change things behind its back."""
+
+    def __init__(self, metaserver: Metaserver, other: Client, mount: Mount, maps: Maps, kernel: Kernel) -> None:
+        self.metaserver = metaserver
+        self.other = other
+        self.mount = mount
+        self.maps = maps
+        self.kernel = kernel
+
+    @property
+    def remembers(self) -> bool:
+        return not isinstance(self.maps, Forgetful)
+
+    @property
+    def ops(self) -> Operations:
+        return self.mount.operations
+
+    @property
+    def session(self) -> Any:
+        return self.mount._session
+
+    async def renew(self) -> None:
+        """Have the session renew now, and the kernel drop what is to be dropped."""
+        connection = self.session._connection
+        await self.session._renew(connection)
+        assert self.mount._changes is not None
+        await self.mount._changes.settle()
+
+    # Shorter forms
+
+    async def create(self, name: bytes, data: bytes = b"", parent: int = ROOT, mode: int = 0o644) -> int:
+        """Make a file with content, and close it; return its inode."""
+        info, entry = await self.ops.create(parent, name, stat.S_IFREG | mode, 0o102, ME)
+        if data:
+            await self.ops.write(info.fh, 0, data)
+        await self.close(info.fh)
+        return entry.st_ino
+
+    async def close(self, fh: int) -> None:
+        await self.ops.flush(fh)
+        await self.ops.release(fh)
+
+    async def ino(self, name: bytes, parent: int = ROOT) -> int:
+        """Look a name up; 0: it is absent."""
+        return (await self.ops.lookup(parent, name, ME)).st_ino
+
+    async def content(self, ino: int) -> bytes:
+        info = await self.ops.open(ino, 0, ME)
+        size = (await self.ops.getattr(ino, ME)).st_size
+        data = await self.ops.read(info.fh, 0, size + 10)
+        await self.close(info.fh)
+        return data
+
+    async def set_attributes(self, ino: int, **values: int) -> pyfuse3.EntryAttributes:
+        """Call setattr with attributes by their names in struct stat, without the prefix (size, mode, mtime_ns)."""
+        attr = pyfuse3.EntryAttributes()
+        names = ("atime", "mtime", "ctime", "mode", "uid", "gid", "size")
+        fields: Any = SimpleNamespace(**{f"update_{name}": False for name in names})
+        for name, value in values.items():
+            setattr(attr, f"st_{name}", value)
+            setattr(fields, f"update_{name.removesuffix('_ns')}", True)
+        return await self.ops.setattr(ino, attr, fields, None, ME)
+
+    async def listing(self, ino: int = ROOT, at_once: int = 1000) -> dict[bytes, int]:
+        """List a directory through READDIR replies of ``at_once`` entries each."""
+        fh = await self.ops.opendir(ino, ME)
+        found: list[tuple[bytes, int]] = []
+        start = 0
+        while entries := await self.readdir(fh, start, at_once):
+            found += [(name, entry.st_ino) for name, entry, _ in entries]
+            start = entries[-1][2]
+        await self.ops.releasedir(fh)
+        assert len({name for name, _ in found}) == len(found), "an entry was listed twice"
+        assert [name for name, _ in found[:2]] == [b".", b".."]
+        return dict(found[2:])
+
+    async def readdir(self, fh: int, start: int, at_once: int) -> list[tuple[bytes, pyfuse3.EntryAttributes, int]]:
+        token = Token(at_once)
+        await self.ops.readdir(fh, start, token)  # type: ignore[arg-type]
+        return token.entries
+
+    async def assert_maps_are_right(self) -> None:
+        """Everything in the maps is what the metaserver says."""
+        for (parent, name), ino in self.maps.names.items():
+            try:
+                found = await self.other.connection.call(wire.Lookup(parent, name), wire.Found)
+                actual = found.attributes.ino
+            except Exception:
+                actual = 0
+            assert ino == actual, f"{name!r} in {parent} is {ino} in the maps and {actual} in fact"
+        for ino, attributes in self.maps.inodes.items():
+            assert attributes == await self.other.attributes(ino)
+        for ino, data in self.maps.data.items():
+            if stat.S_ISREG(self.maps.inodes[ino].mode):
+                content = await self.other.connection.call(wire.GetContent(ino, 0, wire.MAX_INLINE), wire.Content)
+                assert content.inline is None or content.inline.ljust(content.attributes.size, b"\0") == data
+                assert len(data) == content.attributes.size
+
+
+class Token:
+    """What stands for pyfuse3's ReaddirToken: a buffer with room for some entries."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.entries: list[tuple[bytes, pyfuse3.EntryAttributes, int]] = []
+
+    def reply(self, name: bytes, attr: pyfuse3.EntryAttributes, next_id: int) -> bool:
+        if len(self.entries) >= self.room:
+            return False
+        self.entries.append((name, attr, next_id))
+        return True
+
+
+@contextlib.asynccontextmanager
+async def rigged(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, *, maps: bool = True, lease_s: float = 30.0, **more: Any
+) -> AsyncIterator[Rig]:
+    """A metaserver with a volume, another client of it, and a worker's mount."""
+    monkeypatch.setattr(pyfuse3, "readdir_reply", lambda token, name, attr, next_id: token.reply(name, attr, next_id))
+    async with serving(directory, lease_s=lease_s) as metaserver:
+        connection = await metaserver.connect()
+        await connection.call(wire.CreateVolume(VOLUME, f"file://{directory}/blocks", INLINE_LIMIT), wire.Done)
+        other = Client(connection)
+        await other.open(VOLUME)
+        played, kernel = Maps() if maps else Forgetful(), Kernel()
+        mount = Mount(config(metaserver.address, maps=maps, **more), played, kernel)
+        await mount.open()
+        try:
+            yield Rig(metaserver, other, mount, played, kernel)
+        finally:
+            await mount.close()
+            connection.abort()
+
+
+def config(address: str, *, maps: bool = True, generation: int = 1, session: str | None = None) -> WorkerConfig:
+    return WorkerConfig(
+        options=MountOptions(url="file:///volume", mountpoint="/mnt"),
+        address=address,
+        volume=VOLUME,
+        fuse_fd=-1,
+        notify_fd=-1,
+        status_fd=-1,
+        generation=generation,
+        maps=_NO_FDS if maps else None,
+        session=session,
+    )
+
+
+@contextlib.contextmanager
+def fails(number: int) -> Any:
+    """The operation answers this errno."""
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        yield
+    assert caught.value.errno == number, f"{errno.errorcode[caught.value.errno]}, not {errno.errorcode[number]}"

@@ -1,4 +1,4 @@
-"""``python -m bench``: measure, print a table, and write bench/results/yardstick.json. Exit code 1: a ratio is missed."""
+"""``python -m bench``: measure, print tables, write bench/results/yardstick.json. Exit code 1: a ratio is missed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def main(
         for system in systems:
             system.prepare(_TREE)
         per_round = 3 * len(systems)
-        samples = list(track(yardstick.measure(systems, rounds), "measuring", total=rounds * per_round, console=console))
+        measured = yardstick.measure(systems, rounds)
+        samples = list(track(measured, "measuring", total=rounds * per_round, console=console))
     ratios = yardstick.ratios(samples)
     console.print(_medians_table(samples), _ratios_table(ratios))
     _write(samples, ratios, rounds)

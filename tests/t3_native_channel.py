@@ -12,8 +12,10 @@ import rig
 from fuseclient import mounts
 from fuseclient.channel import acceleration
 
-_SOURCES = [rig.REPOSITORY / "tests/native/channel_test.c"] + [
-    rig.REPOSITORY / f"fuseclient/channel/native/{name}.c" for name in ("pending", "queue", "device", "bridge", "notify")
+_CHANNEL = ("pending", "queue", "device", "bridge", "notify")
+_SOURCES = [
+    rig.REPOSITORY / "tests/native/channel_test.c",
+    *(rig.REPOSITORY / f"fuseclient/channel/native/{name}.c" for name in _CHANNEL),
 ]
 _SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

@@ -79,12 +79,15 @@ class Metaserver(Child):
         reading, writing = os.pipe()
         arguments = ["-m", "metaserver", "--engine", volume.engine_url, "--listen", f"unix:{path}"]
         arguments += ["--ready-fd", str(writing), "--lease-s", str(options.lease_s), "--log-level", options.log_level]
-        with open(reading, "rb", buffering=0) as ready:
+        try:
             try:
                 server = cls("metaserver", await _spawn([*arguments, "--die-with-parent"], [writing]))
             finally:
                 os.close(writing)
-            said, _, text = (await _read_line(ready.fileno(), server)).decode(errors="replace").strip().partition(" ")
+            line = await _read_line(reading, server)
+        finally:
+            os.close(reading)
+        said, _, text = line.decode(errors="replace").strip().partition(" ")
         if said != "ready":
             await server.stop(1.0)
             raise StartError(text or "the metaserver ended before it was ready; see the log")
@@ -237,4 +240,3 @@ async def _read_line(descriptor: int, child: Child) -> bytes:
     finally:
         loop.remove_reader(descriptor)
     return bytes(received)
-

@@ -47,7 +47,7 @@ async def _reply(line: bytes, commands: Mapping[str, Command]) -> dict[str, Any]
     try:
         name = msgspec.json.decode(line, type=_Question).command
     except msgspec.DecodeError:
-        return {"error": "not a question: expected {\"command\": NAME}"}
+        return {"error": 'not a question: expected {"command": NAME}'}
     if name not in commands:
         return {"error": f"no command {name!r}"}
     try:

@@ -24,7 +24,7 @@ from typing import Any, Final
 from fuseclient import mounts, runtime
 from fuseclient.channel import acceleration, control_server
 from fuseclient.channel.children import Child, Metaserver, StartError, Worker
-from fuseclient.channel.transport import NoUring, Transport, TransportError
+from fuseclient.channel.transport import NoUring, Transport
 from fuseclient.config import MountOptions
 from fuseclient.native import Bpf, NativeError
 from fuseclient.observe import stats
@@ -338,4 +338,3 @@ class Mount:
         if self._server is not None:
             await self._server.stop(_SERVER_END_S)
         self.directory.remove()
-

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from namespaces import DIRECTORY, FILE, INLINE_LIMIT, ROOT, SESSION, SYMLINK, Files, new_engine
@@ -249,10 +249,11 @@ class Namespace(RuleBasedStateMachine):
             self.make(("directory", 0, b"b"), mode)
 
     def teardown(self) -> None:
-        self.runner.run(self.compare_all())
-        self.runner.run(self.fs.engine.close())
-        self.runner.close()
-        self.directory.cleanup()
+        with self.directory, self.runner:
+            try:
+                self.runner.run(self.compare_all())
+            finally:
+                self.runner.run(self.fs.engine.close())
 
     def node(self, which: int) -> Node:
         return self.ever[-1 - which % len(self.ever)]
@@ -410,10 +411,20 @@ class LmdbNamespace(Namespace):
     engine = "lmdb"
 
 
+#: Without the phase that explains a failure, which takes longer than all others.
+PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
+
 TestNamespace = Namespace.TestCase
-TestNamespace.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestNamespace.settings = settings(
+    max_examples=200, stateful_step_count=50, deadline=None, derandomize=True, phases=PHASES
+)
 
 TestLmdbNamespace = LmdbNamespace.TestCase
 TestLmdbNamespace.settings = settings(
-    max_examples=12, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=15,
+    stateful_step_count=50,
+    deadline=None,
+    derandomize=True,
+    phases=PHASES,
+    suppress_health_check=[HealthCheck.too_slow],
 )

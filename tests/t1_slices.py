@@ -337,7 +337,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(STEP, max_size=25), st.integers(2, 6))
 def test_content_model(steps: list[tuple[object, ...]], tidy_at: int) -> None:
     """Any sequence of commits, changes of size and sweeps reads like a list of bytes."""

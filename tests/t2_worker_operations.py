@@ -39,6 +39,12 @@ async def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) ->
         yield rig
 
 
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """The test provokes errors that are logged."""
+    caplog.set_level(logging.CRITICAL, "fuseclient")
+
+
 def spied(rig: Rig) -> list[wire.Request]:
     """Return the list that every request to the metaserver goes into from now on."""
     log: list[wire.Request] = []
@@ -377,8 +383,7 @@ async def test_pages_stay_only_if_the_file_is_unchanged(rig: Rig) -> None:
     assert not (await rig.ops.open(ino, os.O_RDONLY, ME)).keep_cache
 
 
-async def test_errors_of_a_store_reach_fsync(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    logging.getLogger("fuseclient").setLevel(logging.CRITICAL)
+async def test_errors_of_a_store_reach_fsync(quiet: None, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     info, _ = await rig.ops.create(ROOT, b"file", 0o644, os.O_RDWR, ME)
 
     async def broken(*_: Any) -> None:
@@ -574,8 +579,9 @@ async def test_when_everything_may_have_changed_all_pages_are_dropped(rig: Rig) 
     await rig.assert_maps_are_right()
 
 
-async def test_a_kernel_that_fails_to_drop_gets_no_new_deadline(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    logging.getLogger("fuseclient").setLevel(logging.CRITICAL)
+async def test_a_kernel_that_fails_to_drop_gets_no_new_deadline(
+    quiet: None, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = await rig.other.make(b"file")
     deadline_ns = rig.maps.deadline_ns
 
@@ -602,14 +608,13 @@ async def test_a_file_that_others_changed_while_it_is_written(rig: Rig) -> None:
     await rig.assert_maps_are_right()
 
 
-async def test_a_lost_session_drops_everything(rig: Rig) -> None:
+async def test_a_lost_session_drops_everything(quiet: None, rig: Rig) -> None:
     await rig.create(b"file", b"content")
     session = rig.metaserver.server.sessions
     for each in list(session._sessions.values()):
         if each.id == rig.mount.session_id:
             session.end(each)
     rig.metaserver.drop_connections()
-    logging.getLogger("fuseclient").setLevel(logging.CRITICAL)
     rig.session.renew_now()
     await until(lambda: ("epoch",) in rig.kernel.log)
     assert (await rig.ops.lookup(ROOT, b"file", ME)).st_size == 7

@@ -41,6 +41,7 @@ def main() -> int:
 
 async def _serve(options: MountOptions, ready_fd: int) -> int:
     mount = Mount(options)
+    mount.stop_at_signals()
     try:
         await mount.start()
     except (StartError, TransportError, NativeError, UserError) as error:

@@ -62,6 +62,7 @@ class Mount:
         self._ending = False
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
+        self._stop_asked = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Start
@@ -187,11 +188,14 @@ class Mount:
 
     # Life
 
+    def stop_at_signals(self) -> None:
+        """Have SIGTERM and SIGINT end the mount; one that comes while it starts ends it when it has started."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop_asked.set)
+
     async def run(self) -> None:
         """Return when the mount has ended, by whatever hand, and everything of it is gone."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, lambda: self._watch("unmount", self.unmount()))
+        self._watch("signals", self._watch_signals())
         await self._ended.wait()
         _log.info("%s is unmounted", self.options.mountpoint)
         await self._tear_down()
@@ -205,6 +209,10 @@ class Mount:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("the task %s failed", task.get_name(), exc_info=error)
+
+    async def _watch_signals(self) -> None:
+        await self._stop_asked.wait()
+        await self.unmount()
 
     async def _watch_transport(self) -> None:
         await self._ended.wait()
@@ -242,8 +250,11 @@ class Mount:
             self._worker.release()
             self._worker = worker
             self.restarts += 1
-            with contextlib.suppress(StartError):  # it ended again: its watcher sees that next
+            try:
                 await self._attach(worker)
+            except StartError as error:
+                _log.error("%s", error)
+                await worker.stop(1.0)  # its watcher starts the next
             self._write_record()
             return
 

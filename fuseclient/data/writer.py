@@ -114,6 +114,11 @@ class Writer:
         #: Bytes written and not yet committed, of all files.
         self.bytes = 0
 
+    @property
+    def count(self) -> int:
+        """How many files are open for writing."""
+        return len(self._files)
+
     def is_open(self, ino: int) -> bool:
         """Whether a file is open for writing."""
         return ino in self._files

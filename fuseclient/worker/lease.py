@@ -32,5 +32,9 @@ class Lease:
 
     def ttl_s(self) -> float:
         """Return for how many seconds the kernel may keep what it is told now."""
-        left_s = max(0, self.deadline_ns - self._clock()) / 1e9
+        left_s = self.left_s()
         return left_s if self._kernel_ttl_s is None else min(left_s, self._kernel_ttl_s)
+
+    def left_s(self) -> float:
+        """Return for how many seconds the lease runs."""
+        return max(0, self.deadline_ns - self._clock()) / 1e9

@@ -79,7 +79,7 @@ class Mount:
     def _assemble(self, opened: wire.SessionOpened) -> None:
         config, cache, session = self._config, self._cache, self._session
         open_handles: Counter[int] = Counter()
-        lease = Lease(cache, config.options.kernel_ttl_s)
+        self._lease = lease = Lease(cache, config.options.kernel_ttl_s)
         feeder = Feeder(cache, lambda ino: self._writer.is_open(ino))
         self._writer = Writer(
             session, self._store, opened.inline_limit, lambda changed: feeder.changed(changed.attributes)
@@ -112,12 +112,15 @@ class Mount:
         """The session to be resumed by the next worker."""
         return self._session.id or b""
 
-    def figures(self) -> dict[str, Any]:
+    async def figures(self) -> dict[str, Any]:
         """Return what the channel shows of its worker, and needs to know to start the next."""
+        cache = await asyncio.to_thread(self._cache.figures)
         return {
             "session": self.session_id.hex(),
-            "epoch": self._cache.epoch,
+            "lease_remaining_s": self._lease.left_s(),
             "uncommitted_bytes": self._writer.bytes,
+            "files_being_written": self._writer.count,
+            "filling": cache.get("filling", {}),
         }
 
     async def close(self) -> None:

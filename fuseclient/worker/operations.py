@@ -44,6 +44,8 @@ _DOTS: Final = 2
 _STATISTICS_NS: Final = 1_000_000_000
 #: Kinds of xattr that are not kept for anybody.
 _FOREIGN_XATTRS: Final = b"system."
+#: Kinds of xattr that only root may know of. The kernel sees to it that only root gets and sets them.
+_ROOT_XATTRS: Final = b"trusted."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +271,8 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        return (await self._session.call(wire.ListXattrs(inode), wire.XattrNames)).names
+        names = (await self._session.call(wire.ListXattrs(inode), wire.XattrNames)).names
+        return names if ctx.uid == 0 else [name for name in names if not name.startswith(_ROOT_XATTRS)]
 
     @answered
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:

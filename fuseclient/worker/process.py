@@ -19,7 +19,7 @@ import logging
 import os
 import select
 import signal
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
 import msgspec
@@ -41,7 +41,6 @@ _MAX_TASKS: Final = 1024
 _MIN_TASKS: Final = 16
 #: Seconds that a clean stop may take before the process just ends.
 _STOP_S: Final = 30
-_FIGURES_S: Final = 1.0
 
 
 def main(argv: list[str]) -> int:
@@ -85,16 +84,44 @@ def _set_up_logging(config: WorkerConfig) -> None:
 
 
 class Status:
-    """The pipe to the channel: JSON objects, one a line. One that does not fit at once is left out."""
+    """The stream to the channel: JSON objects, one a line, and the line "figures" that asks for one of them."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._tasks: set[asyncio.Task[None]] = set()
         os.set_blocking(fd, False)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send an object, unless the pipe is full or nobody reads it."""
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+        """Send an object, unless the channel does not read it."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
             os.write(self._fd, json.dumps(message).encode() + b"\n")
+
+    @contextlib.contextmanager
+    def answering(self, figures: Callable[[], Awaitable[dict[str, Any]]]) -> Iterator[None]:
+        """Answer the channel's questions with ``figures``."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._fd, self._asked, figures)
+        try:
+            yield
+        finally:
+            loop.remove_reader(self._fd)
+
+    def _asked(self, figures: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+        try:
+            asked = os.read(self._fd, 4096)
+        except BlockingIOError:
+            return
+        except OSError:
+            asked = b""
+        if not asked:
+            asyncio.get_running_loop().remove_reader(self._fd)
+        for _ in range(asked.count(b"figures\n")):
+            task = asyncio.create_task(self._answer(figures))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, figures: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+        self.send(await figures())
 
 
 class Worker:
@@ -123,13 +150,9 @@ class Worker:
         options = set(pyfuse3.default_options) | {"fsname=bpfuse"}
         pyfuse3.init(mount.operations, f"/dev/fd/{self._config.fuse_fd}", options)
         try:
-            with self._watched():
+            with self._watched(), self._status.answering(mount.figures):
                 self._status.send({"ready": True, "session": mount.session_id.hex()})
-                figures = asyncio.create_task(self._report(mount), name="figures")
-                try:
-                    await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
-                finally:
-                    figures.cancel()
+                await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
         finally:
             pyfuse3.close(unmount=False)
 
@@ -168,11 +191,6 @@ class Worker:
             _log.debug("after the end: %s", context["exception"])
         else:
             loop.default_exception_handler(context)
-
-    async def _report(self, mount: Mount) -> None:
-        while True:
-            await asyncio.sleep(_FIGURES_S)
-            self._status.send({"figures": mount.figures()})
 
 
 def _open_cache(config: WorkerConfig) -> Cache:

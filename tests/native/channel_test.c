@@ -29,13 +29,22 @@
 
 enum { FILES = 50, SIZE = 5000, THREADS = 4, ROUNDS = 40, DEADLINE_S = 40 };
 
-#define CHECK(condition)                                                                 \
-	do {                                                                             \
-		if (!(condition)) {                                                      \
-			fprintf(stderr, "failed at line %d: %s\n", __LINE__, #condition); \
-			exit(1);                                                         \
-		}                                                                        \
-	} while (0)
+static const char *directory;
+
+/* A forced unmount aborts the connection; without it a thread that waits for a reply could not be killed. */
+static void give_up(void)
+{
+	umount2(directory, MNT_FORCE | MNT_DETACH);
+	_exit(1);
+}
+
+static void fail(int line, const char *condition)
+{
+	fprintf(stderr, "failed at line %d: %s (errno: %s)\n", line, condition, strerror(errno));
+	give_up();
+}
+
+#define CHECK(condition) ((condition) ? (void)0 : fail(__LINE__, #condition))
 
 struct worker {
 	int fuse, notify;
@@ -44,8 +53,6 @@ struct worker {
 	bool nonsense;			/* answers with what is not a reply */
 	pthread_t thread;
 };
-
-static const char *directory;
 
 static void attributes_of(uint64_t ino, struct fuse_attr *attr)
 {
@@ -294,12 +301,45 @@ static void test_notifications(struct bpfuse_channel *channel, struct worker *wo
 	printf("ok: notifications return the kernel's result\n");
 }
 
-/* A forced unmount aborts the connection; without it a thread that waits for a reply could not be killed. */
+static void on_interrupt(int number)
+{
+	(void)number;
+}
+
+static void *interrupted_run(void *argument)
+{
+	struct stat status;
+	char path[200];
+
+	(void)argument;
+	snprintf(path, sizeof(path), "%s/f2", directory);
+	return stat(path, &status) == -1 && errno == EINTR ? (void *)directory : NULL;
+}
+
+/* While there is no worker, a request waits; a signal ends the wait. */
+static void test_interrupted(struct bpfuse_channel *channel)
+{
+	struct sigaction action = { .sa_handler = on_interrupt };
+	struct bpfuse_channel_figures figures;
+	pthread_t thread;
+	void *result;
+
+	CHECK(!sigaction(SIGUSR1, &action, NULL));
+	CHECK(!pthread_create(&thread, NULL, interrupted_run, NULL));
+	do
+		bpfuse_channel_figures(channel, &figures);
+	while (!figures.held);
+	CHECK(!pthread_kill(thread, SIGUSR1));
+	CHECK(!pthread_join(thread, &result) && result);
+	bpfuse_channel_figures(channel, &figures);
+	CHECK(figures.interrupted == 1);
+	printf("ok: a request that waited for a worker was interrupted\n");
+}
+
 static void on_alarm(int number)
 {
 	(void)number;
-	umount2(directory, MNT_FORCE | MNT_DETACH);
-	_exit(2);
+	give_up();
 }
 
 int main(int argc, char **argv)
@@ -322,6 +362,7 @@ int main(int argc, char **argv)
 		return 1;
 	}
 	CHECK(!bpfuse_channel_start(channel));
+	test_interrupted(channel);
 	test_workers_die(channel, &worker);
 	test_refused(channel, &worker);
 	test_nonsense(channel, &worker);

@@ -357,7 +357,6 @@ int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index)
 	pthread_mutex_lock(&channel->lock);
 	pending->origin.unique = header->unique;
 	pending->opcode = header->opcode;
-	pending->interrupted = false;
 	if (error)
 		channel->figures.malformed_requests++;
 	else

@@ -134,6 +134,7 @@ void pending_finish(struct bpfuse_channel *channel, struct pending *pending)
 {
 	pending->state = PENDING_IDLE;
 	pending->generation++;
+	pending->interrupted = false;
 	if (pending->origin.kind == PENDING_ENTRY)
 		return;
 	free(pending->bytes);

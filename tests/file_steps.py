@@ -52,7 +52,7 @@ class Step(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What can be compared of a stat. Sizes and links of directories are 0."""
+    """What can be compared of a stat. Sizes and links of directories are 0, and the times of pipes, which FUSE keeps."""
 
     mode: int
     links: int
@@ -76,7 +76,7 @@ def facts_of(status: os.stat_result) -> Facts:
         status.st_uid,
         status.st_gid,
         status.st_rdev,
-        _time(status.st_mtime_ns),
+        0 if stat.S_ISFIFO(status.st_mode) else _time(status.st_mtime_ns),
     )
 
 

@@ -28,10 +28,9 @@ def answers(mounted: rig.Mount, opcode: str) -> Answers:
     return _NONE if found is None else Answers(**found)
 
 
-def outcomes(mounted: rig.Mount, opcode: str) -> dict[str, int]:
-    """Return how often the BPF programs came to each outcome for an opcode."""
-    found: dict[str, int] = stats(mounted)["outcomes"].get(opcode, {})
-    return found
+def outcome(mounted: rig.Mount, name: str) -> int:
+    """Return how often the BPF programs came to an outcome, for whatever opcode."""
+    return sum(counts.get(name, 0) for counts in stats(mounted)["outcomes"].values())
 
 
 def until_blocked(command: Sequence[str]) -> subprocess.Popen[str]:

@@ -11,7 +11,6 @@ import errno
 import mmap
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -229,7 +228,7 @@ def test_an_absent_name_is_absent_until_it_is_made(mount: MountFactory, accel: s
         path.rmdir()
     with pytest.raises(FileNotFoundError):
         path.stat()
-    absent = figures.outcomes(mounted, "LOOKUP").get("answered_absent", 0)
+    absent = figures.outcome(mounted, "answered_absent")
     assert (absent > 0) == (accel == "bpf")
 
 
@@ -277,14 +276,15 @@ def test_no_answer_after_the_lease_has_run_out(mount: MountFactory) -> None:
     write(path, b"x")
     warm(mounted.path)
     path.stat()
-    missed = figures.outcomes(mounted, "LOOKUP").get("miss_deadline", 0)
+    missed = figures.outcome(mounted, "miss_deadline")
     with stopped(mounted.process("worker").pid):
+        ended = time.monotonic() + 2
         path.stat()
+        rig.wait_for(lambda: time.monotonic() > ended, "the lease runs out")
         blocked = figures.until_blocked([sys.executable, "-c", f"import os; print(os.stat({str(path)!r}).st_size)"])
-        with pytest.raises(subprocess.TimeoutExpired):
-            blocked.wait(0.2)
+        assert blocked.poll() is None
     assert blocked.communicate(timeout=rig.WAIT_S)[0] == "1\n"
-    assert figures.outcomes(mounted, "LOOKUP")["miss_deadline"] > missed
+    assert figures.outcome(mounted, "miss_deadline") > missed
     answered = figures.answers(mounted, "LOOKUP").kernel
     rig.wait_for(lambda: path.stat() and figures.answers(mounted, "LOOKUP").kernel > answered, "BPF answers again")
 
@@ -298,7 +298,7 @@ def test_the_kernel_own_caches_end_with_the_lease(mount: MountFactory, accel: st
     started = time.monotonic()
     with stopped(mounted.process("worker").pid):
         child = figures.until_blocked([sys.executable, "-c", f"import os\nwhile True: os.stat({str(path)!r})"])
-        assert time.monotonic() - started < 1 + rig.WAIT_S / 2
+        assert time.monotonic() - started < 5
     child.kill()
     child.communicate(timeout=rig.WAIT_S)
 
@@ -346,6 +346,13 @@ class Readers:
         rig.wait_for(lambda: self.reads >= until or self.faults, "the readers read on")
 
 
+def _read_uncached(path: Path) -> bytes:
+    """Read through the page cache, but not what lies there already."""
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return file.read()
+
+
 def _read_direct(path: Path, size: int) -> bytes:
     """Read without the page cache."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -362,8 +369,8 @@ def test_readers_of_a_file_that_is_replaced(mount: MountFactory, accel: str, siz
     path, new = mounted.path / "file", mounted.path / "new"
     write(path, bytes(size))
     before = figures.answers(mounted, "READ").kernel
-    with Readers(path.read_bytes) as readers:
-        for version in range(1, 60):
+    with Readers(lambda: _read_uncached(path)) as readers:
+        for version in range(1, 40):
             write(new, bytes([version]) * size)
             new.rename(path)
             readers.wait_for_more(4)
@@ -379,7 +386,7 @@ def test_readers_of_a_file_that_is_written_in_place(mount: MountFactory, accel: 
     write(path, bytes(size))
     before = figures.answers(mounted, "READ").kernel
     with Readers(lambda: _read_direct(path, size)) as readers:
-        for version in range(1, 60):
+        for version in range(1, 40):
             _write_in_place(path, 0, bytes([version]) * size)
             readers.wait_for_more(4)
     assert not readers.faults

@@ -1,0 +1,510 @@
+"""What happens to a mount when its processes die, when it is ended in use, and when others change its volume.
+
+Whatever is killed is started again, nothing that was acknowledged is lost, and what may be lost is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import figures
+import pytest
+import rig
+from conftest import MountFactory
+
+from fuseclient import mounts, processes
+
+pytestmark = pytest.mark.usefixtures("needs_mounts")
+
+T = TypeVar("T")
+
+NO_TTL: Final = ("--kernel-ttl", "0")
+URING_SWITCH: Final = Path("/sys/module/fuse/parameters/enable_uring")
+#: Log lines that killing a process provokes.
+WORKER_KILLED: Final = r"the worker \(pid \d+\) ended with -9"
+SERVER_KILLED: Final = r"the metaserver \(pid \d+\) ended with -9"
+#: What a connection that was cut off answers.
+CUT_OFF: Final = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED)
+
+
+def background(call: Callable[[], T]) -> tuple[Future[T], int]:
+    """Make a call on a thread of its own; return its future and the thread's number."""
+    future: Future[T] = Future()
+    started: Future[int] = Future()
+
+    def run() -> None:
+        started.set_result(threading.get_native_id())
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future, started.result(rig.WAIT_S)
+
+
+def until_blocked(call: Callable[[], T]) -> Future[T]:
+    """Make a call on a thread of its own, and return when a request of it waits for a reply."""
+    future, thread = background(call)
+    rig.wait_for(lambda: figures.is_blocked(Path(f"/proc/self/task/{thread}")), "the request waits for a reply")
+    return future
+
+
+def kill_worker(mounted: rig.Mount) -> None:
+    """Kill the worker and return when the next one is at work."""
+    restarts = figures.stats(mounted)["worker"]["restarts"]
+    os.kill(mounted.process("worker").pid, signal.SIGKILL)
+    rig.wait_for(lambda: figures.stats(mounted)["worker"]["restarts"] > restarts, "the worker is started again")
+    rig.wait_for(lambda: figures.stats(mounted)["channel"]["worker_ready"], "the worker is ready")
+
+
+@contextlib.contextmanager
+def killed_while_stopped(mounted: rig.Mount) -> Iterator[None]:
+    """Have the worker stand still for the body, and be killed at its end, with all requests it was sent."""
+    worker = mounted.process("worker").pid
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def fails_with(call: Callable[[], Any], *codes: int) -> None:
+    with pytest.raises(OSError) as raised:  # noqa: PT011 - the code is what is compared
+        call()
+    assert raised.value.errno in codes, raised.value
+
+
+# The worker
+
+
+class Load:
+    """Threads that read what is known, ask for what is not, and make files, until the body ends."""
+
+    def __init__(self, top: Path, files: list[Path]) -> None:
+        self.made: dict[Path, bytes] = {}
+        self.refused = 0
+        self.faults: list[str] = []
+        self.rounds = 0
+        self._top = top
+        self._files = files
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(each,)) for each in (self._read, self._ask, self._make)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(2 * rig.WAIT_S)
+            assert not thread.is_alive()
+
+    def _run(self, work: Callable[[int], None]) -> None:
+        number = 0
+        while not self._ended.is_set() and not self.faults:
+            try:
+                work(number)
+            except Exception as error:
+                self.faults.append(f"{work.__name__}: {error!r}")
+            number += 1
+            self.rounds += 1
+
+    def _read(self, number: int) -> None:
+        path = self._files[number % len(self._files)]
+        assert path.read_bytes() == path.name.encode()
+
+    def _ask(self, number: int) -> None:
+        assert not (self._top / f"none{number}").exists()
+
+    def _make(self, number: int) -> None:
+        """Make a file; a request in hand when a worker dies may fail, and then it may have been done or not."""
+        path, data = self._top / f"made{number}", str(number).encode() * 500
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            assert error.errno == errno.EIO
+            self.refused += 1
+        else:
+            self.made[path] = data
+
+
+def test_a_worker_killed_under_load(mount: MountFactory, accel: str) -> None:
+    mounted = mount(accel, *NO_TTL, allowed=(WORKER_KILLED,))
+    files = [mounted.path / f"file{number}" for number in range(30)]
+    for path in files:
+        path.write_bytes(path.name.encode())
+    with Load(mounted.path, files) as load:
+        for _ in range(3):
+            rounds = load.rounds
+            rig.wait_for(lambda rounds=rounds: load.rounds > rounds + 30, "there is load")
+            kill_worker(mounted)
+    assert not load.faults
+    assert load.refused <= 3
+    assert figures.stats(mounted)["worker"]["restarts"] == 3
+    assert mounted.process("worker").pid == figures.stats(mounted)["worker"]["pid"]
+    for path, data in load.made.items():
+        assert path.read_bytes() == data
+    mounted.remount()
+    for path, data in load.made.items():
+        assert path.read_bytes() == data
+
+
+def test_hits_are_answered_while_there_is_no_worker(mount: MountFactory) -> None:
+    mounted = mount("bpf", *NO_TTL, allowed=(WORKER_KILLED,))
+    path = mounted.path / "file"
+    path.write_bytes(b"known")
+    path.read_bytes()
+
+    def read_in_the_absence() -> bool:
+        """Kill the worker, read, and say whether there was none before and after; the next one may be too quick."""
+        kill_worker(mounted)
+        os.kill(mounted.process("worker").pid, signal.SIGKILL)
+        rig.wait_for(lambda: figures.stats(mounted)["worker"]["pid"] is None, "there is no worker")
+        before = figures.stats(mounted)
+        assert path.read_bytes() == b"known"
+        after = figures.stats(mounted)
+        answered = [each["requests"]["OPEN"]["kernel"] for each in (before, after)]
+        rig.wait_for(lambda: figures.stats(mounted)["channel"]["worker_ready"], "the worker is ready")
+        return after["worker"]["pid"] is None and answered[1] > answered[0]
+
+    assert any(read_in_the_absence() for _ in range(5))
+
+
+def test_requests_of_a_dead_worker_are_repeated_or_refused(mount: MountFactory, accel: str) -> None:
+    """What can be repeated is done by the next worker; a change of names is not, and may have been done or not."""
+    mounted = mount(accel, *NO_TTL, allowed=(WORKER_KILLED,))
+    (mounted.path / "directory").mkdir()
+    (mounted.path / "other").mkdir()
+    (mounted.path / "file").write_bytes(b"x" * 100_000)
+    with (mounted.path / "file").open("r+b", buffering=0) as file, killed_while_stopped(mounted):
+        miss = until_blocked(lambda: (mounted.path / "directory" / "none").exists())
+        writing = until_blocked(lambda: file.write(b"written"))
+        change = until_blocked(lambda: os.mkdir(mounted.path / "other" / "new"))
+    assert miss.result(rig.WAIT_S) is False
+    assert writing.result(rig.WAIT_S) == len(b"written")
+    fails_with(lambda: change.result(rig.WAIT_S), errno.EIO)
+    channel = figures.stats(mounted)["channel"]
+    assert channel["refused"] == 1
+    assert channel["replayed"] >= 2
+    with contextlib.suppress(FileExistsError):
+        (mounted.path / "other" / "new").mkdir()
+    assert os.listdir(mounted.path / "other") == ["new"]
+    assert (mounted.path / "file").read_bytes() == b"written" + b"x" * (100_000 - 7)
+
+
+@pytest.mark.parametrize("report", [os.fsync, os.close])
+def test_writes_lost_with_a_worker_are_reported_once(
+    mount: MountFactory, accel: str, report: Callable[[int], None]
+) -> None:
+    mounted = mount(accel, allowed=(WORKER_KILLED,))
+    path = mounted.path / "file"
+    path.write_bytes(b"old")
+    fd = os.open(path, os.O_RDWR)
+    os.pwrite(fd, b"new", 0)
+    kill_worker(mounted)
+    fails_with(lambda: report(fd), errno.EIO)
+    if report is os.fsync:
+        assert os.pwrite(fd, b"kept", 0) == 4
+        os.fsync(fd)
+        os.close(fd)
+        mounted.remount()
+        assert path.read_bytes() == b"kept"
+    else:
+        assert path.read_bytes() in (b"old", b"new")
+
+
+def test_handles_outlive_their_worker(mount: MountFactory, accel: str) -> None:
+    mounted = mount(accel, allowed=(WORKER_KILLED,))
+    path, gone = mounted.path / "file", mounted.path / "gone"
+    path.write_bytes(b"0123456789")
+    gone.write_bytes(b"unlinked")
+    with path.open("rb", buffering=0) as file, gone.open("rb", buffering=0) as unlinked:
+        listing = os.open(mounted.path, os.O_RDONLY | os.O_DIRECTORY)
+        gone.unlink()
+        assert file.read(3) == b"012"
+        kill_worker(mounted)
+        for held in (file, unlinked):
+            os.posix_fadvise(held.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert file.read() == b"3456789"
+        assert unlinked.read() == b"unlinked"
+        assert os.fstat(unlinked.fileno()).st_nlink == 0
+        assert os.listdir(listing) == ["file"]
+        os.close(listing)
+    assert path.read_bytes() == b"0123456789"
+
+
+# The metaserver
+
+
+def test_a_killed_metaserver(mount: MountFactory, accel: str) -> None:
+    mounted = mount(accel, allowed=(SERVER_KILLED, "session"))
+    kept = {mounted.path / f"file{number}": str(number).encode() * 30_000 for number in range(5)}
+    for path, data in kept.items():
+        path.write_bytes(data)
+    before = mounted.process("metaserver").pid
+    with (mounted.path / "file0").open("rb", buffering=0) as held:
+        os.kill(before, signal.SIGKILL)
+        assert held.read() == kept[mounted.path / "file0"]
+        rig.wait_for(lambda: mounted.process("metaserver").pid != before, "the metaserver is started again")
+        for path, data in kept.items():
+            assert path.read_bytes() == data
+        new = mounted.path / "new"
+        new.write_bytes(b"made after")
+        assert sorted(os.listdir(mounted.path)) == sorted([*(path.name for path in kept), "new"])
+    mounted.remount()
+    for path, data in {**kept, new: b"made after"}.items():
+        assert path.read_bytes() == data
+
+
+def test_changes_in_hand_when_the_metaserver_dies_are_done_or_refused(mount: MountFactory, accel: str) -> None:
+    mounted = mount(accel, allowed=(SERVER_KILLED, "session", "mkdir"))
+    made, refused = set(), set()
+    before = mounted.process("metaserver").pid
+    ended = threading.Event()
+
+    def make() -> None:
+        number = 0
+        while not ended.is_set():
+            name = f"d{number}"
+            number += 1
+            try:
+                (mounted.path / name).mkdir()
+            except OSError as error:
+                assert error.errno == errno.EIO
+                refused.add(name)
+            else:
+                made.add(name)
+
+    making, _ = background(make)
+    rig.wait_for(lambda: len(made) > 20, "directories are made")
+    os.kill(before, signal.SIGKILL)
+    rig.wait_for(lambda: mounted.process("metaserver").pid != before, "the metaserver is started again")
+    count = len(made)
+    rig.wait_for(lambda: len(made) > count + 20, "directories are made again")
+    ended.set()
+    making.result(rig.WAIT_S)
+    assert len(refused) <= 1
+    assert made <= set(os.listdir(mounted.path)) <= made | refused
+
+
+# The end of a mount
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_mount_in_use(mount: MountFactory, accel: str, number: signal.Signals) -> None:
+    """Who has files open is cut off; what was written is kept."""
+    mounted = mount(accel)
+    path = mounted.path / "file"
+    record, objects = mounted.record, mounted.bpf_objects()
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    reading = os.open(path, os.O_RDONLY)
+    os.write(fd, b"written")
+    os.kill(record.pid, number)
+    assert processes.wait_ended(record.processes, rig.WAIT_S) == []
+    rig.assert_gone(record, objects)
+    assert mounted.sandbox.registered() == []
+    fails_with(lambda: os.fsync(fd), *CUT_OFF)
+    for each in (fd, reading):
+        with contextlib.suppress(OSError):
+            os.close(each)
+    mounted.mount()
+    assert path.read_bytes() == b"written"
+
+
+def test_a_directory_in_use_is_not_unmounted(sandbox: rig.Sandbox, mount: MountFactory, accel: str) -> None:
+    mounted = mount(accel)
+    (mounted.path / "directory").mkdir()
+    user = subprocess.Popen(["sleep", "infinity"], cwd=mounted.path / "directory")
+    try:
+        sandbox.run("umount", mounted.path).expect_error("in use")
+        (mounted.path / "still").write_bytes(b"works")
+    finally:
+        user.kill()
+        user.wait()
+
+
+def test_unmounting_writes_out(mount: MountFactory, accel: str) -> None:
+    mounted = mount(accel)
+    files = {mounted.path / f"file{number}": bytes([number]) * number * 9000 for number in range(20)}
+    for path, data in files.items():
+        path.write_bytes(data)
+    with (mounted.path / "mapped").open("w+b") as file:
+        file.truncate(100_000)
+        with mmap.mmap(file.fileno(), 100_000) as mapped:
+            mapped[50_000:50_006] = b"mapped"
+    mounted.remount()
+    for path, data in files.items():
+        assert path.read_bytes() == data
+    assert (mounted.path / "mapped").read_bytes() == bytes(50_000) + b"mapped" + bytes(49_994)
+
+
+def test_many_mounts_leave_nothing(sandbox: rig.Sandbox, mount: MountFactory) -> None:
+    mounted = mount("bpf")
+    mounted.unmount()
+    descriptors = os.listdir("/proc/self/fd")
+    for number in range(10):
+        mounted.mount()
+        (mounted.path / f"file{number}").write_bytes(b"x")
+        mounted.unmount()
+        sandbox.assert_nothing_runs()
+    assert os.listdir("/proc/self/fd") == descriptors
+    mounted.mount()
+    assert len(os.listdir(mounted.path)) == 10
+
+
+# Several mounts
+
+
+def test_two_volumes_are_mounted_at_once(sandbox: rig.Sandbox, mount: MountFactory, accel: str) -> None:
+    switch = URING_SWITCH.read_text() if URING_SWITCH.exists() else None
+    with contextlib.ExitStack() as ends:
+        both = []
+        starts = []
+        for name in ("one", "two"):
+            url, path = sandbox.format(f"{name}-volume"), sandbox.directory(name)
+            made = rig.Mount(sandbox, url, path, accel, ())
+            both.append(made)
+            starts.append(sandbox.start("mount", url, path, "--accel", accel, "--log-file", made.log))
+        for made, start in zip(both, starts, strict=True):
+            assert start.wait(rig.WAIT_S) == 0
+            ends.callback(sandbox.run, "umount", made.path, "--force")
+        first, second = both
+        (first.path / "name").write_bytes(b"first")
+        assert not (second.path / "name").exists()
+        (second.path / "name").write_bytes(b"second")
+        first.unmount()
+        assert (second.path / "name").read_bytes() == b"second"
+        kept = second.stats()["accel"]
+        second.unmount()
+        assert kept == accel
+    if switch is not None:
+        assert URING_SWITCH.read_text() == switch
+
+
+@pytest.fixture
+def shared(sandbox: rig.Sandbox) -> Iterator[Callable[[float], str]]:
+    """A metaserver of its own with a lease; returns the URL of a volume on it."""
+    started = []
+
+    def start(lease_s: float) -> str:
+        engine = f"lmdb://{sandbox.path}/engine"
+        server = sandbox.start("metaserver", "--engine", engine, "--listen", "127.0.0.1:0", "--lease-s", str(lease_s))
+        started.append(server)
+        assert server.stderr is not None
+        address = re.search(r"tcp:(127\.0\.0\.1:\d+)", server.stderr.readline())
+        assert address is not None
+        url = f"bpfuse://{address[1]}/volume"
+        sandbox.run("format", url, "--store", f"file://{sandbox.path}/blocks").expect_success()
+        return url
+
+    yield start
+    for server in started:
+        server.terminate()
+        assert server.wait(rig.WAIT_S) == 0
+
+
+def _state(path: Path) -> Any:
+    """Return what a name stands for: its attributes, content and xattrs."""
+    try:
+        status = path.lstat()
+        content = sorted(os.listdir(path)) if path.is_dir() else path.read_bytes()
+        return status.st_mode, status.st_size, status.st_nlink, content, os.listxattr(path)
+    except FileNotFoundError:
+        return None
+
+
+REMOTE_CHANGES: Final[dict[str, Callable[[Path], Any]]] = {
+    "chmod": lambda path: path.chmod(0o600),
+    "write": lambda path: path.write_bytes(b"other"),
+    "write in place": lambda path: _overwrite(path),
+    "append": lambda path: path.open("ab").write(b"more"),
+    "truncate": lambda path: os.truncate(path, 1),
+    "unlink": lambda path: path.unlink(),
+    "create": lambda path: path.with_name("absent").write_bytes(b"here"),
+    "rename over": lambda path: path.with_name("second").rename(path),
+    "rename": lambda path: path.rename(path.with_name("absent")),
+    "link": lambda path: os.link(path, path.with_name("absent")),
+    "setxattr": lambda path: os.setxattr(path, "user.x", b""),
+    "mkdir": lambda path: path.with_name("absent").mkdir(),
+}
+
+
+def _overwrite(path: Path) -> None:
+    """Change content, and nothing that a stat shows but the times."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        file.write(b"F")
+    os.utime(path, ns=times)
+
+
+def test_a_change_elsewhere_is_seen_within_the_lease(
+    mount: MountFactory, accel: str, shared: Callable[[float], str]
+) -> None:
+    """Every kind of change at once, each in a directory of its own, all of it known to the other mount before."""
+    lease_s = 2.0
+    url = shared(lease_s)
+    here = mount(accel, url=url, name="here")
+    there = mount(accel, url=url, name="there")
+    names = ("file", "second", "absent")
+    for kind in REMOTE_CHANGES:
+        (here.path / kind).mkdir()
+        for name in ("file", "second"):
+            (here.path / kind / name).write_bytes(name.encode())
+
+    def view(mounted: rig.Mount) -> dict[str, Any]:
+        return {f"{kind}/{name}": _state(mounted.path / kind / name) for kind in REMOTE_CHANGES for name in names}
+
+    rig.wait_for(lambda: view(there) == view(here), "the other mount sees all of it")
+    before = view(there)
+    for kind, change in REMOTE_CHANGES.items():
+        change(here.path / kind / "file")
+    changed = time.monotonic()
+    expected = view(here)
+    assert all(any(before[f"{kind}/{name}"] != expected[f"{kind}/{name}"] for name in names) for kind in REMOTE_CHANGES)
+    rig.wait_for(lambda: view(there) == expected, "the other mount sees every change", lease_s + 3)
+    assert view(there) == expected
+    assert time.monotonic() - changed < lease_s + 3
+    if accel == "bpf":
+        assert figures.answers(there, "LOOKUP").kernel > 0
+
+
+def test_a_new_worker_after_the_lease_has_no_old_pages(
+    mount: MountFactory, accel: str, shared: Callable[[float], str]
+) -> None:
+    """A worker that dies takes with it what it knew of the kernel's caches; the lease may have run out meanwhile."""
+    url = shared(1.0)
+    here = mount(accel, url=url, name="here", allowed=(WORKER_KILLED,))
+    there = mount(accel, url=url, name="there")
+    path = here.path / "file"
+    path.write_bytes(b"old")
+    assert path.read_bytes() == b"old"
+    with killed_while_stopped(here):
+        ended = time.monotonic() + 1.0
+        _rewrite(there.path / "file", b"new")
+        rig.wait_for(lambda: time.monotonic() > ended, "the lease runs out")
+    rig.wait_for(lambda: figures.stats(here)["worker"]["restarts"] == 1, "the worker is started again")
+    rig.wait_for(lambda: path.read_bytes() == b"new", "the change is seen", 3)
+
+
+def _rewrite(path: Path, data: bytes) -> None:
+    """Put other bytes of the same number in a file's place, with the same times."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=times)

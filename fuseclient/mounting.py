@@ -86,6 +86,8 @@ def check(options: MountOptions) -> tuple[MountOptions, tuple[str, ...]]:
         raise UserError(f"this cannot be mounted here: {features.describe(missing)}; {missing[0].remedy}")
     mountpoint = _check_mountpoint(options.mountpoint)
     url = _check_volume(options.url, mountpoint)
+    if options.durability != "commit" and not isinstance(parse_volume(url), Embedded):
+        raise UserError("--durability is for embedded volumes; of others, it is an option of their metaserver")
     accel, notices = _check_acceleration(options.accel, found)
     if not _CACHE_MIN <= options.kernel_cache_bytes <= _CACHE_MAX:
         raise UserError(f"the kernel cache is from 1M to 64G, not {options.kernel_cache_bytes} bytes")

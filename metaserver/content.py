@@ -40,7 +40,7 @@ def write_inline(txn: Transaction, context: Context, request: wire.WriteInline) 
         key = keys.content(context.volume.id, inode.ino)
         stored = txn.get(key) or b""
         txn.put(key, stored[: request.offset].ljust(request.offset, b"\0") + request.data + stored[end:])
-        edit.touch(inode, modified=True)
+        edit.touch(inode, modified=True, written_ns=request.written_ns)
         edit.resize(inode, max(inode.size, end))
     return edit.changed(inode)
 
@@ -55,10 +55,19 @@ def commit_slices(txn: Transaction, context: Context, request: wire.CommitSlices
     elif request.replaces_inline:
         code = ErrorCode.INVALID if request.inline_version == inode.version else ErrorCode.BUSY
         raise Refused(code, f"inode {inode.ino} is not inline")
-    edit.touch(inode, modified=True)
+    edit.touch(inode, modified=True, written_ns=request.written_ns)
     edit.resize(inode, max(inode.size, request.size, end))
     chunks.lay(txn, context.volume, inode, request.slices)
     return edit.changed(inode)
+
+
+def compact_slices(txn: Transaction, context: Context, request: wire.CompactSlices) -> wire.Done:
+    """Replace slices of a chunk by others of the same content; BUSY, INVALID, TOO_LARGE. No version changes."""
+    inode = load_regular(txn, context.volume, request.ino)
+    if inode.is_inline:
+        raise Refused(ErrorCode.BUSY, f"inode {inode.ino} has no slices any more")
+    chunks.compact(txn, context.volume, inode, request)
+    return wire.Done()
 
 
 def _check_slices(request: wire.CommitSlices) -> int:

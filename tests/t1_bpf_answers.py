@@ -161,9 +161,13 @@ ANSWERED = [
     Case("FLUSH", kernel.flush(FILE, FH_KERNEL | FILE), "ANSWERED"),
     Case("GETXATTR", kernel.getxattr(FILE, b"user.a", 100), "ANSWERED_ABSENT", error=-errno.ENODATA),
     Case("GETXATTR of size 0", kernel.getxattr(FILE, b"security.capability"), "ANSWERED_ABSENT", error=-errno.ENODATA),
-    Case("GETXATTR, 255 bytes", kernel.getxattr(FILE, b"u" * 255), "ANSWERED_ABSENT", error=-errno.ENODATA),
+    Case("GETXATTR, 255 bytes", kernel.getxattr(FILE, b"user." + b"u" * 250), "ANSWERED_ABSENT", error=-errno.ENODATA),
+    Case("GETXATTR trusted", kernel.getxattr(FILE, b"trusted.a"), "ANSWERED_ABSENT", error=-errno.ENODATA),
+    Case("GETXATTR ACL", kernel.getxattr(FILE, b"system.posix_acl_access"), "ANSWERED_ABSENT", error=-errno.ENODATA),
     Case("LISTXATTR", kernel.listxattr(FILE, 100), "ANSWERED"),
     Case("LISTXATTR of size 0", kernel.listxattr(FILE, 0), "ANSWERED", bytes(8)),
+    Case("IOCTL", kernel.ioctl(FILE), "ANSWERED", error=-errno.ENOSYS),
+    Case("IOCTL with data", kernel.ioctl(GONE, bytes(64)), "ANSWERED", error=-errno.ENOSYS),
 ]
 
 MISSED = [
@@ -220,6 +224,9 @@ MISSED = [
     Case("LOOKUP without payload", Request(OPCODE["LOOKUP"], ROOT), "MISS_MALFORMED"),
     Case("LOOKUP of 256 bytes", kernel.lookup(ROOT, b"n" * 256), "MISS_MALFORMED"),
     Case("LOOKUP without NUL", Request(OPCODE["LOOKUP"], ROOT, b"", b"file"), "MISS_MALFORMED"),
+    Case("GETXATTR of another kind", kernel.getxattr(FILE, b"system.a"), "MISS_FLAGS"),
+    Case("GETXATTR of a prefix", kernel.getxattr(FILE, b"user."), "MISS_FLAGS"),
+    Case("GETXATTR of a short name", kernel.getxattr(FILE, b"u"), "MISS_FLAGS"),
     Case("GETXATTR of no name", kernel.getxattr(FILE, b""), "MISS_MALFORMED"),
     Case("GETXATTR of 256 bytes", kernel.getxattr(FILE, b"n" * 256), "MISS_MALFORMED"),
 ]
@@ -237,8 +244,9 @@ EVERY_KIND = [
     kernel.getxattr(FILE, b"user.a"),
     kernel.listxattr(FILE, 0),
     kernel.statfs(),
+    kernel.ioctl(FILE),
 ]
-FROM_MAPS = [request for request in EVERY_KIND if request.opcode not in (17, 18, 25, 29)]
+FROM_MAPS = [request for request in EVERY_KIND if request.opcode not in (17, 18, 25, 29, 39)]
 
 
 def kind(request: Request) -> str:

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import DIRECTORY, FILE, VOLUME, Client, Metaserver, fake_server, serving, until
 
+from fuseclient.data.compaction import digest
 from fuseclient.worker import rpc
 from fuseclient.worker.session import Session
 from metaserver import wire
@@ -180,6 +181,8 @@ async def _every_request(client: Client) -> None:
     laid = wire.Slice(0, 5000, ids[0], 0)
     await change(wire.CommitSlices(file.ino, [laid], 5000, True, written.version))
     assert (await call(wire.GetContent(file.ino, 0, 5000), wire.Content)).slices == [laid]
+    await call(wire.CompactSlices(file.ino, 0, 1, digest([laid]), [laid]), wire.Done)
+    await call(wire.Sync(), wire.Done)
     assert (await call(wire.GetStatistics(), wire.Statistics)).inodes >= 4
     await change(wire.Remove(wire.ROOT_INO, b"linked", False))
     removed = await change(wire.Remove(wire.ROOT_INO, b"moved", False))

@@ -36,16 +36,21 @@ class Channel:
 
     def __init__(self, directory: Path, address: str, *, maps: bool = False) -> None:
         self.fuse, fuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.extra, extra = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.notify, notify = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         config_fd, config_writer = os.pipe()
         self.log = directory / "worker.log"
         given = msgspec.structs.replace(
-            config(address, maps=maps), fuse_fd=fuse.fileno(), notify_fd=notify.fileno(), status_fd=status.fileno()
+            config(address, maps=maps),
+            fuse_fd=fuse.fileno(),
+            extra_fd=extra.fileno(),
+            notify_fd=notify.fileno(),
+            status_fd=status.fileno(),
         )
         os.write(config_writer, msgspec.json.encode(given))
         os.close(config_writer)
-        inherited = (config_fd, fuse.fileno(), notify.fileno(), status.fileno())
+        inherited = (config_fd, *(each.fileno() for each in (fuse, extra, notify, status)))
         with self.log.open("wb") as log:
             self.worker = subprocess.Popen(
                 [sys.executable, "-m", "fuseclient.worker", str(config_fd)],
@@ -54,9 +59,9 @@ class Channel:
                 stderr=log,
             )
         os.close(config_fd)
-        for theirs in (fuse, notify, status):
+        for theirs in (fuse, extra, notify, status):
             theirs.close()
-        for mine in (self.fuse, self.notify, self.status):
+        for mine in (self.fuse, self.extra, self.notify, self.status):
             mine.settimeout(DEADLINE_S)
         self._lines = self.status.makefile("rb")
         self._unique = 0
@@ -90,7 +95,7 @@ class Channel:
             return await asyncio.to_thread(self.worker.wait)
 
     def close(self) -> None:
-        for each in (self._lines, self.fuse, self.notify, self.status):
+        for each in (self._lines, self.fuse, self.extra, self.notify, self.status):
             each.close()
         if self.worker.poll() is None:
             self.worker.kill()

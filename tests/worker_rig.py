@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import stat
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -48,6 +49,7 @@ class Maps:
         self.inodes: dict[int, wire.Attributes] = {}
         self.data: dict[int, bytes] = {}
         self.opens: dict[int, int] = {}
+        self.backings: dict[int, int] = {}
         self.deadline_ns = 0
         self.epoch = 0
         self.statfs: dict[str, int] = {}
@@ -93,8 +95,18 @@ class Maps:
     def is_open(self, ino: int) -> bool:
         return self.opens.get(ino, 0) > 0
 
+    def opened(self, ino: int) -> None:
+        self.opens[ino] = self.opens.get(ino, 0) + 1
+
     def released(self, ino: int) -> None:
         self.opens[ino] -= 1
+
+    def set_backing(self, ino: int, backing_id: int) -> bool:
+        self.backings[ino] = backing_id
+        return True
+
+    def forget_backing(self, ino: int) -> None:
+        self.backings.pop(ino, None)
 
     def figures(self) -> dict[str, Any]:
         return {}
@@ -126,6 +138,8 @@ class Kernel:
         self.log: list[tuple[Any, ...]] = []
         self.has_epochs = True
         self.gate: Any = None
+        #: The files of backing ids that are given out.
+        self.backings: dict[int, str] = {}
 
     async def _pass(self, *what: Any) -> None:
         if self.gate is not None:
@@ -141,6 +155,15 @@ class Kernel:
     async def increment_epoch(self) -> bool:
         await self._pass("epoch")
         return self.has_epochs
+
+    async def open_backing(self, descriptor: int) -> int:
+        self.backings[len(self.log) + 1] = os.readlink(f"/proc/self/fd/{descriptor}")
+        await self._pass("open backing")
+        return len(self.log)
+
+    async def close_backing(self, backing_id: int) -> None:
+        await self._pass("close backing", backing_id)
+        del self.backings[backing_id]
 
 
 class Rig:
@@ -280,10 +303,11 @@ async def rigged(
 
 def config(address: str, *, maps: bool = True, generation: int = 1, session: str | None = None) -> WorkerConfig:
     return WorkerConfig(
-        options=MountOptions(url="file:///volume", mountpoint="/mnt"),
+        options=MountOptions(url="file:///volume", mountpoint="/mnt", cache_bytes=0),
         address=address,
         volume=VOLUME,
         fuse_fd=-1,
+        extra_fd=-1,
         notify_fd=-1,
         status_fd=-1,
         generation=generation,

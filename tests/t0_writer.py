@@ -299,3 +299,20 @@ async def test_two_writers_close_one_after_the_other() -> None:
     assert rig.writer.is_open(INO)
     assert rig.server.content() == b"both"
     assert await rig.writer.close(INO) is not None
+
+
+async def test_no_slice_id_is_taken_twice() -> None:
+    class Slow:
+        """A metaserver whose replies come one by one, when others have had their turn."""
+
+        next = 1
+
+        async def call(self, request: wire.NewSlices, reply_type: type[wire.SliceIds]) -> wire.SliceIds:
+            first, Slow.next = Slow.next, Slow.next + request.count
+            for _ in range(first % 7):
+                await asyncio.sleep(0)
+            return wire.SliceIds(list(range(first, first + request.count)))
+
+    ids = writer_module._SliceIds(Slow())  # type: ignore[arg-type]
+    taken = await asyncio.gather(*(ids.take(1) for _ in range(5)))
+    assert len({each for batch in taken for each in batch}) == 5

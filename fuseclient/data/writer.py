@@ -369,7 +369,8 @@ class _SliceIds:
         """Return ``count`` ids, by rising value within a block."""
         while len(self._free) < count:
             request = wire.NewSlices(max(ID_BLOCK, count - len(self._free)))
-            self._free += (await self._caller.call(request, wire.SliceIds)).ids
+            new = await self._caller.call(request, wire.SliceIds)
+            self._free += new.ids  # a separate statement: one with an await in it would bring back what others took
         taken, self._free = self._free[:count], self._free[count:]
         return taken
 

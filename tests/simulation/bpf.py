@@ -42,6 +42,8 @@ class Maps:
     ``checks_deadline`` False is a rule switched off, for the tests that show that it is needed.
     """
 
+    checks_deadline = True
+
     def __init__(self, loop: VirtualLoop, rng: random.Random) -> None:
         self._loop = loop
         self._rng = rng
@@ -50,7 +52,6 @@ class Maps:
         self._opens: dict[int, int] = {}
         self.deadline_ns = 0
         self.epoch = 0
-        self.checks_deadline = True
         self.answers = 0
 
     # The worker's side

@@ -67,8 +67,6 @@ class Client:
         self.node: Node
         self.worker: Worker
         self._worker_up: asyncio.Event
-        #: What tests may do to each new kernel and to its maps.
-        self.on_boot: Callable[[Client], None] = lambda client: None
         self.boot()
 
     def boot(self) -> None:
@@ -79,7 +77,6 @@ class Client:
         self._notifiers = [Notifications(), Notifications()]
         self._worker_up = asyncio.Event()
         self._session = None
-        self.on_boot(self)
         for each in self._notifiers:
             self._loop.spawn(self.node, each.run(), f"notifier {self.index}")
         self.start_worker()
@@ -160,11 +157,14 @@ class Client:
     async def _serve(self, worker: Worker, future: asyncio.Future[Any], operation: str, args: tuple[Any, ...]) -> None:
         assert worker.mount is not None
         call: Callable[..., Awaitable[Any]] = getattr(worker.mount.operations, operation)
-        result, error = None, None
+        result: Any = None
+        error: Exception | None = None
         try:
             result = await call(*args)
         except FUSEError as refused:
             error = FUSEError(refused.errno)
+        except Exception as unexpected:
+            error = unexpected
         delay_s = self._rng.uniform(0, _LAG_S) if self._rng.random() < _LAGGING else 0.0
         self._loop.after(delay_s, self.node, _answer, future, result, error)
 

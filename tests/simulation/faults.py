@@ -34,10 +34,13 @@ class Faults:
             (2, self.kill_a_worker),
             (1, self.kill_a_client),
             (2, self.restart_the_server),
+            (1, self.fail_over),
             (1, self.freeze_the_server),
             (1, self.jump_a_wall_clock),
             (1, self.slow_the_network),
         )
+        wanted = self._world.setup.kinds
+        kinds = tuple(each for each in kinds if not wanted or each[1].__name__ in wanted)
         while True:
             await asyncio.sleep(self._rng.uniform(0.2, 1.0) * self._lease_s)
             kind = self._rng.choices([each for _, each in kinds], weights=[weight for weight, _ in kinds])[0]
@@ -95,6 +98,17 @@ class Faults:
             self._world.kill_server()
             await self._for_a_while(0.3)
             self._world.start_server()
+
+    async def fail_over(self) -> None:
+        """Another server takes over from one that hangs, which then goes on for a while."""
+        old = self._world.server
+        old.node.frozen = True
+        await self._for_a_while(0.3)
+        self._world.start_server()
+        await self._for_a_while()
+        old.node.frozen = False
+        await self._for_a_while(1.0)
+        self._world.kill_server(old)
 
     async def freeze_the_server(self) -> None:
         node = self._world.server.node

@@ -27,7 +27,7 @@ from typing import Any, Final, Protocol
 from pyfuse3 import EntryAttributes, FUSEError
 
 from simulation.bpf import Maps
-from simulation.loop import VirtualLoop
+from simulation.loop import VirtualLoop, current_node
 from simulation.rwlock import ReadWriteLock
 
 #: What a READ asks for: more than any file has here.
@@ -69,7 +69,12 @@ class Inode:
 
 
 class Kernel:
-    """The caches and the system calls of one client. Methods raise :exc:`FUSEError`."""
+    """The caches and the system calls of one client. Methods raise :exc:`FUSEError`.
+
+    ``keeps_forever`` True is a rule switched off: times-to-live do not end.
+    """
+
+    keeps_forever = False
 
     def __init__(self, loop: VirtualLoop, maps: Maps | None, worker: Requests) -> None:
         self._loop = loop
@@ -80,8 +85,6 @@ class Kernel:
         self._epoch = 0
         self._version = 1
         self._rename_lock = asyncio.Lock()
-        #: A rule switched off, for the tests that show that it is needed: times-to-live do not end.
-        self.keeps_forever = False
 
     # Caches
 
@@ -362,7 +365,7 @@ class Kernel:
             if fh & _SHARED_FH and self._maps is not None:
                 self._maps.answer_release(ino)
             else:
-                self._loop.create_task(self._release(fh))
+                self._loop.spawn(current_node(), self._release(fh))
 
     async def _release(self, fh: int) -> None:
         with contextlib.suppress(FUSEError):

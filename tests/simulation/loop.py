@@ -24,7 +24,7 @@ T = TypeVar("T")
 #: Where every simulation's time begins, in seconds.
 START_S: Final = 1000.0
 #: Callbacks after which a run is taken to go round in circles.
-MAX_STEPS: Final = 5_000_000
+MAX_STEPS: Final = 1_000_000
 
 
 class Stuck(Exception):

@@ -29,6 +29,7 @@ from simulation.history import History
 from simulation.loop import START_S, Node, Stuck, VirtualLoop
 from simulation.network import Network
 from simulation.programs import DIRECTORIES, Failed, Program, Wanderer
+from simulation.rules import switched_off
 from simulation.storage import ObjectsInMemory, Witness, WitnessedEngine
 from simulation.tree import check_tree
 
@@ -48,8 +49,10 @@ class Setup:
     inline_limit: int = 4096
     faults: bool = True
     accel: bool = True
-    #: Rules that are switched off: given the world before anything starts.
-    tamper: Callable[[World], None] = lambda world: None
+    #: The kinds of faults that there are; empty: all.
+    kinds: tuple[str, ...] = ()
+    #: A rule of :mod:`simulation.rules` that does not hold.
+    rule_off: str | None = None
 
 
 def setup_of(seed: int) -> Setup:
@@ -133,9 +136,11 @@ class World:
         process.server = Server(self.engine, lease_s=self.setup.lease_s, limits=Limits())
         await process.server.start(ADDRESS, insecure=True)
 
-    def kill_server(self) -> None:
-        self.loop.kill(self.server.node)
-        self.network.died(self.server.node)
+    def kill_server(self, process: ServerProcess | None = None) -> None:
+        """Kill a server; the last one started, unless told otherwise."""
+        node = (process or self.server).node
+        self.loop.kill(node)
+        self.network.died(node)
 
     # Clients
 
@@ -181,7 +186,6 @@ class World:
 
     async def prepare(self) -> None:
         """Start a server with a volume and the shared directories in it, and the clients."""
-        self.setup.tamper(self)
         self.start_server()
         await asyncio.sleep(0.1)
         connection = await rpc.connect(ADDRESS)
@@ -203,6 +207,10 @@ class World:
         if faults is not None:
             await self._heal(faults)
         await self.settle()
+
+    def _errors(self) -> list[BaseException]:
+        errors = [task.exception() for _, task in self._programs if task.done() and not task.cancelled()]
+        return [error for error in errors if error is not None]
 
     def _running(self) -> bool:
         return any(not task.done() for _, task in self._programs)
@@ -249,6 +257,7 @@ class World:
         complaints = [f"not ended: {what}" for _, what in self.history.pending.values()]
         complaints += checker.check(self.history, self.witness.commits, self.setup_commits)
         complaints += self.exceptions
+        complaints += [f"a program failed: {error!r}" for error in self._errors()]
         complaints += check_tree(self.engine.entries(1), self.engine.inodes(1))
         reads: dict[str, int] = {}
         for read in self.history.reads:
@@ -272,7 +281,7 @@ def running(seed: int, setup: Setup) -> Iterator[World]:
     rng = random.Random(seed)
     loop = VirtualLoop(random.Random(rng.random()))
     world = World(seed, setup, loop, rng)
-    with simulated(loop, random.Random(rng.random())), _in_place_of_the_machine(world):
+    with simulated(loop, random.Random(rng.random())), _in_place_of_the_machine(world), switched_off(setup.rule_off):
         asyncio.set_event_loop(loop)
         loop.set_exception_handler(world.note_exception)
         try:

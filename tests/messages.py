@@ -51,6 +51,7 @@ REQUESTS: Final[list[wire.Request]] = [
     wire.GetStatistics(),
     wire.ListSlices(100),
     wire.ForgetSlices([1, 2]),
+    wire.Acknowledge(7),
 ]
 
 REPLIES: Final[list[wire.Reply]] = [
@@ -68,6 +69,7 @@ REPLIES: Final[list[wire.Reply]] = [
     wire.Content(ATTRIBUTES, None, [SLICE]),
     wire.SliceIds([1, 2**63 - 1]),
     wire.Statistics(1, 2, 3, 4),
+    wire.Break(7, [(1, b"name")], [1, 2], True),
 ]
 
 

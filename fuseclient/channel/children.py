@@ -81,7 +81,7 @@ class Metaserver(Child):
         arguments += ["--ready-fd", str(writing), "--lease-s", str(options.lease_s), "--log-level", options.log_level]
         try:
             try:
-                server = cls("metaserver", await _spawn([*arguments, "--die-with-parent"], [writing]))
+                server = cls("metaserver", await _spawn([*arguments, "--die-with-parent", "--no-grace"], [writing]))
             finally:
                 os.close(writing)
             line = await _read_line(reading, server)
@@ -101,6 +101,7 @@ class Worker(Child):
     session: str
     fuse_socket: socket.socket
     notify_socket: socket.socket
+    slow_sockets: tuple[socket.socket, ...]
     _status: socket.socket
     _asking: asyncio.Lock
 
@@ -118,21 +119,23 @@ class Worker(Child):
         """Start a worker and wait until it has its session; raise :exc:`StartError`."""
         fuse, fuse_theirs = _message_pair()
         notify, notify_theirs = _message_pair()
+        slow, slow_theirs = zip(*(_message_pair() for _ in range(3)), strict=True)
         status, status_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        theirs = (fuse_theirs, notify_theirs, status_theirs)
+        theirs = (fuse_theirs, notify_theirs, *slow_theirs, status_theirs)
         config = WorkerConfig(
             options=options,
             address=address,
             volume=volume,
             fuse_fd=fuse_theirs.fileno(),
             notify_fd=notify_theirs.fileno(),
+            slow_fds=(slow_theirs[0].fileno(), slow_theirs[1].fileno(), slow_theirs[2].fileno()),
             status_fd=status_theirs.fileno(),
             generation=generation,
             maps=maps,
             session=session,
         )
         with contextlib.ExitStack() as ours:
-            for mine in (fuse, notify, status):
+            for mine in (fuse, notify, *slow, status):
                 ours.callback(mine.close)
             try:
                 worker = cls("worker", await _spawn_worker(config, theirs))
@@ -141,7 +144,7 @@ class Worker(Child):
                     end.close()
             await worker._take_ready(status)
             ours.pop_all()
-        worker.fuse_socket, worker.notify_socket = fuse, notify
+        worker.fuse_socket, worker.notify_socket, worker.slow_sockets = fuse, notify, slow
         return worker
 
     async def _take_ready(self, status: socket.socket) -> None:
@@ -177,7 +180,7 @@ class Worker(Child):
 
     def release(self) -> None:
         """Close what is left of the sockets of a worker that has ended."""
-        for end in (self.fuse_socket, self.notify_socket, self._status):
+        for end in (self.fuse_socket, self.notify_socket, *self.slow_sockets, self._status):
             end.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -83,8 +84,14 @@ class Transport:
         if result:
             raise TransportError(f"the request queues cannot be started: {os.strerror(-result)}")
 
-    def attach_worker(self, fuse_socket: socket.socket, notify_socket: socket.socket) -> None:
-        """Give requests to the worker at the other end of these sockets from now on; both become the transport's."""
+    def attach_worker(
+        self, fuse_socket: socket.socket, notify_socket: socket.socket, slow_sockets: Sequence[socket.socket]
+    ) -> None:
+        """Give requests to the worker at the other end of these sockets from now on; all become the transport's."""
+        for slow in slow_sockets:
+            result = lib.bpfuse_channel_attach_notifier(self._channel, slow.detach())
+            if result:
+                raise TransportError(f"the worker cannot be attached: {os.strerror(-result)}")
         result = lib.bpfuse_channel_attach_worker(self._channel, fuse_socket.detach(), notify_socket.detach())
         if result:
             raise TransportError(f"the worker cannot be attached: {os.strerror(-result)}")

@@ -1,42 +1,33 @@
-"""What other clients changed leaves every cache of this one before the lease is used any longer.
+"""What other clients change leaves every cache of this one before they may change it.
 
-The session tells of changes with each renewal. The worker's own state and the BPF maps are dropped at once. The
-kernel's caches are dropped by notifications, which can wait for an inode's lock and so for requests in flight; a task
-does that, off the request path, and only when it is through does the new deadline reach the maps and the replies.
-Meanwhile the old one holds; if it passes, requests go to the metaserver, which is slow and right.
+A break says what: the worker's own state and the BPF maps are dropped as it is read, so before any reply that came
+after it; then, in a task of its own and off the request path, the kernel's caches; then it is acknowledged. A break
+that fails is not acknowledged, and the session ends with its lease.
+
+The session also tells, with a renewal, what it changed itself without getting the reply. That is dropped the same way,
+and only then does the new deadline reach the maps and the replies. Meanwhile the old one holds; if it passes, requests
+go to the metaserver, which is slow and right.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Final, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Final
 
 from fuseclient.data.writer import Writer
 from fuseclient.worker.directories import Directories
 from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
 from fuseclient.worker.orphans import Orphans
 from metaserver import wire
 
 _log = logging.getLogger(__name__)
 
-#: Above this many names, all of them are expired at once.
-_NAMES_ONE_BY_ONE: Final = 256
-#: Notifications on their way at once.
-_AT_ONCE: Final = 64
 _OPENED: Final = 65536
-
-
-class Kernel(Protocol):
-    """What this needs of :class:`~fuseclient.worker.notifier.Notifier`."""
-
-    async def invalidate_inode(self, ino: int) -> None: ...
-    async def invalidate_entry(self, parent: int, name: bytes) -> None: ...
-    async def increment_epoch(self) -> bool: ...
 
 
 class OpenedVersions:
@@ -64,7 +55,7 @@ class OpenedVersions:
 
 
 class Changes:
-    """The session's three callbacks: :meth:`apply`, :meth:`renewed` and :meth:`lost`."""
+    """The session's callbacks: :meth:`broken`, :meth:`apply`, :meth:`renewed` and :meth:`lost`."""
 
     def __init__(
         self,
@@ -74,7 +65,7 @@ class Changes:
         orphans: Orphans,
         lease: Lease,
         opened: OpenedVersions,
-        kernel: Kernel,
+        kernel: Invalidator,
     ) -> None:
         self._feeder = feeder
         self._directories = directories
@@ -87,19 +78,49 @@ class Changes:
         #: The deadline to be used when nothing is pending any more.
         self._deadline_ns = 0
         self._task: asyncio.Task[None] | None = None
+        self._breaking: set[asyncio.Task[None]] = set()
+
+    def broken(self, told: wire.Break, acknowledge: Callable[[], None]) -> None:
+        """Somebody is about to change something: drop it everywhere, then acknowledge. Waits for no request."""
+        if told.everything:
+            self._drop_everything()
+            self._later(_then(acknowledge))
+            return
+        self._drop(told.names, told.inodes)
+        self._in_background(self._break(told, acknowledge))
+
+    async def _break(self, told: wire.Break, acknowledge: Callable[[], None]) -> None:
+        """Have the kernel drop what a break told. What nobody waits for may be put again before: keep that out."""
+        kept_out = () if told.number else told.inodes
+        try:
+            with self._kernel.keeping_out(kept_out):
+                await self._kernel.drop(told.names, told.inodes)
+        except Exception as error:
+            _log.error("the kernel's caches cannot be dropped, so the session will end: %s", error)
+        else:
+            acknowledge()
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work, name="break")
+        self._breaking.add(task)
+        task.add_done_callback(self._breaking.discard)
 
     def apply(self, renewed: wire.Renewed) -> None:
-        """Others changed something: drop it here, and have the kernel drop it."""
+        """Something changed without a reply: drop it here, and have the kernel drop it."""
         if renewed.everything:
             self._drop_everything()
             return
-        for parent, name in renewed.names:
+        self._drop(renewed.names, renewed.inodes)
+        self._later(lambda: self._kernel.drop(renewed.names, renewed.inodes))
+
+    def _drop(self, names: Sequence[tuple[int, bytes]], inodes: Sequence[int]) -> None:
+        """Drop these from the worker's state and from the maps."""
+        for parent, name in names:
             self._feeder.drop_name(parent, name)
-        for ino in renewed.inodes:
+        for ino in inodes:
             self._feeder.drop_inode(ino)
             self._writer.changed_elsewhere(ino)
             self._opened.forget(ino)
-        self._later(lambda: self._invalidate(renewed.names, renewed.inodes))
 
     def lost(self) -> None:
         """The session is gone: nothing cached under it may be used, and its orphans are no more."""
@@ -118,8 +139,8 @@ class Changes:
 
     async def settle(self) -> None:
         """Wait until nothing is pending."""
-        while self._task is not None:
-            await asyncio.wait({self._task})
+        while running := self._breaking | ({self._task} if self._task is not None else set()):
+            await asyncio.wait(running)
 
     def _drop_everything(self) -> None:
         self._lease.move(0)
@@ -128,7 +149,7 @@ class Changes:
         self._directories.forget_everything()
         self._writer.everything_changed()
         self._opened.clear()
-        self._later(lambda: self._invalidate_everything(paged))
+        self._later(lambda: self._kernel.everything(paged))
 
     def _later(self, action: Callable[[], Awaitable[None]]) -> None:
         self._pending.append(action)
@@ -150,22 +171,9 @@ class Changes:
         finally:
             self._task = None
 
-    async def _invalidate(self, names: Sequence[tuple[int, bytes]], inodes: Sequence[int]) -> None:
-        if len(names) <= _NAMES_ONE_BY_ONE or not await self._kernel.increment_epoch():
-            await _in_batches(self._kernel.invalidate_entry(*each) for each in names)
-        await _in_batches(self._kernel.invalidate_inode(ino) for ino in inodes)
 
-    async def _invalidate_everything(self, paged: Iterable[int]) -> None:
-        if not await self._kernel.increment_epoch():
-            _log.warning("this kernel cannot expire all names at once; they expire with their time to live")
-        await _in_batches(self._kernel.invalidate_inode(ino) for ino in paged)
+def _then(call: Callable[[], None]) -> Callable[[], Awaitable[None]]:
+    async def work() -> None:
+        call()
 
-
-async def _in_batches(calls: Iterable[Awaitable[None]]) -> None:
-    """Await many, some at once; raise the first error when its batch is through."""
-    remaining = iter(calls)
-    while batch := list(itertools.islice(remaining, _AT_ONCE)):
-        results = await asyncio.gather(*batch, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+    return work

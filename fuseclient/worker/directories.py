@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -64,10 +64,14 @@ def _cookie(entry: Entry) -> int:
 
 
 class Listing(NamedTuple):
-    """Some entries that follow a cookie; ``complete``: there are no more after them."""
+    """Some entries that follow a cookie; ``complete``: there are no more after them.
+
+    ``is_fresh`` says of one of them whether it may be kept; to be asked when it is used.
+    """
 
     entries: list[Entry]
     complete: bool
+    is_fresh: Callable[[Entry], bool]
 
 
 class _Fetch:
@@ -142,6 +146,12 @@ class _Fetch:
             return Answer(None, True)
         return None
 
+    def is_fresh(self, entry: Entry) -> bool:
+        """Say whether nothing of an entry was dropped since it was fetched."""
+        if self.generation == self._feeder.generation:
+            return True
+        return self._feeder.fresh(self._token, self.request.ino, entry.name, entry.attributes.ino)
+
     def after(self, cookie: int) -> list[Entry]:
         """Return the entries read so far that follow a cookie; of a fetch around a name, none before its end."""
         if self.request.around is not None and not self.done:
@@ -215,7 +225,7 @@ class Directories:
                 await fetch.advanced()
         if fetch.error is not None:
             raise fetch.error
-        return Listing(entries, fetch.done and fetch.complete)
+        return Listing(entries, fetch.done and fetch.complete, fetch.is_fresh)
 
     async def _page(self, ino: int, cookie: int, limit: int, *, data: bool) -> Listing:
         """Fetch a few entries, for one listing only."""
@@ -224,7 +234,7 @@ class Directories:
         await fetch.run(self._session)
         if fetch.error is not None:
             raise fetch.error
-        return Listing(fetch.entries, fetch.complete)
+        return Listing(fetch.entries, fetch.complete, fetch.is_fresh)
 
     def forget_everything(self) -> None:
         """Fetch each directory anew at its next miss."""

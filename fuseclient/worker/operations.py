@@ -29,6 +29,8 @@ from fuseclient.worker.changes import OpenedVersions
 from fuseclient.worker.directories import Directories, Session
 from fuseclient.worker.errors import answered
 from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.guard import Token
+from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.rpc import Disconnected, Refused
@@ -61,6 +63,7 @@ class Parts:
     lease: Lease
     cache: Cache
     opened: OpenedVersions
+    kernel: Invalidator
     #: Handles given out by this worker and not yet released, by inode.
     open_handles: Counter[int]
     #: Of the worker; part of its handles.
@@ -85,6 +88,7 @@ class Operations(pyfuse3.Operations):
         self._lease = parts.lease
         self._cache = parts.cache
         self._opened = parts.opened
+        self._kernel = parts.kernel
         self._open_handles = parts.open_handles
         self._generation = parts.generation % handles.GENERATIONS
         self._may_remember = parts.may_remember
@@ -105,41 +109,48 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(await self._make(parent_inode, name, mode, ctx, rdev=rdev))
+        return self._changed_entry(*await self._make(parent_inode, name, mode, ctx, rdev=rdev))
 
     @answered
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(await self._make(parent_inode, name, mode, ctx))
+        return self._changed_entry(*await self._make(parent_inode, name, mode, ctx))
 
     @answered
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         if not 0 < len(target) <= wire.MAX_TARGET:
             raise FUSEError(errno.ENAMETOOLONG if target else errno.ENOENT)
-        made = await self._make(parent_inode, name, stat.S_IFLNK | 0o777, ctx, target=target)
-        self._feeder.content(made, target)
-        return self._entry(made)
+        return self._changed_entry(*await self._make(parent_inode, name, stat.S_IFLNK | 0o777, ctx, target=target))
 
     async def _make(
         self, parent: int, name: bytes, mode: int, ctx: RequestContext, *, rdev: int = 0, target: bytes | None = None
-    ) -> wire.Attributes:
-        """Make a node and return it; the caches know of it."""
+    ) -> tuple[wire.Attributes, bool]:
+        """Make a node and return it, and whether it may be kept; the caches know of it."""
         _check_name(name)
         request = wire.MakeNode(parent, name, mode, ctx.uid, ctx.gid, rdev, target)
-        with self._doubting((parent, name)):
+        with self._changing((parent, name)) as token:
             changed = await self._session.call(request, wire.Changed)
-        self._feeder.changed(changed.attributes)
-        self._feeder.named(parent, name, changed.attributes[0].ino)
-        return changed.attributes[0]
+            made = changed.attributes[0]
+            fresh = self._named(token, parent, name, changed)
+            if target is not None and fresh:
+                self._feeder.content(made, target)
+        return made, fresh
+
+    def _named(self, token: Token, parent: int, name: bytes, changed: wire.Changed) -> bool:
+        """A name was given to the first inode of a reply: put both; say whether they may be kept."""
+        ino = changed.attributes[0].ino
+        fresh = self._feeder.fresh(token, parent, name, ino)
+        self._feeder.changed(token, changed.attributes)
+        self._feeder.named(token, parent, name, ino)
+        return fresh
 
     @answered
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         _check_name(new_name)
-        with self._doubting((new_parent_inode, new_name)):
+        with self._changing((new_parent_inode, new_name), inodes=(inode,)) as token:
             changed = await self._session.call(wire.Link(inode, new_parent_inode, new_name), wire.Changed)
-        self._feeder.changed(changed.attributes)
-        self._feeder.named(new_parent_inode, new_name, inode)
+            fresh = self._named(token, new_parent_inode, new_name, changed)
         self._orphans.linked(inode)
-        return self._entry(changed.attributes[0])
+        return self._changed_entry(changed.attributes[0], fresh)
 
     @answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -151,10 +162,10 @@ class Operations(pyfuse3.Operations):
 
     async def _remove(self, parent: int, name: bytes, *, directory: bool) -> None:
         _check_name(name)
-        with self._doubting((parent, name)):
+        with self._changing((parent, name)) as token:
             changed = await self._session.call(wire.Remove(parent, name, directory), wire.Changed)
-        self._feeder.changed(changed.attributes)
-        self._feeder.unnamed(parent, name)
+            self._feeder.changed(token, changed.attributes)
+            self._feeder.unnamed(token, parent, name)
         self._note_orphan(changed.attributes[0])
 
     @answered
@@ -173,32 +184,50 @@ class Operations(pyfuse3.Operations):
         if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE):
             raise FUSEError(errno.EINVAL)
         request = wire.Rename(parent_inode_old, name_old, parent_inode_new, name_new, no_replace, exchange)
-        with self._doubting((parent_inode_old, name_old), (parent_inode_new, name_new)):
+        with self._changing((parent_inode_old, name_old), (parent_inode_new, name_new)) as token:
             changed = await self._session.call(request, wire.Changed)
-        self._feeder.changed(changed.attributes)
+            self._renamed(token, request, changed)
+
+    def _renamed(self, token: Token, request: wire.Rename, changed: wire.Changed) -> None:
+        old, new = (request.parent, request.name), (request.new_parent, request.new_name)
         moved = changed.attributes[0]
-        parents = (parent_inode_old, parent_inode_new)
-        others = [each for each in changed.attributes[1:] if each.ino not in parents]
-        if exchange and others:
-            self._feeder.named(parent_inode_old, name_old, others[0].ino)
+        others = [each for each in changed.attributes[1:] if each.ino not in (request.parent, request.new_parent)]
+        self._feeder.changed(token, changed.attributes)
+        if request.exchange and others:
+            self._feeder.named(token, *old, others[0].ino)
         elif others or moved.nlink == 1 or stat.S_ISDIR(moved.mode):
-            self._feeder.unnamed(parent_inode_old, name_old)
+            self._feeder.unnamed(token, *old)
             for each in others:
                 self._note_orphan(each)
         else:
             # The two may have been names of one inode, which leaves both.
-            self._feeder.drop_name(parent_inode_old, name_old)
-        self._feeder.named(parent_inode_new, name_new, moved.ino)
+            self._feeder.drop_name(*old)
+        self._feeder.named(token, *new, moved.ino)
 
     @contextlib.contextmanager
-    def _doubting(self, *names: tuple[int, bytes]) -> Iterator[None]:
-        """Drop the names if a change of them fails: the kernel asked for it because of what it holds of them."""
+    def _changing(self, *names: tuple[int, bytes], inodes: Sequence[int] = ()) -> Iterator[Token]:
+        """A change of this mount: gives the token for its reply.
+
+        If it fails the names are dropped, because the kernel asked for it because of what it holds of them; and if it
+        is not known whether it was made the inodes are, too.
+        """
+        directories = [parent for parent, _ in names]
+        self._kernel.busy.update(directories)
         try:
-            yield
-        except (Refused, Disconnected):
+            with self._feeder.begin() as token:
+                yield token
+        except (Refused, Disconnected) as error:
             for parent, name in names:
                 self._feeder.drop_name(parent, name)
+            if isinstance(error, Disconnected):
+                for ino in (*directories, *inodes):
+                    self._feeder.drop_inode(ino)
             raise
+        finally:
+            self._kernel.busy.subtract(directories)
+            for parent in directories:
+                if not self._kernel.busy[parent]:
+                    del self._kernel.busy[parent]
 
     def _note_orphan(self, attributes: wire.Attributes) -> None:
         if attributes.nlink == 0:
@@ -228,13 +257,23 @@ class Operations(pyfuse3.Operations):
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._entry(await self._set_attributes(_setattr_request(inode, attr, fields)))
+        return self._changed_entry(await self._set_attributes(_setattr_request(inode, attr, fields)))
 
     async def _set_attributes(self, request: wire.SetAttributes) -> wire.Attributes:
         async with self._writer.settled(request.ino):
+            return await self._change_inode(request)
+
+    async def _change_inode(self, request: wire.Request) -> wire.Attributes:
+        """Make a change of one inode and return it as it is now."""
+        ino: int = request.ino  # type: ignore[union-attr]
+        with self._changing(inodes=(ino,)) as token:
             changed = await self._session.call(request, wire.Changed)
-            self._feeder.changed(changed.attributes)
-            return self._writer.overlay(changed.attributes[0])
+            fresh = self._feeder.is_current(token, ino)
+            self._feeder.changed(token, changed.attributes)
+            attributes = self._writer.overlay(changed.attributes[0])
+            if not fresh:
+                self._writer.changed_elsewhere(ino)
+            return attributes
 
     @answered
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
@@ -259,6 +298,16 @@ class Operations(pyfuse3.Operations):
     def _entry(self, attributes: wire.Attributes, fresh: bool = True) -> EntryAttributes:
         return entry_of(self._writer.overlay(attributes), self._lease.ttl_s() if fresh else 0.0)
 
+    def _changed_entry(self, attributes: wire.Attributes, fresh: bool = True) -> EntryAttributes:
+        """Return what a change is answered with.
+
+        The kernel takes such attributes whatever it was told to drop since the request was sent, so they are not for
+        keeping: a break may overtake the reply on its way. The next to ask is answered by BPF.
+        """
+        entry = self._entry(attributes, fresh)
+        entry.attr_timeout = 0.0
+        return entry
+
     # Extended attributes
 
     @answered
@@ -280,16 +329,11 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EOPNOTSUPP)
         if len(value) > wire.MAX_XATTR_VALUE:
             raise FUSEError(errno.ENOSPC)
-        changed = await self._session.call(wire.SetXattr(inode, name, value), wire.Changed)
-        self._changed(changed)
+        await self._change_inode(wire.SetXattr(inode, name, value))
 
     @answered
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        self._changed(await self._session.call(wire.RemoveXattr(inode, name), wire.Changed))
-
-    def _changed(self, changed: wire.Changed) -> None:
-        self._feeder.changed(changed.attributes)
-        self._writer.overlay(changed.attributes[0])
+        await self._change_inode(wire.RemoveXattr(inode, name))
 
     # Directories
 
@@ -308,7 +352,7 @@ class Operations(pyfuse3.Operations):
             listing = await self._directories.listing(ino, cookie)
             complete = listing.complete
             for entry in listing.entries:
-                attributes = self._entry(entry.attributes)
+                attributes = self._entry(entry.attributes, listing.is_fresh(entry))
                 if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + _DOTS):
                     return
                 cookie = entry.cookie
@@ -326,9 +370,9 @@ class Operations(pyfuse3.Operations):
     @answered
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        attributes, _ = await self._get_attributes(inode)
+        attributes, fresh = await self._get_attributes(inode)
         if writing:
-            self._begin_writing(attributes)
+            self._begin_writing(attributes, fresh)
         if flags & os.O_TRUNC and writing:
             attributes = await self._truncate(inode)
         keep = self._opened.opened(inode, attributes.version)
@@ -352,20 +396,22 @@ class Operations(pyfuse3.Operations):
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         request = wire.MakeNode(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
         try:
-            with self._doubting((parent_inode, name)):
+            with self._changing((parent_inode, name)) as token:
                 changed = await self._session.call(request, wire.Changed)
+                made = changed.attributes[0]
+                current = self._feeder.is_current(token, made.ino)
+                if writing:
+                    self._writer.open(made)
+                fresh = self._named(token, parent_inode, name, changed)
+                if not current:
+                    self._writer.changed_elsewhere(made.ino)
         except Refused as error:
             if error.code == wire.ErrorCode.EXISTS and not flags & os.O_EXCL:
                 raise FUSEError(errno.ESTALE) from None
             raise
-        made = changed.attributes[0]
-        if writing:
-            self._writer.open(made)
-        self._feeder.changed(changed.attributes)
-        self._feeder.named(parent_inode, name, made.ino)
         self._opened.opened(made.ino, made.version)
         self._feeder.paged.add(made.ino)
-        return FileInfo(fh=self._handle(made.ino, writing=writing), keep_cache=True), self._entry(made)
+        return FileInfo(fh=self._handle(made.ino, writing=writing), keep_cache=True), self._changed_entry(made, fresh)
 
     @answered
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -432,14 +478,16 @@ class Operations(pyfuse3.Operations):
     async def _adopt(self, fh: int) -> None:
         """Open the file of a writing handle that an earlier worker gave out, at its first use here."""
         if self._is_earlier_writer(fh) and fh not in self._adopted:
-            attributes, _ = await self._get_attributes(handles.decode(fh).ino)
+            attributes, fresh = await self._get_attributes(handles.decode(fh).ino)
             if fh not in self._adopted:
                 self._adopted.add(fh)
-                self._begin_writing(attributes)
+                self._begin_writing(attributes, fresh)
 
-    def _begin_writing(self, attributes: wire.Attributes) -> None:
+    def _begin_writing(self, attributes: wire.Attributes, fresh: bool) -> None:
         self._writer.open(attributes)
         self._feeder.drop_inode(attributes.ino)
+        if not fresh:
+            self._writer.changed_elsewhere(attributes.ino)
 
     async def _end_writing(self, ino: int) -> None:
         closed = await self._writer.close(ino)

@@ -316,3 +316,11 @@ async def test_no_slice_id_is_taken_twice() -> None:
     ids = writer_module._SliceIds(Slow())  # type: ignore[arg-type]
     taken = await asyncio.gather(*(ids.take(1) for _ in range(5)))
     assert len({each for batch in taken for each in batch}) == 5
+
+
+async def test_attributes_that_pass_by_do_not_make_a_changed_file_known_again() -> None:
+    rig = Rig()
+    rig.writer.changed_elsewhere(INO)
+    rig.writer.overlay(rig.server.attributes)
+    assert rig.writer.known(INO) is None
+    assert await rig.writer.close(INO) is None, "what is out of date would enter the maps"

@@ -68,6 +68,8 @@ class _File:
     attributes: wire.Attributes
     #: Others changed the file: ``attributes`` are to be asked for again before they decide anything.
     stale: bool = False
+    #: How often others are known to have changed it.
+    breaks: int = 0
     writers: int = 0
     dirty: Extents = field(default_factory=Extents)
     flushing: Extents | None = None
@@ -213,7 +215,7 @@ class Writer:
         file = self._files.get(attributes.ino)
         if file is None:
             return attributes
-        self._observe(file, attributes)
+        self._note(file, attributes)
         ends = [each.end for each in _uncommitted(file)]
         if not ends:
             return file.attributes
@@ -230,6 +232,7 @@ class Writer:
         file = self._files.get(ino)
         if file is not None:
             file.stale = True
+            file.breaks += 1
             file.content = None
 
     def everything_changed(self) -> None:
@@ -238,10 +241,15 @@ class Writer:
             self.changed_elsewhere(ino)
 
     def _observe(self, file: _File, attributes: wire.Attributes) -> None:
+        """Take attributes that nothing is known to have overtaken."""
         if attributes.version >= file.attributes.version:
-            if attributes.version > file.attributes.version:
-                file.content = None
-            file.attributes, file.stale = attributes, False
+            self._note(file, attributes)
+            file.stale = False
+
+    def _note(self, file: _File, attributes: wire.Attributes) -> None:
+        """Take attributes if they are newer; what was changed elsewhere since may be newer still."""
+        if attributes.version > file.attributes.version:
+            file.attributes, file.content = attributes, None
 
     async def _drain(self, file: _File) -> None:
         """Commit what is gathered; an error is left in the file."""
@@ -298,9 +306,10 @@ class Writer:
 
     async def _current(self, file: _File) -> wire.Attributes:
         if file.stale:
+            breaks = file.breaks
             found = await self._caller.call(wire.GetAttributes(file.attributes.ino), wire.Found)
-            self._observe(file, found.attributes)
-            file.stale = False
+            self._note(file, found.attributes)
+            file.stale = file.breaks != breaks
         return file.attributes
 
     def _changed(self, file: _File, changed: wire.Changed) -> None:

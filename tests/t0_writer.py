@@ -324,3 +324,18 @@ async def test_attributes_that_pass_by_do_not_make_a_changed_file_known_again() 
     rig.writer.overlay(rig.server.attributes)
     assert rig.writer.known(INO) is None
     assert await rig.writer.close(INO) is None, "what is out of date would enter the maps"
+
+
+async def test_each_writer_is_told_of_what_was_lost() -> None:
+    rig = Rig()
+    rig.writer.open(rig.server.attributes)
+    await rig.writer.write(INO, 0, b"lost")
+
+    def refuse(request: wire.Request) -> None:
+        raise Disconnected("the test does it")
+
+    rig.server.before = refuse
+    for for_reader in (True, False, False):
+        with pytest.raises(Disconnected):
+            await rig.writer.flush(INO, for_reader=for_reader)
+    await rig.writer.flush(INO)

@@ -10,7 +10,7 @@ one file follow each other in the order of the writes, and :meth:`Writer.settled
 size or times. ``dirty``, ``flushing`` and ``bytes`` change without an await between them.
 
 Errors: a flush that fails gives its data up, as the kernel's own write-back does, and its error is kept until a flush,
-fsync or write on that file reports it. So data is never reported safe that is not.
+fsync or write on that file reports it, once for each writer that had it open. So data is never reported safe that is not.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ class _File:
     #: When the newest byte not yet committed was written, in ns since 1970.
     written_ns: int = 0
     error: Exception | None = None
+    #: How many more writers are to be told of it: all who had the file open.
+    owed: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     timer: asyncio.TimerHandle | None = None
     #: The whole content, when the last flush happened to hold it.
@@ -179,12 +181,19 @@ class Writer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def flush(self, ino: int) -> None:
-        """Return when all that was written is durable; raise the error of what could not be, once."""
+    async def flush(self, ino: int, *, for_reader: bool = False) -> None:
+        """Return when all that was written is durable; raise the error of what could not be, once for each writer.
+
+        ``for_reader``: through a handle that cannot write, so that a writer is to be told still.
+        """
         file = self._files.get(ino)
-        if file is not None:
-            await self._drain(file)
+        if file is None:
+            return
+        await self._drain(file)
+        if not for_reader:
             _raise_error(file)
+        elif file.error is not None:
+            raise file.error
 
     async def flush_all(self) -> None:
         """Flush every file; errors stay with their files."""
@@ -284,7 +293,7 @@ class Writer:
     def _failed(self, file: _File, error: Exception) -> None:
         expected = isinstance(error, Refused | Disconnected | StoreError)
         _log.error("writing to inode %d failed: %s", file.attributes.ino, error, exc_info=None if expected else error)
-        file.error = error
+        file.error, file.owed = error, file.writers
         file.stale = True
         file.content = None
 
@@ -403,9 +412,13 @@ def _is_full(file: _File, times: int) -> bool:
 
 
 def _raise_error(file: _File) -> None:
-    error, file.error = file.error, None
-    if error is not None:
-        raise error
+    error = file.error
+    if error is None:
+        return
+    file.owed -= 1
+    if file.owed <= 0:
+        file.error = None
+    raise error
 
 
 def _laid_over(below: bytes, batch: Extents) -> Extents:

@@ -439,7 +439,8 @@ class Operations(pyfuse3.Operations):
 
     async def _sync(self, fh: int) -> None:
         """Make durable what was written through any handle; say once what an earlier worker may have lost."""
-        await self._writer.flush(handles.decode(fh).ino)
+        handle = handles.decode(fh)
+        await self._writer.flush(handle.ino, for_reader=not handle.writing)
         if self._is_earlier_writer(fh) and fh not in self._reported:
             self._reported.add(fh)
             raise FUSEError(errno.EIO)

@@ -5,7 +5,7 @@
 2. A read returns a value that was current at some moment between its begin and its end, where a value is current from
    its commit until the change that replaced it has *returned* to its program, or anybody has seen the new one.
 3. The exception to the last: while a change is under way, its own client may still see what was before, though others
-   have seen the new value.
+   have seen the new value. If its worker died over it, this lasts until the next worker has its session.
 
 Writes are told apart by the commits that they match, so nothing is searched: each read is given the oldest version that
 is allowed, which leaves most room for those after it.
@@ -194,7 +194,7 @@ class _Register:
         change = self.versions[index].change
         if change is None or change.client != read.client:
             return False
-        return change.returned is None or read.invoked.order < change.returned.order
+        return change.returned is None or read.invoked.order < change.returned.order or read.invoked.time < change.known
 
     def _complaint(self, read: Read, oldest: int) -> str:
         version = self.versions[oldest]

@@ -62,6 +62,8 @@ class Client:
         self._boot_offset_ns = rng.randrange(10**15)
         self._generation = 0
         self._session: str | None = None
+        #: Called, with the index, when a worker has its session.
+        self.on_ready: Callable[[int], None] = lambda index: None
         self.kernel: Kernel
         self.maps: Maps | None
         self.node: Node
@@ -101,6 +103,7 @@ class Client:
     def _ready(self, worker: Worker, session: str) -> None:
         if worker is self.worker:
             self._session = session
+            self.on_ready(self.index)
             self._worker_up.set()
 
     def _config(self) -> WorkerConfig:

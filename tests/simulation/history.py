@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -15,6 +16,9 @@ from typing import Final, NamedTuple
 from simulation.loop import Node, VirtualLoop, current_node
 
 Register = tuple[str, int, bytes]
+
+#: Seconds that a new worker has to clear the kernel's caches.
+_SETTLING_S: Final = 0.5
 
 
 class Any_(enum.Enum):
@@ -85,6 +89,8 @@ class Change:
     invoked: Stamp
     returned: Stamp | None = None
     outcome: Outcome = Outcome.UNKNOWN
+    #: When its own client must know what came of it, if that is later than its return: its worker died meanwhile.
+    known: float = -math.inf
 
     def __str__(self) -> str:
         return f"client {self.client}'s {self.what} ({self.outcome.value})"
@@ -124,6 +130,18 @@ class History:
         change.returned, change.outcome = self.now(), outcome
         if effect is not None:
             change.effect = effect
+
+    def worker_died(self, client: int) -> None:
+        """What a client's worker had in hand is not known to the client until there is another worker."""
+        for change in self.changes:
+            if change.client == client and change.returned is None:
+                change.known = math.inf
+
+    def worker_ready(self, client: int) -> None:
+        """A client's new worker has its session; it has told the kernel what to drop in a moment."""
+        for change in self.changes:
+            if change.client == client and change.known == math.inf:
+                change.known = self.loop.now + _SETTLING_S
 
     @contextlib.contextmanager
     def operation(self, what: str) -> Iterator[None]:

@@ -211,10 +211,13 @@ class VirtualLoop(BaseEventLoop):
         """Let everything go without a word: the run is over."""
         self._discarded = True
         self.set_exception_handler(lambda loop, context: None)
-        for task in asyncio.all_tasks(self):
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
-            with contextlib.suppress(BaseException):
-                task.get_coro().close()
+        closed: set[asyncio.Task[Any]] = set()
+        while left := asyncio.all_tasks(self) - closed:  # closing one may start another
+            closed |= left
+            for task in left:
+                task._log_destroy_pending = False  # type: ignore[attr-defined]
+                with contextlib.suppress(BaseException):
+                    task.get_coro().close()
         for each in (self._graves, self._timers, self._active):
             each.clear()
         self.close()

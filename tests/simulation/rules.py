@@ -10,8 +10,8 @@ from unittest import mock
 from fuseclient.worker.guard import Guard
 from metaserver import fencing
 from metaserver.breaks import Breaks
+from metaserver.fencing import Tenure
 from metaserver.grace import Grace
-from metaserver.service import Service
 from simulation.bpf import Maps
 from simulation.kernel import Kernel
 
@@ -31,7 +31,7 @@ RULES: Final[dict[str, tuple[_Replaced, ...]]] = {
     "deadline": ((Maps, "checks_deadline", False), (Kernel, "keeps_forever", True)),
     "acknowledgement": ((Breaks, "wait", _at_once),),
     "version": ((Guard, "may_put", lambda *args: True),),
-    "fencing": ((Service, "_may_commit", _nothing),),
+    "fencing": ((Tenure, "check", _nothing), (fencing, "check_session", _nothing)),
     "grace": ((Grace, "over", _at_once),),
     "request ids": ((fencing, "outcome", _nothing),),
 }

@@ -21,7 +21,7 @@ from metaserver.namespace import READS, Context
 from metaserver.records import Entry, Inode
 from metaserver.volumes import Volume
 from simulation.history import Commit, Register, Stamp, Value, data_of, links_of, name_of, owner_of
-from simulation.loop import VirtualLoop
+from simulation.loop import Node, VirtualLoop, current_node
 
 T = TypeVar("T")
 
@@ -65,15 +65,30 @@ class Witness:
     objects: ObjectsInMemory
     commits: list[Commit] = field(default_factory=list)
     last: dict[Register, Value] = field(default_factory=dict)
+    #: The server that took the engine over last.
+    ruler: Node | None = None
+    complaints: list[str] = field(default_factory=list)
 
     def committed(self, store: _Store, writes: dict[bytes, bytes | None]) -> None:
         """Note what a commit, which has just been applied, changed."""
+        self._check_fence(store, writes)
         changes: dict[Register, Value] = {}
         for key, value in writes.items():
             if key[:1] == b"\1":
                 changes.update(self._change(store, key, value))
         if changes:
             self.commits.append(Commit(Stamp(self.loop.stamp(), self.loop.now), changes))
+
+    def _check_fence(self, store: _Store, writes: dict[bytes, bytes | None]) -> None:
+        """Note commits of a server that was replaced, and those for a session that was ended."""
+        if keys.epoch() in writes:
+            self.ruler = current_node()
+        elif self.ruler is not current_node():
+            self.complaints.append(f"a commit at {self.loop.now:.4f} by a server that was replaced")
+        for key, value in writes.items():
+            session = key[2:18]
+            if key[:2] == keys.outcome(b"", 0)[:2] and value is not None and keys.session(session) not in store.values:
+                self.complaints.append(f"a commit at {self.loop.now:.4f} for a session that was ended")
 
     def contents(self) -> dict[int, Value]:
         """Return what is in each small file, removed ones too."""

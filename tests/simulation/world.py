@@ -148,9 +148,12 @@ class World:
         """Boot all clients."""
         for index in range(self.setup.clients):
             rng = random.Random(self.rng.random())
-            self.clients.append(Client(self.loop, rng, index, ADDRESS, VOLUME, self.setup.accel))
+            client = Client(self.loop, rng, index, ADDRESS, VOLUME, self.setup.accel)
+            client.on_ready = self.history.worker_ready
+            self.clients.append(client)
 
     def kill_worker(self, client: Client) -> None:
+        self.history.worker_died(client.index)
         client.kill_worker()
         self.network.died(client.worker.node)
 
@@ -256,7 +259,7 @@ class World:
         """Return what is to be said of all that happened."""
         complaints = [f"not ended: {what}" for _, what in self.history.pending.values()]
         complaints += checker.check(self.history, self.witness.commits, self.setup_commits)
-        complaints += self.exceptions
+        complaints += self.exceptions + self.witness.complaints
         complaints += [f"a program failed: {error!r}" for error in self._errors()]
         complaints += check_tree(self.engine.entries(1), self.engine.inodes(1))
         reads: dict[str, int] = {}

@@ -68,6 +68,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     extra_fd: int
     #: One end of the SOCK_SEQPACKET pair that carries notifications to the kernel and their results.
     notify_fd: int
+    #: The same for those that may wait for a lock, so as to hold up no others: of names, of pages, of written pages.
+    #: Without them all go through ``notify_fd``.
+    slow_fds: tuple[int, int, int] | None = None
     #: A pipe: the worker writes one JSON line, {"ready": true, "session": hex} or {"error": text}, and later figures.
     status_fd: int
     #: Rises by one with each worker of a mount; part of the handles it gives out.

@@ -106,7 +106,8 @@ def _talk(address: str, body: Callable[[rpc.Connection], Awaitable[None]]) -> No
 
 def _start(volume: Embedded, log: Path, ready: int, options: Sequence[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-P", "-m", "metaserver", "--engine", volume.engine_url]
-    command += ["--listen", f"unix:{log.with_name('metaserver.sock')}", "--ready-fd", str(ready), *options]
+    command += ["--listen", f"unix:{log.with_name('metaserver.sock')}", "--ready-fd", str(ready)]
+    command += ["--no-grace", *options]
     with log.open("wb") as output:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=(ready,), start_new_session=True

@@ -94,6 +94,12 @@ def parse(arguments: list[str]) -> process.Options:
     parser.add_argument("--insecure", action="store_true", help="allow plaintext TCP that other machines can reach")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the starting process ends")
     parser.add_argument("--no-janitor", dest="janitor", action="store_false", help="clear up nothing by itself")
+    parser.add_argument(
+        "--no-grace",
+        action="store_false",
+        dest="grace",
+        help="do not wait for sessions of an earlier run: nobody but the one client that comes now can have had any",
+    )
     return process.Options(**vars(parser.parse_args(arguments)))
 
 

@@ -4,6 +4,8 @@
 * At most ``in_flight`` requests of a connection run at once. What a client sends beyond that stays in its socket.
 * Replies are not buffered without end: while the client does not take them no request is started and no page of a
   stream is read, and after ``stall_s`` of that it is cut off.
+* Breaks go out as they come, whatever else is waiting, and acknowledgements are taken in as they come: neither is a
+  request.
 * A frame that is not of the protocol ends the connection, with a Failure of id 0 that says why. No other connection
   is touched by it.
 
@@ -16,11 +18,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final, NamedTuple, Protocol, cast
 
 from metaserver import wire
-from metaserver.errors import Conflict, EngineClosed, EngineFull, Refused
+from metaserver.errors import Conflict, EngineClosed, EngineFull, Fenced, Refused
 from metaserver.sessions import Session
 
 _log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ _ENGINE_CODES: Final[dict[type[Exception], wire.ErrorCode]] = {
     EngineFull: wire.ErrorCode.NO_SPACE,
     Conflict: wire.ErrorCode.BUSY,
     EngineClosed: wire.ErrorCode.BUSY,
+    Fenced: wire.ErrorCode.STALE_SESSION,
 }
 
 
@@ -39,7 +42,7 @@ class Limits(NamedTuple):
 
     hello_s: float = 5.0
     stall_s: float = 30.0
-    in_flight: int = 64
+    in_flight: int = 128
     #: Directory fetches that may run at once, of those in flight.
     streams: int = 4
     connections: int = 4096
@@ -48,10 +51,14 @@ class Limits(NamedTuple):
 
 
 class Caller:
-    """Who is at the other end: the session that was opened on this connection, if any."""
+    """Who is at the other end: the session that was opened on this connection, if any.
 
-    def __init__(self) -> None:
+    ``push`` sends a frame over the connection; the session has it while it is bound.
+    """
+
+    def __init__(self, push: Callable[[bytes], None]) -> None:
         self._session: Session | None = None
+        self._push = push
         self.incarnation = 0
 
     def must_be_free(self) -> None:
@@ -60,9 +67,22 @@ class Caller:
             raise Refused(wire.ErrorCode.INVALID, "a session is open on this connection already")
 
     def bind(self, session: Session) -> None:
-        """The session belongs to this connection now, and to no earlier one."""
+        """The session belongs to this connection now, and to no earlier one; it gets the breaks that it missed."""
         self._session = session
         self.incarnation = session.incarnation
+        session.push = self._push
+        for breaking in session.pending.values():
+            self._push(breaking.frame)
+
+    def gone(self) -> None:
+        """The connection is lost."""
+        if self._session is not None and self._session.push == self._push:
+            self._session.push = None
+
+    def bound(self) -> Session | None:
+        """Return the session if it belongs to this connection, live or not."""
+        session = self._session
+        return session if session is not None and session.incarnation == self.incarnation else None
 
     def session(self) -> Session:
         """Return the live session; raise :exc:`Refused`: INVALID if none was opened, else STALE_SESSION."""
@@ -74,14 +94,23 @@ class Caller:
         return self._session
 
 
+class Answer(NamedTuple):
+    """A reply, and the break of number 0 that is to be sent before it, if any."""
+
+    reply: wire.Reply
+    notice: wire.Break | None = None
+
+
 class Service(Protocol):
-    """What answers the requests."""
+    """What answers the requests. An answer is to be sent in the turn of the loop in which it is returned."""
 
     def welcome(self) -> wire.Welcome: ...
 
-    async def answer(self, caller: Caller, request: wire.Request) -> wire.Reply: ...
+    async def answer(self, caller: Caller, frame: wire.Frame) -> Answer: ...
 
-    def pages(self, caller: Caller, request: wire.FetchDirectory) -> AsyncIterator[wire.DirectoryPage]: ...
+    def pages(self, caller: Caller, request: wire.FetchDirectory) -> AsyncIterator[Answer]: ...
+
+    def acknowledge(self, caller: Caller, request: wire.Acknowledge) -> None: ...
 
 
 class _Gone(Exception):
@@ -97,7 +126,7 @@ class Connection(asyncio.Protocol):
         self._connections = connections
         self._loop = asyncio.get_running_loop()
         self._splitter = wire.FrameSplitter(wire.MAX_HELLO)
-        self._caller = Caller()
+        self._caller = Caller(self._push)
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams = asyncio.Semaphore(limits.streams)
         self._transport: asyncio.Transport | None = None
@@ -129,6 +158,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
         self._transport = None
+        self._caller.gone()
         self._stop_timer()
         self._writable.set()
         self._release()
@@ -154,7 +184,7 @@ class Connection(asyncio.Protocol):
         """Start the requests that are here, as many as may run."""
         try:
             while self._may_start() and (body := self._splitter.next_body()) is not None:
-                self._received(*wire.decode_request(body))
+                self._received(wire.decode_frame(body))
         except wire.Malformed as error:
             _log.warning("%s: %s", self, error)
             self._give_up(0, wire.ErrorCode.MALFORMED, str(error))
@@ -163,11 +193,14 @@ class Connection(asyncio.Protocol):
     def _may_start(self) -> bool:
         return not self._closing and len(self._tasks) < self._limits.in_flight and self._writable.is_set()
 
-    def _received(self, request_id: int, request: wire.Request) -> None:
+    def _received(self, frame: wire.Frame) -> None:
         if not self._greeted:
-            self._greet(request_id, request)
+            self._greet(frame.id, frame.request)
             return
-        task = self._loop.create_task(self._run(request_id, request))
+        if isinstance(frame.request, wire.Acknowledge):
+            self._service.acknowledge(self._caller, frame.request)
+            return
+        task = self._loop.create_task(self._run(frame))
         self._tasks.add(task)
         task.add_done_callback(self._finished)
 
@@ -183,13 +216,14 @@ class Connection(asyncio.Protocol):
         self._splitter.limit = wire.MAX_REQUEST
         self._send(request_id, self._service.welcome())
 
-    async def _run(self, request_id: int, request: wire.Request) -> None:
+    async def _run(self, frame: wire.Frame) -> None:
         """Answer one request: the place where every exception ends."""
+        request_id, request = frame.id, frame.request
         try:
             if isinstance(request, wire.FetchDirectory):
                 await self._stream(request_id, request)
             else:
-                self._send(request_id, await self._service.answer(self._caller, request))
+                self._answer(request_id, await self._service.answer(self._caller, frame))
         except _Gone:
             pass
         except Refused as refused:
@@ -204,7 +238,7 @@ class Connection(asyncio.Protocol):
     async def _stream(self, request_id: int, request: wire.FetchDirectory) -> None:
         async with self._streams:
             async for page in self._service.pages(self._caller, request):
-                self._send(request_id, page)
+                self._answer(request_id, page)
                 await self._writable.wait()
                 if self._closing:
                     raise _Gone
@@ -221,6 +255,15 @@ class Connection(asyncio.Protocol):
             self._ended.set()
 
     # Replies and the end
+
+    def _answer(self, request_id: int, answer: Answer) -> None:
+        if answer.notice is not None:
+            self._send(0, answer.notice)
+        self._send(request_id, answer.reply)
+
+    def _push(self, frame: bytes) -> None:
+        if not self._closing and self._transport is not None:
+            self._transport.write(frame)
 
     def _send(self, request_id: int, reply: wire.Reply) -> None:
         if self._closing or self._transport is None:
@@ -251,6 +294,12 @@ class Connection(asyncio.Protocol):
         self._closing = True
         if self._transport is not None:
             self._transport.abort()
+
+    def abandon(self) -> None:
+        """End the connection, and the requests that wait for others, without an answer: the server is closing."""
+        self.cut("the server is closing")
+        for task in self._tasks:
+            task.cancel()
 
     def _cut_after(self, delay_s: float, reason: str) -> None:
         self._stop_timer()

@@ -48,3 +48,7 @@ class Conflict(EngineError):
 
 class Unknown(EngineError):
     """The engine failed while it committed: the transaction may or may not be durable."""
+
+
+class Fenced(EngineError):
+    """Another server has taken over the engine; nothing was committed, and nothing of this one will be."""

@@ -12,9 +12,12 @@ import functools
 import logging
 from typing import Final
 
-from metaserver import namespace
-from metaserver.engine.base import Engine
+from metaserver import fencing, namespace
+from metaserver.coherence import Coherence
+from metaserver.engine.base import Engine, Transaction
 from metaserver.errors import EngineError
+from metaserver.fencing import Tenure
+from metaserver.grace import Grace
 from metaserver.sessions import Session, Sessions
 from metaserver.volumes import Volume
 
@@ -27,8 +30,13 @@ _PERIOD_S: Final = 1.0
 class Janitor:
     """The clearing up of one server; :meth:`run` is its task."""
 
-    def __init__(self, engine: Engine, sessions: Sessions) -> None:
+    #: Both are set before :meth:`run`.
+    grace: Grace
+    coherence: Coherence
+
+    def __init__(self, engine: Engine, sessions: Sessions, tenure: Tenure) -> None:
         self._engine = engine
+        self._tenure = tenure
         self._sessions = sessions
         self._period_s = min(_PERIOD_S, sessions.lease_ns / 1e9 / 8)
         #: Ended sessions with their volumes, and volumes that changed since they were last swept, by id.
@@ -38,11 +46,29 @@ class Janitor:
         self._settled = asyncio.Event()
         self._settled.set()
 
-    def ended(self, session: Session) -> None:
-        """A session has ended: its orphans are to go."""
+    async def end(self, session: Session) -> None:
+        """End a session, durably: nothing of it is committed from here on. Its orphans go later."""
+        session.ended = True
+        await self.end_record(session.id)
+        self._sessions.end(session)
         self._ended.append((session.volume, session.id))
         self._settled.clear()
         self._wake.set()
+
+    async def evict(self, session: Session) -> None:
+        """End a session whose lease has run out."""
+        _log.info("the lease of %s on %s has run out", session.client, session.volume.name)
+        await self.end(session)
+
+    async def end_record(self, session: bytes) -> None:
+        """Delete what the engine knows of a session."""
+
+        def body(txn: Transaction) -> None:
+            self._tenure.check(txn)
+            fencing.delete_session(txn, session)
+
+        await self._engine.write(body)
+        await self._engine.sync()
 
     def changed(self, volume: Volume) -> None:
         """Something was committed on a volume: in the next round it is looked at for garbage."""
@@ -59,7 +85,8 @@ class Janitor:
         stock_taken = False
         while True:
             try:
-                if not stock_taken:
+                await self.grace.close()
+                if not stock_taken and self.grace.is_over:
                     await self._take_stock()
                     stock_taken = True
                 await self._round()
@@ -82,9 +109,10 @@ class Janitor:
     async def _round(self) -> None:
         """End the sessions whose lease has run out, reap what ended sessions left, and sweep changed volumes."""
         self._wake.clear()
-        for session in self._sessions.end_expired():
-            _log.info("the lease of %s on %s has run out", session.client, session.volume.name)
-            self.ended(session)
+        for session in self._sessions.expired():
+            await self.evict(session)
+        if self.grace.is_over:
+            self.coherence.settle_reclaimed()
         while self._ended:
             await self._reap(*self._ended[-1])
         self._settled.set()

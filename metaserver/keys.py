@@ -5,7 +5,10 @@ Numbers are big-endian, so that they sort. ``V`` stands for ``01`` and the volum
 ======================================  ===================================  ===========================================
 key                                     value                                what it is
 ======================================  ===================================  ===========================================
+00 'e'                                  u64                                  the server's epoch (see fencing.py)
 00 'n'                                  u64                                  the next volume's number
+00 'o' session slot                     sequence, reply                      the last outcome of a session's slot
+00 's' session                          volume, lease                        a session that was not ended
 00 'u'                                  nothing                              a server runs, or ended without a farewell
 00 'v' name                             number, inline limit, store          a volume
 V 'c'                                   u64                                  the next slice id
@@ -25,7 +28,7 @@ V 'u' block                             4096 bits                            sli
 V 'x' ino name                          bytes                                an extended attribute
 ======================================  ===================================  ===========================================
 
-ino, directory, cookie, version, slice, block: u64; chunk: u32; index: u16; shard: u8; session: 16 bytes.
+ino, directory, cookie, version, slice, block: u64; chunk: u32; index: u16; shard, slot: u8; session: 16 bytes.
 
 The statistics and the inode numbers are in 16 shards, so that transactions in different directories seldom conflict
 over them: an inode belongs to the shard of its number modulo 16.
@@ -105,6 +108,33 @@ def volumes() -> Range:
 
 def volume_name(key: bytes) -> str:
     return key[2:].decode()
+
+
+# Servers and sessions
+
+
+def epoch() -> bytes:
+    return b"\0e"
+
+
+def session(session_id: bytes) -> bytes:
+    return b"\0s" + session_id
+
+
+def sessions() -> Range:
+    return b"\0s", b"\0t"
+
+
+def session_id(key: bytes) -> bytes:
+    return key[2:]
+
+
+def outcome(session_id: bytes, slot: int) -> bytes:
+    return b"\0o" + session_id + bytes((slot,))
+
+
+def outcomes(session_id: bytes) -> Range:
+    return outcome(session_id, 0), outcome(session_id, 255)
 
 
 # Inodes and what they hold

@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from metaserver import gc, namespace
+from metaserver import gc, namespace, recovery
 from metaserver.engine import Engine, open_engine
 from metaserver.errors import EngineBusy, EngineError, EngineUnusable, Refused
 from metaserver.fsck.findings import Finding
@@ -114,6 +114,8 @@ def _say(**message: Any) -> None:
 
 
 async def _fsck(engine: Engine, volume: Volume, options: Options, stop: threading.Event) -> None:
+    if options.change:
+        await recovery.spoil(engine)
     with Sorter(2) as lost:
         check = Check(engine, volume, _Listener(lost), stop, repair=options.change)
         await check.run(store=options.store)

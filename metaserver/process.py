@@ -36,6 +36,7 @@ class Options:
     log_level: str
     insecure: bool
     die_with_parent: bool
+    grace: bool = True
     janitor: bool = True
 
 
@@ -66,7 +67,7 @@ async def _serve(options: Options) -> None:
 
 
 async def _serve_on(engine: Engine, options: Options, stop: asyncio.Event) -> None:
-    server = Server(engine, lease_s=options.lease_s, janitor=options.janitor)
+    server = Server(engine, lease_s=options.lease_s, grace=options.grace, janitor=options.janitor)
     address = await server.start(options.listen, insecure=options.insecure)
     try:
         _log.info("serving %s on %s", options.engine, address)

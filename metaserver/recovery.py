@@ -7,11 +7,14 @@ such a number open. So whoever finds that the last server did not end cleanly sk
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Final
 
 from metaserver import keys, wire
 from metaserver.engine.base import Engine, Transaction
+from metaserver.errors import Fenced
+from metaserver.fencing import Tenure
 from metaserver.namespace import list_volumes
 from metaserver.records import Shard, pack_number, unpack_number
 from metaserver.volumes import Volume
@@ -22,20 +25,37 @@ _SKIPPED_INODES: Final = _MOST_LOST
 _SKIPPED_SLICES: Final = _MOST_LOST * wire.MAX_FETCH
 
 
-async def prepare(engine: Engine) -> None:
-    """Skip, on every volume, what an earlier run may have lost; note, durably, that a server runs."""
-    if await engine.read(lambda snapshot: snapshot.get(keys.unclean()) is not None):
+async def prepare(engine: Engine) -> bool:
+    """Skip, on every volume, what an earlier run may have lost, and say whether it may; note that a server runs.
+
+    All of that is durable on return, as is what was written before.
+    """
+    unclean = await engine.read(lambda snapshot: snapshot.get(keys.unclean()) is not None)
+    if unclean:
         for volume in await engine.read(list_volumes):
             await engine.write(functools.partial(_skip, volume=volume))
     else:
         await engine.write(lambda txn: txn.put(keys.unclean(), b""))
     await engine.sync()
+    return unclean
 
 
-async def finish(engine: Engine) -> None:
-    """Note that nothing was lost."""
+async def spoil(engine: Engine) -> None:
+    """Have the next server take the engine for one that may have lost something: what clients hold of it is void."""
+    await engine.write(lambda txn: txn.put(keys.unclean(), b""))
     await engine.sync()
-    await engine.write(lambda txn: txn.delete(keys.unclean()))
+
+
+async def finish(engine: Engine, tenure: Tenure) -> None:
+    """Note that nothing was lost, unless another server has taken over, whose note it is then."""
+
+    def body(txn: Transaction) -> None:
+        tenure.check(txn)
+        txn.delete(keys.unclean())
+
+    await engine.sync()
+    with contextlib.suppress(Fenced):
+        await engine.write(body)
 
 
 def _skip(txn: Transaction, volume: Volume) -> None:

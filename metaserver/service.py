@@ -1,96 +1,218 @@
 """What each request means: which volume and session it concerns, and which verb of the namespace answers it.
 
-Reads run on the engine's snapshot, writes in its transactions. A write looks at its session's deadline again inside
-the transaction, because it may have waited there: what a client sent before its lease ran out is not committed after.
-A committed change is in the volume's feed before its reply goes out.
+Reads run on the engine's snapshot, writes in its transactions. In its transaction a write looks at the server's epoch
+and its session's record and deadline again, because it may have waited there; whether it was made before; and who else
+holds what it touches (see coherence.py). A committed change is in the volume's feed before its reply goes out.
 """
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from metaserver import namespace, wire
-from metaserver.connection import Caller
+from metaserver import fencing, namespace, wire
+from metaserver.coherence import Change, Coherence, Grant, Held, grant_of, own_grants
+from metaserver.connection import Answer, Caller, failure
 from metaserver.engine.base import Engine, Transaction
 from metaserver.errors import Refused, Unknown
+from metaserver.fencing import SessionRecord, Slot, Tenure
+from metaserver.grace import Grace
 from metaserver.janitor import Janitor
 from metaserver.namespace import Context
-from metaserver.sessions import Sessions
+from metaserver.sessions import Session, Sessions, changed_inodes, changed_names
+from metaserver.volumes import Volume
 
 _SOFTWARE: Final = "bpfuse-metaserver"
+#: Times that a commit whose outcome is unknown is looked for.
+_RESOLUTIONS: Final = 3
+
+
+class _Outcome(NamedTuple):
+    """What a write came to; ``repeated``: it was made before, and this is what was said then."""
+
+    reply: wire.Reply
+    repeated: bool
 
 
 class Service:
-    """The requests of all connections of one server."""
+    """The requests of all connections of one server. ``wall`` is the time of day, in nanoseconds since 1970."""
 
-    def __init__(self, engine: Engine, sessions: Sessions, janitor: Janitor) -> None:
+    #: Set before the first connection is accepted.
+    grace: Grace
+    #: An earlier run ended without a farewell: what it acknowledged last may be lost, and in its clients' caches.
+    may_have_lost: bool = False
+
+    def __init__(
+        self,
+        engine: Engine,
+        tenure: Tenure,
+        sessions: Sessions,
+        coherence: Coherence,
+        janitor: Janitor,
+        wall: Callable[[], int] = time.time_ns,
+    ) -> None:
         self._engine = engine
+        self._tenure = tenure
         self._sessions = sessions
+        self._coherence = coherence
         self._janitor = janitor
         self._losses = engine.losses
-        self._welcome = wire.Welcome(wire.PROTOCOL_VERSION, _SOFTWARE, secrets.randbits(63))
+        self._wall = wall
 
     def welcome(self) -> wire.Welcome:
         """Return the answer to a Hello; its epoch is this run's own."""
-        return self._welcome
+        return wire.Welcome(wire.PROTOCOL_VERSION, _SOFTWARE, self._tenure.epoch)
 
-    async def answer(self, caller: Caller, request: wire.Request) -> wire.Reply:
+    def acknowledge(self, caller: Caller, request: wire.Acknowledge) -> None:
+        """Take note that a client has dropped what a break told."""
+        session = caller.bound()
+        if session is not None:
+            self._coherence.acknowledge(session, request.number)
+
+    async def answer(self, caller: Caller, frame: wire.Frame) -> Answer:
         """Answer any request but a Hello or a FetchDirectory; raise :exc:`~metaserver.errors.Refused`."""
         self._notice_losses()
+        request = frame.request
         if (verb := namespace.READS.get(type(request))) is not None:
-            reply: wire.Reply = await self._read(caller, verb, request)
-            return reply
+            return await self._read(caller, verb, request)
         if (change := namespace.WRITES.get(type(request))) is not None:
-            return await self._write(caller, change, request)
+            return await self._write(caller, change, frame)
+        return Answer(await self._manage(caller, request))
+
+    async def _manage(self, caller: Caller, request: wire.Request) -> wire.Reply:
         if isinstance(request, wire.Renew):
-            return self._sessions.renew(caller.session(), request.seen)
+            return await self._renew(caller, request)
         if isinstance(request, wire.Sync):
             return await self._sync(caller)
         if isinstance(request, wire.OpenSession):
             return await self._open_session(caller, request)
         if isinstance(request, wire.CloseSession):
-            return self._close_session(caller)
+            return await self._close_session(caller)
         if isinstance(request, wire.CreateVolume):
             return await self._create_volume(request)
         raise Refused(wire.ErrorCode.INVALID, f"a {type(request).__name__} has no place here")
 
-    async def pages(self, caller: Caller, request: wire.FetchDirectory) -> AsyncIterator[wire.DirectoryPage]:
+    # Reads
+
+    async def pages(self, caller: Caller, request: wire.FetchDirectory) -> AsyncIterator[Answer]:
         """Yield the pages of a directory fetch, all of one snapshot."""
-        pages: list[wire.DirectoryPage] = await self._read(caller, namespace.READS[wire.FetchDirectory], request)
+        session = caller.session()
+        since = self._coherence.version(session.volume)
+        verb = namespace.READS[wire.FetchDirectory]
+        pages: list[wire.DirectoryPage] = await self._look(session, verb, request)
         pages.reverse()
         while pages:
-            yield pages.pop()
+            yield self._granted(session, since, request, pages.pop())
 
-    async def _read(self, caller: Caller, verb: Callable[..., Any], request: wire.Request) -> Any:
+    async def _read(self, caller: Caller, verb: Callable[..., Any], request: wire.Request) -> Answer:
         session = caller.session()
-        context = Context(session.volume, session.id, time.time_ns())
+        since = self._coherence.version(session.volume)
+        try:
+            reply = await self._look(session, verb, request)
+        except Refused as refused:
+            if refused.code is not wire.ErrorCode.NOT_FOUND:
+                raise
+            reply = failure(refused.code, refused.message)
+        return self._granted(session, since, request, reply)
+
+    async def _look(self, session: Session, verb: Callable[..., Any], request: wire.Request) -> Any:
+        context = Context(session.volume, session.id, self._wall())
         return await self._engine.read(lambda snapshot: verb(snapshot, context, request))
 
-    async def _write(self, caller: Caller, verb: Callable[..., Any], request: wire.Request) -> wire.Reply:
+    def _granted(self, session: Session, since: int, request: wire.Request, reply: wire.Reply) -> Answer:
+        self._notice_losses()
+        grant = grant_of(request, reply)
+        return Answer(reply, self._coherence.grant(session, since, grant) if grant is not None else None)
+
+    # Writes
+
+    async def _write(self, caller: Caller, verb: Callable[..., Any], frame: wire.Frame) -> Answer:
         session, author = caller.session(), caller.incarnation
-        context = Context(session.volume, session.id, time.time_ns())
-
-        def body(txn: Transaction) -> wire.Reply:
-            session.check()
-            reply: wire.Reply = verb(txn, context, request)
-            return reply
-
+        await self.grace.over()
+        change = self._coherence.begin(session, changed_names(frame.request))
         try:
-            reply = await self._engine.write(body, lazy=getattr(request, "lazy", False))
-        except Unknown:
-            self._sessions.feed(session.volume).forget_all()
-            raise
-        self._sessions.committed(session.volume, author, request, reply)
+            since, outcome = await self._commit(change, verb, frame)
+            return self._committed(change, author, since, frame.request, outcome)
+        finally:
+            self._coherence.end(change)
+
+    async def _commit(self, change: Change, verb: Callable[..., Any], frame: wire.Frame) -> tuple[int, _Outcome]:
+        """Commit a change when nobody else holds what it touches; return the version before, and the outcome."""
+        resolutions = _RESOLUTIONS if frame.sequence else 0
+        lazy = getattr(frame.request, "lazy", False)
+        while True:
+            since = self._coherence.version(change.session.volume)
+            try:
+                return since, await self._engine.write(self._body(change, verb, frame), lazy=lazy)
+            except Held as held:
+                await self._coherence.make_way(change, held)
+            except Unknown:
+                self._sessions.feed(change.session.volume).forget_all()
+                if not resolutions:
+                    raise
+                resolutions -= 1
+
+    def _body(self, change: Change, verb: Callable[..., Any], frame: wire.Frame) -> Callable[[Transaction], _Outcome]:
+        session = change.session
+        context = Context(session.volume, session.id, self._wall())
+        slot = Slot(session.id, frame.slot, frame.sequence)
+
+        def body(txn: Transaction) -> _Outcome:
+            self._may_commit(txn, session)
+            before = fencing.outcome(txn, slot)
+            if before is not None:
+                return _Outcome(before, True)
+            reply: wire.Reply = verb(txn, context, frame.request)
+            change.check(changed_inodes(frame.request, reply))
+            fencing.remember(txn, slot, reply)
+            return _Outcome(reply, False)
+
+        return body
+
+    def _may_commit(self, txn: Transaction, session: Session) -> None:
+        """The fence: raise unless this server and this session may still change anything."""
+        session.check()
+        self._tenure.check(txn)
+        fencing.check_session(txn, session.id)
+
+    def _committed(self, change: Change, author: int, since: int, request: wire.Request, outcome: _Outcome) -> Answer:
+        session, inodes = change.session, changed_inodes(request, outcome.reply)
+        if outcome.repeated:
+            return Answer(outcome.reply, wire.Break(0, list(change.names), inodes))
+        grant = self._grant_own(change, since, own_grants(request, change.names, inodes))
+        if inodes:
+            self._sessions.committed(session.volume, author, change.names, inodes)
         self._janitor.changed(session.volume)
-        return reply
+        return Answer(outcome.reply, grant)
+
+    def _grant_own(self, change: Change, since: int, grants: list[Grant]) -> wire.Break | None:
+        """Grant what a change's own reply tells; return what of it is not to be kept."""
+        self._notice_losses()
+        notices = [self._coherence.grant(change.session, since, grant, change) for grant in grants]
+        refused = [notice for notice in notices if notice is not None]
+        if not refused:
+            return None
+        names = [name for notice in refused for name in notice.names]
+        return wire.Break(0, names, refused[0].inodes, any(notice.everything for notice in refused))
+
+    # Sessions and volumes
+
+    async def _renew(self, caller: Caller, request: wire.Renew) -> wire.Renewed:
+        """Extend the lease: only past breaks that were acknowledged, and only within this server's tenure."""
+        session = caller.session()
+        await self._coherence.breaks.settled(session)
+        now_ns = self._sessions.clock()
+        await self._engine.read(self._tenure.check)
+        return self._sessions.renew(caller.session(), request.seen, now_ns)
 
     def _notice_losses(self) -> None:
+        """If the engine has lost what it had acknowledged, have everybody drop everything."""
         if self._losses != self._engine.losses:
             self._losses = self._engine.losses
             self._sessions.forget_everything()
+            for session in self._sessions.all():
+                self._coherence.drop_everything(session)
 
     async def _sync(self, caller: Caller) -> wire.Done:
         session = caller.session()
@@ -105,10 +227,12 @@ class Service:
     async def _open_session(self, caller: Caller, request: wire.OpenSession) -> wire.SessionOpened:
         volume = await self._engine.read(lambda snapshot: namespace.open_volume(snapshot, request.volume))
         caller.must_be_free()
-        session, resumed = self._sessions.open(volume, request.client, request.resume)
+        session = self._sessions.resume(volume, request.resume) or await self._reclaim(volume, request)
+        resumed = session is not None
+        if session is None:
+            session = await self._open_new(volume, request.client)
+        caller.must_be_free()
         caller.bind(session)
-        if not resumed:
-            session.losses = self._engine.losses
         return wire.SessionOpened(
             session.id,
             self._sessions.lease_ns // 1_000_000,
@@ -120,13 +244,48 @@ class Service:
             self._engine.is_lazy,
         )
 
-    def _close_session(self, caller: Caller) -> wire.Done:
-        session = caller.session()
-        self._sessions.end(session)
-        self._janitor.ended(session)
+    async def _open_new(self, volume: Volume, client: str) -> Session:
+        session = self._sessions.open(volume, client)
+        session.losses = self._engine.losses
+        try:
+            await self._record(session)
+        except BaseException:
+            self._sessions.end(session)
+            raise
+        return session
+
+    async def _reclaim(self, volume: Volume, request: wire.OpenSession) -> Session | None:
+        """Return a session of an earlier run whose client comes back in time."""
+        record = self.grace.missing(request.resume) if request.resume is not None else None
+        if record is None or record.volume != volume.id:
+            return None
+        session = self._sessions.reclaim(record.id, volume, request.client)
+        session.losses = self._engine.losses
+        self._coherence.reclaimed(session)
+        if self.may_have_lost:
+            self._coherence.drop_everything(session)
+        self.grace.came_back(record.id)
+        await self._record(session)
+        return session
+
+    async def _record(self, session: Session) -> None:
+        """Store a session, durably: as long as it may use its caches, a later run of the server must know of it."""
+        record = SessionRecord(session.id, session.volume.id, self._sessions.lease_ns)
+
+        def body(txn: Transaction) -> None:
+            self._tenure.check(txn)
+            fencing.put_session(txn, record)
+
+        await self._write_durably(body)
+
+    async def _write_durably(self, body: Callable[[Transaction], object]) -> None:
+        await self._engine.write(body)
+        await self._engine.sync()
+
+    async def _close_session(self, caller: Caller) -> wire.Done:
+        await self._janitor.end(caller.session())
         return wire.Done()
 
     async def _create_volume(self, request: wire.CreateVolume) -> wire.Done:
-        await self._engine.write(lambda txn: namespace.create_volume(txn, request, time.time_ns()))
-        await self._engine.sync()
+        await self._write_durably(lambda txn: namespace.create_volume(txn, request, self._wall()))
         return wire.Done()

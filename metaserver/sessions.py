@@ -1,26 +1,32 @@
 """Who is connected to which volume, until when, and what changed since each of them was last told.
 
-All of it is in memory and ends with the server: a session of an earlier run cannot be resumed. Nothing here does I/O
-or waits; the clock is given, in nanoseconds, and must count suspend. Everything is called on the event loop's thread,
-but for :meth:`Session.check`, which the engine's writer thread calls inside a transaction and which reads two
-attributes that the loop only ever replaces.
+All of it is in memory; what has to outlive the server is in fencing.py. Nothing here does I/O or waits; the clock is
+given, in nanoseconds, and must count suspend. Everything is called on the event loop's thread, but for
+:meth:`Session.check`, which the engine's writer thread calls inside a transaction and which reads two attributes that
+the loop only ever replaces.
 
-A client must not be told of its own changes, whose replies it has, but must be told of those whose replies were lost
-with a connection. So the author of a change is not a session but an *incarnation* of it: each time a session is
-opened or resumed it gets a new number, and changes of its earlier numbers count as somebody else's.
+What others change a client is told by breaks (see coherence.py). With a renewal it is told of its own changes whose
+replies may have been lost with a connection, or with a worker. So the author of a change is not a session but an
+*incarnation* of it: each time a session is opened or resumed it gets a new number, and it is told of the changes of
+its earlier numbers.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Final, NamedTuple
+from collections.abc import Callable, Container, Iterable
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from metaserver import wire
 from metaserver.errors import Refused
+from metaserver.holdings import Holder
 from metaserver.volumes import Volume
+
+if TYPE_CHECKING:
+    from metaserver.breaks import Breaking
 
 #: Changes that a volume's feed remembers.
 FEED_CHANGES: Final = 65536
@@ -44,10 +50,10 @@ class Change(NamedTuple):
 
 
 class Feed:
-    """The last changes of one volume. Versions count them, from 0 at the server's start."""
+    """The last changes of one volume. Versions count them, from ``version`` at the server's start."""
 
-    def __init__(self, capacity: int = FEED_CHANGES) -> None:
-        self.version = 0
+    def __init__(self, capacity: int = FEED_CHANGES, version: int = 0) -> None:
+        self.version = version
         self._changes: deque[Change] = deque(maxlen=capacity)
 
     def append(self, change: Change) -> None:
@@ -60,15 +66,22 @@ class Feed:
         self.version += 1
         self._changes.clear()
 
-    def since(self, seen: int, reader: int) -> tuple[list[Name], list[int]] | None:
-        """Return the names and inodes that others than ``reader`` changed after ``seen``; ``None``: it is not known."""
+    def after(self, seen: int) -> list[Change] | None:
+        """Return the changes after ``seen``, the newest first; ``None``: they are not known."""
         count = self.version - seen
         if not 0 <= count <= len(self._changes):
             return None
+        return list(itertools.islice(reversed(self._changes), count))
+
+    def since(self, seen: int, authors: Container[int]) -> tuple[list[Name], list[int]] | None:
+        """Return the names and inodes that ``authors`` changed after ``seen``; ``None``: it is not known."""
+        changes = self.after(seen)
+        if changes is None:
+            return None
         names: dict[Name, None] = {}
         inodes: dict[int, None] = {}
-        for change in itertools.islice(reversed(self._changes), count):
-            if change.author != reader:
+        for change in changes:
+            if change.author in authors:
                 names.update(dict.fromkeys(change.names))
                 inodes.update(dict.fromkeys(change.inodes))
         return (list(names), list(inodes)) if _fits(names, inodes) else None
@@ -92,6 +105,18 @@ class Session:
         self.ended = False
         #: The engine's losses that this client knows of.
         self.losses = 0
+        #: Earlier incarnations, of whose changes the client was not told yet.
+        self.earlier: set[int] = set()
+        #: It was opened at an earlier run of the server.
+        self.reclaimed = False
+        #: What it may have in its caches.
+        self.holder = Holder(self)
+        #: The breaks that it has not acknowledged, by number, oldest first.
+        self.pending: dict[int, Breaking] = {}
+        #: Set with each break that it acknowledges.
+        self.acknowledged = asyncio.Event()
+        #: Sends a frame over the session's connection, if there is one.
+        self.push: Callable[[bytes], None] | None = None
         self._clock = clock
 
     @property
@@ -106,11 +131,16 @@ class Session:
 
 
 class Sessions:
-    """The sessions and feeds of one server."""
+    """The sessions and feeds of one server. ``on_end`` is called with each session that ends, once."""
 
-    def __init__(self, lease_ns: int, clock: Callable[[], int], feed_changes: int = FEED_CHANGES) -> None:
+    def __init__(
+        self, lease_ns: int, clock: Callable[[], int], feed_changes: int = FEED_CHANGES, first_version: int = 0
+    ) -> None:
         self.lease_ns = lease_ns
-        self._clock = clock
+        self.clock = clock
+        #: Where the versions of the feeds begin: above those of every earlier run.
+        self.first_version = first_version
+        self.on_end: Callable[[Session], None] = lambda session: None
         self._feed_changes = feed_changes
         self._sessions: dict[bytes, Session] = {}
         self._feeds: dict[int, Feed] = {}
@@ -120,67 +150,81 @@ class Sessions:
         return len(self._sessions)
 
     def all(self) -> list[Session]:
-        """Return the sessions that were not ended."""
+        """Return the sessions that were not ended, those included whose lease has run out."""
         return list(self._sessions.values())
 
     def feed(self, volume: Volume) -> Feed:
-        """Return a volume's feed of changes."""
+        """Return a volume's feed."""
         feed = self._feeds.get(volume.id)
         if feed is None:
-            feed = self._feeds[volume.id] = Feed(self._feed_changes)
+            feed = self._feeds[volume.id] = Feed(self._feed_changes, self.first_version)
         return feed
 
     def forget_everything(self) -> None:
-        """It is not known what changed, on any volume: everybody is told to drop everything."""
+        """It is not known what changed, on any volume."""
         for feed in self._feeds.values():
             feed.forget_all()
 
-    def open(self, volume: Volume, client: str, resume: bytes | None) -> tuple[Session, bool]:
-        """Return a session with a full lease, and whether it is the one to be resumed.
+    def open(self, volume: Volume, client: str) -> Session:
+        """Return a new session with a full lease; raise :exc:`~metaserver.errors.Refused` (BUSY)."""
+        return self._add(Session(secrets.token_bytes(16), volume, client, self.clock))
 
-        Raises :exc:`~metaserver.errors.Refused` (BUSY) when there are too many.
-        """
-        session = self._sessions.get(resume) if resume is not None else None
-        resumed = session is not None and session.volume.id == volume.id and session.is_live
-        if session is None or not resumed:
-            session = self._new(volume, client)
-        session.incarnation = next(self._incarnations)
-        session.deadline_ns = self._clock() + self.lease_ns
-        return session, resumed
+    def reclaim(self, session_id: bytes, volume: Volume, client: str) -> Session:
+        """Return a session of an earlier run of the server, with a full lease; raises as :meth:`open` does."""
+        session = Session(session_id, volume, client, self.clock)
+        session.reclaimed = True
+        return self._add(session)
 
-    def _new(self, volume: Volume, client: str) -> Session:
+    def _add(self, session: Session) -> Session:
         if len(self._sessions) >= MAX_SESSIONS:
             raise Refused(wire.ErrorCode.BUSY, f"the metaserver has {MAX_SESSIONS} sessions")
-        session = Session(secrets.token_bytes(16), volume, client, self._clock)
         self._sessions[session.id] = session
+        session.incarnation = next(self._incarnations)
+        session.deadline_ns = self.clock() + self.lease_ns
         return session
 
-    def renew(self, session: Session, seen: int) -> wire.Renewed:
-        """Extend the lease and tell what others changed after ``seen``; raises as :meth:`Session.check` does."""
+    def resume(self, volume: Volume, session_id: bytes | None) -> Session | None:
+        """Return the live session of this id as a new incarnation, or ``None``. The lease is not extended."""
+        session = self._sessions.get(session_id) if session_id is not None else None
+        if session is None or session.volume.id != volume.id or not session.is_live:
+            return None
+        session.earlier.add(session.incarnation)
+        session.incarnation = next(self._incarnations)
+        return session
+
+    def renew(self, session: Session, seen: int, now_ns: int) -> wire.Renewed:
+        """Extend the lease from ``now_ns`` and tell of the session's own changes whose replies may have been lost.
+
+        Raises as :meth:`Session.check` does.
+        """
         session.check()
         feed = self.feed(session.volume)
-        changes = feed.since(seen, session.incarnation)
-        session.deadline_ns = self._clock() + self.lease_ns
+        changes = self._own_changes(session, feed, seen)
+        session.earlier.clear()
+        session.reclaimed = False
+        session.deadline_ns = max(session.deadline_ns, now_ns + self.lease_ns)
         names, inodes = changes if changes is not None else ([], [])
         return wire.Renewed(self.lease_ns // 1_000_000, feed.version, names, inodes, changes is None)
+
+    def _own_changes(self, session: Session, feed: Feed, seen: int) -> tuple[list[Name], list[int]] | None:
+        """Return what the session's earlier incarnations changed; a new worker (0) knows nothing of an earlier run."""
+        if session.reclaimed and not seen:
+            return None
+        return feed.since(seen, session.earlier) if session.earlier else ([], [])
 
     def end(self, session: Session) -> None:
         """End a session: from here on it is refused, in transactions that wait for the engine too."""
         session.ended = True
-        self._sessions.pop(session.id, None)
+        if self._sessions.pop(session.id, None) is not None:
+            self.on_end(session)
 
-    def end_expired(self) -> list[Session]:
-        """End the sessions whose lease has run out and return them."""
-        expired = [session for session in self._sessions.values() if not session.is_live]
-        for session in expired:
-            self.end(session)
-        return expired
+    def expired(self) -> list[Session]:
+        """Return the sessions whose lease has run out."""
+        return [session for session in self._sessions.values() if not session.is_live]
 
-    def committed(self, volume: Volume, author: int, request: wire.Request, reply: wire.Reply) -> None:
+    def committed(self, volume: Volume, author: int, names: Iterable[Name], inodes: Iterable[int]) -> None:
         """Put a committed change into the volume's feed, before the reply goes out."""
-        if isinstance(reply, wire.Changed):
-            inodes = tuple(attributes.ino for attributes in reply.attributes)
-            self.feed(volume).append(Change(author, changed_names(request), inodes))
+        self.feed(volume).append(Change(author, tuple(names), tuple(inodes)))
 
 
 def changed_names(request: wire.Request) -> tuple[Name, ...]:
@@ -190,3 +234,10 @@ def changed_names(request: wire.Request) -> tuple[Name, ...]:
     if isinstance(request, wire.Rename):
         return (request.parent, request.name), (request.new_parent, request.new_name)
     return ()
+
+
+def changed_inodes(request: wire.Request, reply: wire.Reply) -> list[int]:
+    """Return the inodes that a request has changed, or of which it has changed where their content lies."""
+    if isinstance(request, wire.CompactSlices):
+        return [request.ino]
+    return [attributes.ino for attributes in reply.attributes] if isinstance(reply, wire.Changed) else []

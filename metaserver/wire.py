@@ -4,6 +4,14 @@ A frame is a big-endian u32 body length and a MessagePack body ``[id, [tag, fiel
 its request; a streamed reply is several frames with the id of the request. Bodies are arrays throughout, never maps,
 so there are no duplicate keys to argue about; extension types are refused.
 
+A request that changes something may be sent as ``[id, [tag, ...], slot, sequence]``, sequence from 1. The metaserver
+keeps the outcome of each slot's last sequence with the commit: the same two numbers sent again, over whatever
+connection of the session, to whatever run of the metaserver, get the first outcome. A higher sequence of a slot says
+that the reply to the lower one is of no interest any more.
+
+Frames of id 0 are the metaserver's own: a Failure that ends the connection, or a :class:`Break`, which is to be
+answered by :class:`Acknowledge` (of id 0, too; it has no reply). A Break that a reply depends on is sent before it.
+
 Both sides check the length before they allocate, and :func:`decode_request` and :func:`decode_reply` check every
 field's type and bounds, so the code behind them sees only well-typed messages.
 
@@ -19,7 +27,7 @@ from typing import Annotated, Final, NamedTuple, TypeVar
 import msgspec
 from msgspec import Meta
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 #: A body before the handshake, a request's body, and a reply's body, in bytes.
 MAX_HELLO: Final = 4 * 1024
@@ -40,6 +48,9 @@ MAX_XATTR_NAME: Final = 255
 MAX_XATTR_VALUE: Final = 60 * 1024
 
 ROOT_INO: Final = 1
+
+#: Slots of a session: changes of which the outcome can be asked for again, at once.
+SLOTS: Final = 48
 
 _HEADER: Final = struct.Struct(">I")
 HEADER_BYTES: Final = _HEADER.size
@@ -430,6 +441,12 @@ class RetireSlices(_Message, tag=51):
     ids: Annotated[list[U63], Meta(max_length=4096)]
 
 
+class Acknowledge(_Message, tag=120):
+    """All that the Break of this number told has left every cache of this client. Sent with id 0; has no reply."""
+
+    number: U63
+
+
 # Replies
 
 
@@ -564,21 +581,49 @@ class SlicesInspected(_Message, tag=90):
     foreign: list[U63]
 
 
+class Break(_Message, tag=121):
+    """Drop these from every cache, kernel and maps included: entries as (directory, name), and inodes with attributes,
+    content and xattrs; or all there is. Then acknowledge ``number``, unless that is 0.
+
+    What was asked for before this came and is answered after it must not be cached under these keys. With a number of
+    0 nobody waits: the keys belong to replies that follow and that are not to be cached.
+    """
+
+    number: U63
+    names: list[tuple[Ino, Name]]
+    inodes: list[Ino]
+    everything: bool = False
+
+
+# fmt: off
 Request = (
     Hello | CreateVolume | OpenSession | Renew | CloseSession | Lookup | FetchDirectory | GetAttributes | SetAttributes
     | MakeNode | Link | Remove | Rename | Reap | ReadLink | GetXattr | ListXattrs | SetXattr | RemoveXattr | GetContent
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
-    | CopyRange | Seek | Sync | CompactSlices | InspectSlices | RetireSlices
+    | CopyRange | Seek | Sync | CompactSlices | InspectSlices | RetireSlices | Acknowledge
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
-    | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected
+    | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected | Break
 )
+# fmt: on
 
 _T = TypeVar("_T")
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
-_REQUEST_DECODER: Final = msgspec.msgpack.Decoder(tuple[U63, Request])
+
+
+class Frame(msgspec.Struct, array_like=True, frozen=True, gc=False, forbid_unknown_fields=True):
+    """A request with its id and, if it is a change whose outcome is to be kept, its slot and sequence."""
+
+    id: U63
+    request: Request
+    slot: Annotated[int, Meta(ge=0, lt=SLOTS)] = 0
+    #: 0: the outcome is not to be kept.
+    sequence: U63 = 0
+
+
+_FRAME_DECODER: Final = msgspec.msgpack.Decoder(Frame)
 _REPLY_DECODER: Final = msgspec.msgpack.Decoder(tuple[U63, Reply])
 
 
@@ -653,9 +698,21 @@ def encode(request_id: int, message: Request | Reply) -> bytes:
     return _HEADER.pack(len(body)) + body
 
 
+def encode_change(request_id: int, message: Request, slot: int, sequence: int) -> bytes:
+    """Return the whole frame of a request whose outcome is to be kept."""
+    body = _ENCODER.encode((request_id, message, slot, sequence))
+    return _HEADER.pack(len(body)) + body
+
+
+def decode_frame(body: bytes | memoryview) -> Frame:
+    """Return a request with what goes with it; raise :exc:`Malformed`."""
+    return _decode(_FRAME_DECODER, body)
+
+
 def decode_request(body: bytes | memoryview) -> tuple[int, Request]:
     """Return a request's id and message; raise :exc:`Malformed`."""
-    return _decode(_REQUEST_DECODER, body)
+    frame = decode_frame(body)
+    return frame.id, frame.request
 
 
 def decode_reply(body: bytes | memoryview) -> tuple[int, Reply]:
@@ -663,7 +720,7 @@ def decode_reply(body: bytes | memoryview) -> tuple[int, Reply]:
     return _decode(_REPLY_DECODER, body)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[tuple[int, _T]], body: bytes | memoryview) -> tuple[int, _T]:
+def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes | memoryview) -> _T:
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

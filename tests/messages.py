@@ -59,6 +59,7 @@ REQUESTS: Final[list[wire.Request]] = [
     wire.CompactSlices(2, 0, 1, bytes(16), [SLICE]),
     wire.InspectSlices([1, 2]),
     wire.RetireSlices([1, 2]),
+    wire.Acknowledge(7),
 ]
 
 REPLIES: Final[list[wire.Reply]] = [
@@ -78,6 +79,7 @@ REPLIES: Final[list[wire.Reply]] = [
     wire.Statistics(1, 2, 3, 4),
     wire.Sought(4096, True),
     wire.SlicesInspected([1], [2], [3]),
+    wire.Break(7, [(1, b"name")], [1, 2], True),
 ]
 
 

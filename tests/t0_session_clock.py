@@ -10,7 +10,7 @@ import messages
 import pytest
 
 from fuseclient.worker import rpc
-from fuseclient.worker.session import MARGIN_NS, Session, client_deadline
+from fuseclient.worker.session import MARGIN_NS, Session, Slots, client_deadline
 from metaserver import sessions as server_side
 from metaserver import wire
 from metaserver.errors import Refused
@@ -47,8 +47,7 @@ def table(clock: Clock) -> Sessions:
 
 
 def test_a_session_lives_for_a_lease(table: Sessions, clock: Clock) -> None:
-    session, resumed = table.open(VOLUME, "client", None)
-    assert not resumed
+    session = table.open(VOLUME, "client")
     assert len(session.id) == 16
     clock.now += LEASE - 1
     session.check()
@@ -59,69 +58,69 @@ def test_a_session_lives_for_a_lease(table: Sessions, clock: Clock) -> None:
 
 
 def test_a_renewal_extends_the_lease_from_its_answer(table: Sessions, clock: Clock) -> None:
-    session, _ = table.open(VOLUME, "client", None)
+    session = table.open(VOLUME, "client")
     clock.now += LEASE - 1
-    assert table.renew(session, 0) == wire.Renewed(30_000, 0, [], [], False)
+    assert table.renew(session, 0, table.clock()) == wire.Renewed(30_000, 0, [], [], False)
     clock.now += LEASE - 1
     session.check()
 
 
 def test_a_late_renewal_is_refused(table: Sessions, clock: Clock) -> None:
-    session, _ = table.open(VOLUME, "client", None)
+    session = table.open(VOLUME, "client")
     clock.now += LEASE
     with pytest.raises(Refused, match="run out"):
-        table.renew(session, 0)
-    assert table.end_expired() == [session]
-    assert table.end_expired() == []
+        table.renew(session, 0, table.clock())
+    assert table.expired() == [session]
+    table.end(session)
+    assert table.expired() == []
 
 
-def test_only_expired_sessions_are_ended(table: Sessions, clock: Clock) -> None:
-    first, _ = table.open(VOLUME, "first", None)
+def test_only_expired_sessions_are_told(table: Sessions, clock: Clock) -> None:
+    first = table.open(VOLUME, "first")
     clock.now += S
-    second, _ = table.open(VOLUME, "second", None)
+    second = table.open(VOLUME, "second")
     clock.now += LEASE - S
-    assert table.end_expired() == [first]
-    assert table.all() == [second]
+    assert table.expired() == [first]
+    assert table.all() == [first, second]
 
 
 def test_an_ended_session_is_refused_at_once(table: Sessions) -> None:
-    session, _ = table.open(VOLUME, "client", None)
+    session = table.open(VOLUME, "client")
     table.end(session)
     with pytest.raises(Refused):
         session.check()
-    assert table.open(VOLUME, "client", session.id)[1] is False
+    assert table.resume(VOLUME, session.id) is None
 
 
-def test_resuming(table: Sessions, clock: Clock) -> None:
-    session, _ = table.open(VOLUME, "client", None)
+def test_resuming_does_not_extend_the_lease(table: Sessions, clock: Clock) -> None:
+    session = table.open(VOLUME, "client")
+    first = session.incarnation
     clock.now += LEASE - 1
-    again, resumed = table.open(VOLUME, "client", session.id)
-    assert resumed
-    assert again is session
-    clock.now += LEASE - 1
-    session.check()
+    assert table.resume(VOLUME, session.id) is session
+    assert session.incarnation > first
+    clock.now += 1
+    with pytest.raises(Refused):
+        session.check()
 
 
 @pytest.mark.parametrize("volume", [VOLUME, OTHER])
 def test_what_cannot_be_resumed(table: Sessions, clock: Clock, volume: Volume) -> None:
-    session, _ = table.open(VOLUME, "client", None)
+    session = table.open(VOLUME, "client")
     if volume is VOLUME:
         clock.now += LEASE
-    fresh, resumed = table.open(volume, "client", session.id)
-    assert not resumed
-    assert fresh.id != session.id
-    assert fresh.volume is volume
-    assert not table.open(VOLUME, "client", b"x" * 16)[1]
+    assert table.resume(volume, session.id) is None
+    assert table.resume(VOLUME, b"x" * 16) is None
+    assert table.resume(VOLUME, None) is None
 
 
 def test_there_is_a_most_of_sessions(table: Sessions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_side, "MAX_SESSIONS", 2)
-    kept, _ = table.open(VOLUME, "client", None)
-    table.open(VOLUME, "client", None)
+    kept = table.open(VOLUME, "client")
+    table.open(VOLUME, "client")
     with pytest.raises(Refused) as refused:
-        table.open(VOLUME, "client", None)
+        table.open(VOLUME, "client")
     assert refused.value.code is wire.ErrorCode.BUSY
-    assert table.open(VOLUME, "client", kept.id)[1]
+    assert table.resume(VOLUME, kept.id) is kept
 
 
 # The change feed
@@ -131,25 +130,25 @@ def _change(author: int, number: int) -> Change:
     return Change(author, ((1, b"%d" % number),), (1, number))
 
 
-def test_a_feed_tells_what_others_did() -> None:
+def test_a_feed_tells_what_some_did() -> None:
     feed = Feed()
     for number in range(10, 14):
         feed.append(_change(number % 2, number))
-    assert feed.since(0, 0) == ([(1, b"13"), (1, b"11")], [1, 13, 11])
-    assert feed.since(2, 1) == ([(1, b"12")], [1, 12])
-    assert feed.since(4, 0) == ([], [])
+    assert feed.since(0, {1}) == ([(1, b"13"), (1, b"11")], [1, 13, 11])
+    assert feed.since(2, {0}) == ([(1, b"12")], [1, 12])
+    assert feed.since(4, {1}) == ([], [])
 
 
 def test_a_feed_that_does_not_reach_back_says_so() -> None:
     feed = Feed(3)
     for number in range(5):
         feed.append(_change(1, number))
-    assert feed.since(1, 2) is None
-    assert feed.since(2, 2) is not None
-    assert feed.since(6, 2) is None, "a version of another run"
+    assert feed.since(1, {1}) is None
+    assert feed.since(2, {1}) is not None
+    assert feed.since(6, {1}) is None, "a version of another run"
     feed.forget_all()
-    assert feed.since(5, 2) is None
-    assert feed.since(feed.version, 2) == ([], [])
+    assert feed.since(5, {1}) is None
+    assert feed.since(feed.version, {1}) == ([], [])
 
 
 @pytest.mark.parametrize("change", [
@@ -157,33 +156,44 @@ def test_a_feed_that_does_not_reach_back_says_so() -> None:
     Change(99, tuple((1, b"x" * 250 + b"%05d" % number) for number in range(5000)), ()),
 ])  # fmt: skip
 def test_too_many_changes_for_a_frame_are_everything(table: Sessions, change: Change) -> None:
-    session, _ = table.open(VOLUME, "client", None)
+    session = table.open(VOLUME, "client")
+    table.resume(VOLUME, session.id)
+    session.earlier.add(99)
     table.feed(VOLUME).append(change)
-    assert table.renew(session, 0) == wire.Renewed(30_000, 1, [], [], True)
+    assert table.renew(session, 0, table.clock()) == wire.Renewed(30_000, 1, [], [], True)
 
 
 def test_the_largest_list_fits_a_frame() -> None:
     names = [(2**48 - 1, b"x" * 249 + b"%05d" % number) for number in range(server_side.RENEWED_BYTES // 280)]
     feed = Feed()
     feed.append(Change(99, tuple(names), ()))
-    assert feed.since(0, 2) is not None
+    assert feed.since(0, {99}) is not None
     assert len(wire.encode(1, wire.Renewed(30_000, 1, names, [], False))) < wire.MAX_REPLY
 
 
 def test_own_changes_are_told_after_a_resumption_only(table: Sessions) -> None:
-    session, _ = table.open(VOLUME, "client", None)
-    reply = wire.Changed([messages.ATTRIBUTES])
-    table.committed(VOLUME, session.incarnation, wire.Link(messages.ATTRIBUTES.ino, 1, b"name"), reply)
-    assert table.renew(session, 0).names == []
-    table.open(VOLUME, "client", session.id)
-    renewed = table.renew(session, 0)
-    assert (renewed.names, renewed.inodes) == ([(1, b"name")], [messages.ATTRIBUTES.ino])
+    session = table.open(VOLUME, "client")
+    table.committed(VOLUME, session.incarnation, [(1, b"name")], [7])
+    table.committed(VOLUME, 99, [(1, b"another's")], [8])
+    assert table.renew(session, 0, table.clock()).names == []
+    table.resume(VOLUME, session.id)
+    renewed = table.renew(session, 0, table.clock())
+    assert (renewed.names, renewed.inodes) == ([(1, b"name")], [7])
+    assert table.renew(session, 0, table.clock()).names == [], "once"
 
 
 def test_feeds_of_volumes_are_apart(table: Sessions) -> None:
-    one, _ = table.open(VOLUME, "client", None)
-    table.committed(OTHER, 99, wire.SetAttributes(1), wire.Changed([messages.ATTRIBUTES]))
-    assert table.renew(one, 0) == wire.Renewed(30_000, 0, [], [], False)
+    one = table.open(VOLUME, "client")
+    table.committed(OTHER, one.incarnation, [], [7])
+    table.resume(VOLUME, one.id)
+    assert table.renew(one, 0, table.clock()) == wire.Renewed(30_000, 0, [], [], False)
+
+
+def test_a_new_worker_of_a_reclaimed_session_is_told_everything(table: Sessions) -> None:
+    old, new = table.reclaim(b"a" * 16, VOLUME, "client"), table.reclaim(b"b" * 16, VOLUME, "client")
+    assert not table.renew(old, 5, table.clock()).everything, "it knows what it has, and asks for what it lost"
+    assert table.renew(new, 0, table.clock()).everything
+    assert not table.renew(new, 0, table.clock()).everything
 
 
 @pytest.mark.parametrize(
@@ -208,11 +218,21 @@ SESSION_A, SESSION_B = b"a" * 16, b"b" * 16
 class FakeConnection:
     """A connection whose replies the test makes; calls are kept with the time they were made."""
 
-    def __init__(self, answer: Callable[[wire.Request], Any]) -> None:
+    def __init__(self, answer: Callable[[wire.Request], Any], welcome: wire.Welcome) -> None:
         self.answer = answer
+        self.welcome = welcome
         self.calls: list[wire.Request] = []
+        #: Slot and sequence of each change.
+        self.changes: list[tuple[int, int]] = []
         self.lost = False
         self._callbacks: list[Callable[[], object]] = []
+
+    def on_break(self, callback: Callable[[wire.Break], object]) -> None:
+        self.told = callback
+
+    async def change(self, request: wire.Request, reply_type: type, slot: int, sequence: int) -> Any:
+        self.changes.append((slot, sequence))
+        return await self.call(request, reply_type)
 
     async def call(self, request: wire.Request, reply_type: type) -> Any:
         if self.lost:
@@ -253,13 +273,14 @@ class Metaserver:
         self.connections: list[FakeConnection] = []
         self.refuse_connections = False
         self.override: Callable[[wire.Request], Any] = lambda request: None
+        self.epoch = 1
         #: How long a reply takes.
         self.delay_ns = 0
 
     async def connect(self, address: str) -> rpc.Connection:
         if self.refuse_connections:
             raise rpc.Disconnected(f"nobody at {address}")
-        connection = FakeConnection(self.answer)
+        connection = FakeConnection(self.answer, wire.Welcome(wire.PROTOCOL_VERSION, "test", self.epoch))
         self.connections.append(connection)
         return cast(rpc.Connection, connection)
 
@@ -458,21 +479,53 @@ def _fail_once(kind: type, error: Exception) -> Callable[[wire.Request], Any]:
     return lambda request: errors.pop() if isinstance(request, kind) and errors else None
 
 
-async def test_only_what_is_harmless_is_repeated(clock: Clock) -> None:
+async def test_what_is_repeated(clock: Clock) -> None:
     mount = Mount(clock)
     await mount.session.open()
     mount.server.override = _fail_once(wire.Lookup, rpc.Disconnected("cut"))
     await mount.session.call(wire.Lookup(1, b"a"), wire.Found)
     mount.server.override = _fail_once(wire.Link, rpc.Disconnected("cut"))
-    with pytest.raises(rpc.Disconnected, match="cut"):
-        await mount.session.call(wire.Link(2, 1, b"a"), wire.Found)
+    await mount.session.call(wire.Link(2, 1, b"a"), wire.Found)
     mount.server.override = _fail_once(wire.Link, rpc.NotSent("cut"))
     await mount.session.call(wire.Link(2, 1, b"a"), wire.Found)
+    once, again, other, another = mount.server.connections[0].changes
+    assert once == again
+    assert other == another
+    assert other == (once[0], once[1] + 1)
     mount.server.override = _fail_once(wire.Lookup, rpc.Refused(wire.ErrorCode.NOT_FOUND, "a"))
     with pytest.raises(rpc.Refused) as refused:
         await mount.session.call(wire.Lookup(1, b"a"), wire.Found)
     assert refused.value.code is wire.ErrorCode.NOT_FOUND
     await mount.session.close()
+
+
+async def test_a_change_is_not_repeated_under_another_session(clock: Clock) -> None:
+    mount = Mount(clock)
+    await mount.session.open()
+
+    def lose(request: wire.Request) -> Any:
+        if not isinstance(request, wire.Link):
+            return None
+        mount.server.live.clear()
+        mount.server.connections[-1].abort()
+        return rpc.Disconnected("cut")
+
+    mount.server.override = lose
+    with pytest.raises(rpc.Disconnected, match="the session was lost"):
+        await mount.session.call(wire.Link(2, 1, b"a"), wire.Found)
+    assert mount.session.id == SESSION_B
+    await mount.session.close()
+
+
+async def test_no_number_is_used_by_two_workers(clock: Clock) -> None:
+    first, last = Slots(clock(), 2), 0
+    for _ in range(5):
+        async with first.taken() as one, first.taken() as two:
+            assert one[0] != two[0]
+            last = max(one[1], two[1])
+    clock.now += S
+    async with Slots(clock(), 2).taken() as (_, sequence):
+        assert sequence > last
 
 
 async def test_a_change_refused_as_stale_is_not_repeated_and_the_session_is_mended(clock: Clock) -> None:

@@ -15,7 +15,7 @@ from served import until
 
 from fuseclient.data.extents import Extents
 from fuseclient.data.objects import NoSpace, StoreError
-from fuseclient.data.uploads import ID_BLOCK
+from fuseclient.data.uploads import ID_BLOCK, _SliceIds
 from fuseclient.data.writer import FLUSH_BYTES, STAGED, Writer
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
@@ -341,7 +341,7 @@ async def test_a_sync_asks_a_lazy_metaserver_and_tells_of_its_losses() -> None:
     assert rig.server.requests[-2:] == [wire.Sync(), wire.Sync()]
     await rig.writer.write(INO, 0, b"y")
     await rig.writer.flush(INO)
-    rig.writer.session_lost()
+    rig.writer.acknowledged_lost()
     for ino in (INO, None):
         with pytest.raises(StoreError, match="may have lost"):
             await rig.writer.sync(ino)
@@ -423,3 +423,51 @@ async def test_two_writers_close_one_after_the_other() -> None:
     assert rig.writer.is_open(INO)
     assert rig.server.content() == b"both"
     assert await rig.writer.close(INO) is not None
+
+
+async def test_no_slice_id_is_taken_twice() -> None:
+    class Slow:
+        """A metaserver whose replies come one by one, when others have had their turn."""
+
+        next = 1
+
+        async def call(self, request: wire.NewSlices, reply_type: type[wire.SliceIds]) -> wire.SliceIds:
+            first, Slow.next = Slow.next, Slow.next + request.count
+            for _ in range(first % 7):
+                await asyncio.sleep(0)
+            return wire.SliceIds(list(range(first, first + request.count)))
+
+    ids = _SliceIds(Slow())  # type: ignore[arg-type]
+    taken = await asyncio.gather(*(ids.take(1) for _ in range(5)))
+    assert len({each for batch in taken for each in batch}) == 5
+
+
+async def test_attributes_that_pass_by_do_not_make_a_changed_file_known_again() -> None:
+    rig = Rig()
+    rig.writer.changed_elsewhere(INO)
+    rig.writer.overlay(rig.server.attributes)
+    assert rig.writer.known(INO) is None
+    assert await rig.writer.close(INO) is None, "what is out of date would enter the maps"
+
+
+async def test_each_writer_is_told_of_what_was_lost() -> None:
+    rig = Rig(is_lazy=True)
+    rig.writer.open(rig.server.attributes)
+    await rig.writer.write(INO, 0, b"lost")
+    await rig.writer.flush(INO)
+    rig.writer.acknowledged_lost()
+    for for_reader in (True, False, False):
+        with pytest.raises(StoreError, match="may have lost"):
+            await rig.writer.flush(INO, for_reader=for_reader)
+    await rig.writer.flush(INO)
+
+
+async def test_a_reader_takes_no_error_from_the_writers() -> None:
+    rig = Rig()
+    rig.server.before = _refuse(wire.ErrorCode.NO_SPACE)
+    await rig.writer.write(INO, 0, b"x")
+    for for_reader in (True, False, True, False):
+        with pytest.raises(Refused):
+            await rig.writer.flush(INO, for_reader=for_reader)
+    rig.server.before = lambda request: None
+    await rig.writer.flush(INO)

@@ -545,23 +545,52 @@ async def test_many_orphans_are_reaped_at_once(rig: Rig) -> None:
 # Changes made elsewhere
 
 
-async def test_changes_of_others_leave_every_cache_before_the_deadline_moves(rig: Rig) -> None:
+async def test_a_change_of_another_leaves_every_cache_before_it_is_made(rig: Rig) -> None:
     ino = await rig.create(b"file", b"old")
     await rig.ops.lookup(ROOT, b"file", ME)
     rig.kernel.gate = asyncio.Event()
-    deadline_ns = rig.maps.deadline_ns
-    await rig.other.change(wire.WriteInline(ino, 0, b"new"))
-    await rig.other.change(wire.Remove(ROOT, b"file", False))
-    renewal = asyncio.create_task(rig.renew())
+    change = asyncio.create_task(rig.other.change(wire.Remove(ROOT, b"file", False)))
     await until(lambda: ino not in rig.maps.inodes)
     assert (ROOT, b"file") not in rig.maps.names
-    await until(lambda: rig.session.deadline_ns > deadline_ns)
-    assert rig.maps.deadline_ns == deadline_ns
+    assert (await rig.ops.lookup(ROOT, b"file", ME)).entry_timeout == 0, "it is there yet, and must not be kept"
+    assert not change.done()
     rig.kernel.gate.set()
-    await renewal
-    assert set(rig.kernel.log) == {("entry", ROOT, b"file"), ("inode", ino), ("inode", ROOT)}
-    assert rig.maps.deadline_ns == rig.session.deadline_ns > deadline_ns
+    await change
+    assert {("entry", ROOT, b"file"), ("inode", ino), ("inode", ROOT)} <= set(rig.kernel.log)
     assert await rig.ino(b"file") == 0
+    await rig.assert_maps_are_right()
+
+
+async def test_a_name_that_cannot_be_dropped_is_expired_with_all_others(rig: Rig) -> None:
+    await rig.create(b"file", b"old")
+    stuck = asyncio.Event()
+
+    async def wait(*_: Any) -> None:
+        await stuck.wait()
+
+    rig.kernel.invalidate_entry = wait  # type: ignore[method-assign, assignment]
+    await rig.other.change(wire.Remove(ROOT, b"file", False))
+    assert ("epoch",) in rig.kernel.log
+    stuck.set()
+
+
+async def test_two_mounts_that_change_one_directory_do_not_wait_for_each_other(rig: Rig) -> None:
+    """The kernel holds the directory's lock during our change, and theirs waits for what waits for that lock."""
+    await rig.listing()
+    lock = asyncio.Lock()
+
+    async def wait(*_: Any) -> None:
+        async with lock:
+            pass
+
+    async def ours(number: int) -> None:
+        async with lock:
+            await rig.ops.mkdir(ROOT, b"ours%d" % number, DIR, ME)
+
+    rig.kernel.invalidate_entry = wait  # type: ignore[method-assign, assignment]
+    for number in range(20):
+        await asyncio.gather(ours(number), rig.other.make(b"theirs%d" % number))
+    await rig.assert_maps_are_right()
 
 
 async def test_when_everything_may_have_changed_all_pages_are_dropped(rig: Rig) -> None:
@@ -590,6 +619,7 @@ async def test_a_kernel_that_fails_to_drop_gets_no_new_deadline(
 
     with monkeypatch.context() as patch:
         patch.setattr(rig.kernel, "invalidate_entry", broken)
+        rig.mount._changes.apply(wire.Renewed(30_000, 1, [(ROOT, b"file")], [made.ino], False))  # type: ignore[union-attr]
         await rig.renew()
         assert rig.maps.deadline_ns == deadline_ns
     await rig.renew()

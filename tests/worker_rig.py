@@ -146,8 +146,17 @@ class Kernel:
             await self.gate.wait()
         self.log.append(what)
 
-    async def invalidate_inode(self, ino: int) -> None:
+    async def invalidate_inode(self, ino: int) -> bool:
         await self._pass("inode", ino)
+        return True
+
+    async def invalidate_written(self, ino: int) -> bool:
+        await self._pass("written", ino)
+        return True
+
+    async def invalidate_attributes(self, ino: int) -> bool:
+        await self._pass("attributes", ino)
+        return True
 
     async def invalidate_entry(self, parent: int, name: bytes) -> None:
         await self._pass("entry", parent, name)

@@ -82,7 +82,7 @@ class Metaserver(Child):
         arguments += ["--durability", options.durability]
         try:
             try:
-                server = cls("metaserver", await _spawn([*arguments, "--die-with-parent"], [writing]))
+                server = cls("metaserver", await _spawn([*arguments, "--die-with-parent", "--no-grace"], [writing]))
             finally:
                 os.close(writing)
             line = await _read_line(reading, server)
@@ -103,6 +103,7 @@ class Worker(Child):
     fuse_socket: socket.socket
     extra_socket: socket.socket
     notify_socket: socket.socket
+    slow_sockets: tuple[socket.socket, ...]
     _status: socket.socket
     _asking: asyncio.Lock
 
@@ -121,8 +122,9 @@ class Worker(Child):
         fuse, fuse_theirs = _message_pair()
         extra, extra_theirs = _message_pair()
         notify, notify_theirs = _message_pair()
+        slow, slow_theirs = zip(*(_message_pair() for _ in range(3)), strict=True)
         status, status_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        theirs = (fuse_theirs, extra_theirs, notify_theirs, status_theirs)
+        theirs = (fuse_theirs, extra_theirs, notify_theirs, *slow_theirs, status_theirs)
         config = WorkerConfig(
             options=options,
             address=address,
@@ -130,13 +132,14 @@ class Worker(Child):
             fuse_fd=fuse_theirs.fileno(),
             extra_fd=extra_theirs.fileno(),
             notify_fd=notify_theirs.fileno(),
+            slow_fds=(slow_theirs[0].fileno(), slow_theirs[1].fileno(), slow_theirs[2].fileno()),
             status_fd=status_theirs.fileno(),
             generation=generation,
             maps=maps,
             session=session,
         )
         with contextlib.ExitStack() as ours:
-            for mine in (fuse, extra, notify, status):
+            for mine in (fuse, extra, notify, *slow, status):
                 ours.callback(mine.close)
             try:
                 worker = cls("worker", await _spawn_worker(config, theirs))
@@ -145,7 +148,8 @@ class Worker(Child):
                     end.close()
             await worker._take_ready(status)
             ours.pop_all()
-        worker.fuse_socket, worker.extra_socket, worker.notify_socket = fuse, extra, notify
+        worker.fuse_socket, worker.extra_socket = fuse, extra
+        worker.notify_socket, worker.slow_sockets = notify, slow
         return worker
 
     async def _take_ready(self, status: socket.socket) -> None:
@@ -181,7 +185,7 @@ class Worker(Child):
 
     def release(self) -> None:
         """Close what is left of the sockets of a worker that has ended."""
-        for end in (self.fuse_socket, self.extra_socket, self.notify_socket, self._status):
+        for end in (self.fuse_socket, self.extra_socket, self.notify_socket, *self.slow_sockets, self._status):
             end.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -84,9 +85,17 @@ class Transport:
             raise TransportError(f"the request queues cannot be started: {os.strerror(-result)}")
 
     def attach_worker(
-        self, fuse_socket: socket.socket, extra_socket: socket.socket, notify_socket: socket.socket
+        self,
+        fuse_socket: socket.socket,
+        extra_socket: socket.socket,
+        notify_socket: socket.socket,
+        slow_sockets: Sequence[socket.socket],
     ) -> None:
-        """Give requests to the worker at the other end of these sockets from now on; they become the transport's."""
+        """Give requests to the worker at the other end of these sockets from now on; all become the transport's."""
+        for slow in slow_sockets:
+            result = lib.bpfuse_channel_attach_notifier(self._channel, slow.detach())
+            if result:
+                raise TransportError(f"the worker cannot be attached: {os.strerror(-result)}")
         sockets = [each.detach() for each in (fuse_socket, extra_socket, notify_socket)]
         result = lib.bpfuse_channel_attach_worker(self._channel, *sockets)
         if result:

@@ -88,6 +88,8 @@ class _Live:
     version: int
     #: It is not what the file of the mount holds, and is to be made so.
     stale: bool = False
+    #: How often it became so.
+    changes: int = 0
     #: It could not be.
     broken: bool = False
 
@@ -363,6 +365,7 @@ class Passthrough:
             live = self._lives.get(ino)
             if live is not None and self._with is not None:
                 live.stale = True
+                live.changes += 1
                 self._with.cache.set_backing(ino, 0)
 
     async def changed_here(self, ino: int) -> None:
@@ -372,7 +375,10 @@ class Passthrough:
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Make what is live equal to what the files of the mount hold. Raises Refused, Disconnected, StoreError."""
+        """Make what is live equal to what the files of the mount hold. Raises Refused, Disconnected, StoreError.
+
+        What changes meanwhile stays stale.
+        """
         for ino in [ino for ino, live in self._lives.items() if live.stale]:
             async with self._locked(ino):
                 live = self._lives.get(ino)
@@ -381,14 +387,15 @@ class Passthrough:
 
     async def _refresh(self, live: _Live) -> None:
         assert self._with is not None
+        changes = live.changes
         try:
             await self._copy(self._with, live)
         except Refused as error:
             if error.code != wire.ErrorCode.NOT_FOUND:
                 raise
-        live.stale = False
+        live.stale = live.changes != changes
         self._refreshed += 1
-        if not live.broken:
+        if not live.broken and not live.stale:
             self._with.cache.set_backing(live.ino, live.id)
             self._with.feeder.drop_inode(live.ino)
 

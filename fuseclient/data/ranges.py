@@ -24,7 +24,7 @@ _TO_THE_END: Final = 1 << 62
 
 
 class Ranges:
-    """Operations on ranges. ``committed`` is told of each reply that changed a file.
+    """Operations on ranges. ``committed`` is told of each reply to a change.
 
     ``write_back`` has the kernel send what was written through mappings and is still in its page cache. It does so by
     itself before it asks for a change, but not before it asks where data is.
@@ -105,6 +105,5 @@ class Ranges:
 
     async def _change(self, request: wire.Allocate | wire.CopyRange) -> int:
         changed = await self._caller.call(request, wire.Changed)
-        if changed.done:
-            self._committed(changed)
+        self._committed(changed)
         return changed.done

@@ -18,6 +18,9 @@ Errors: what cannot be stored or committed is kept, below what is written meanwh
 A failure in the background is told by the next write, too. Nothing more is taken than memory allows, so a writer that
 goes on is refused with the same error. Only when the last handle is closed in spite of the error is the data given
 up, and the log says so.
+
+What others change is known by breaks: what they say of a file makes its attributes ``stale``, and only attributes that
+were asked for after the last of them make it known again.
 """
 
 from __future__ import annotations
@@ -70,6 +73,8 @@ class _File:
     stale: bool = False
     #: The metaserver may have lost changes: an older version than the one known can be the newest.
     reset: bool = False
+    #: How often others are known to have changed it.
+    breaks: int = 0
     writers: int = 0
     dirty: Extents = field(default_factory=Extents)
     #: What is being written inline.
@@ -85,9 +90,10 @@ class _File:
     work: asyncio.Task[None] | None = None
     #: It was made here and not yet written to.
     fresh: bool = False
-    #: Changes of it were acknowledged that may not be durable yet / that may be lost.
+    #: Changes of it were acknowledged that may not be durable yet.
     unsynced: bool = False
-    lost: bool = False
+    #: Of such changes that may be lost: how many of those who had the file open are to be told still.
+    owed: int = 0
     #: The whole content, when the last flush happened to hold it.
     content: bytes | None = None
 
@@ -250,10 +256,11 @@ class Writer:
 
     # Flushing
 
-    async def flush(self, ino: int) -> None:
+    async def flush(self, ino: int, *, for_reader: bool = False) -> None:
         """Return when all that was written is committed; raise what is in the way, each time it is.
 
-        It is durable then, unless the metaserver is lazy.
+        It is durable then, unless the metaserver is lazy. What that had acknowledged and may have lost is told of once
+        for each writer. ``for_reader``: through a handle that cannot write, so that a writer is to be told still.
         """
         file = self._files.get(ino)
         if file is None:
@@ -264,12 +271,12 @@ class Writer:
             file.error = None
         if file.unsynced and not self._is_lazy():
             await self._make_durable(file)
-        self._tell_loss(file)
+        _tell_loss(file, for_reader)
 
-    async def sync(self, ino: int | None) -> None:
+    async def sync(self, ino: int | None, *, for_reader: bool = False) -> None:
         """Return when all that was written to a file, or changed anywhere, is durable: fsync. Raises as ``flush``.
 
-        What the metaserver acknowledged and may have lost is told of once.
+        What the metaserver acknowledged and may have lost, if it was of no open file, is told of once.
         """
         file = self._files.get(ino) if ino is not None else None
         if file is None:
@@ -278,10 +285,10 @@ class Writer:
             if lost:
                 raise _LOST
             return
-        await self.flush(file.attributes.ino)
+        await self.flush(file.attributes.ino, for_reader=for_reader)
         if file.unsynced:
             await self._make_durable(file)
-            self._tell_loss(file)
+            _tell_loss(file, for_reader)
 
     async def _make_durable(self, file: _File) -> None:
         file.unsynced = False
@@ -296,17 +303,13 @@ class Writer:
         await self._caller.call(wire.Sync(), wire.Done)
         self._durable_changes = changes
 
-    def _tell_loss(self, file: _File) -> None:
-        lost, file.lost = file.lost, False
-        if lost:
-            raise _LOST
-
-    def session_lost(self) -> None:
-        """The session has ended, perhaps with the metaserver: what that had acknowledged lazily may be lost."""
+    def acknowledged_lost(self) -> None:
+        """The session has ended, or its metaserver: what that had acknowledged lazily may be lost."""
         self._lost |= self._is_lazy() and self._changes() != self._durable_changes
         self._durable_changes = self._changes()
         for file in self._files.values():
-            file.lost |= file.unsynced
+            if file.unsynced:
+                file.owed = file.writers
 
     async def flush_all(self) -> None:
         """Flush every file; errors stay with their files."""
@@ -347,7 +350,7 @@ class Writer:
         file = self._files.get(attributes.ino)
         if file is None:
             return attributes
-        self._observe(file, attributes)
+        self._note(file, attributes)
         ends = [each.end for each in _uncommitted(file)]
         if not ends:
             return file.attributes
@@ -365,6 +368,7 @@ class Writer:
         file = self._files.get(ino)
         if file is not None:
             file.stale = True
+            file.breaks += 1
             file.content = None
 
     def everything_changed(self) -> None:
@@ -374,10 +378,16 @@ class Writer:
             file.reset = True
 
     def _observe(self, file: _File, attributes: wire.Attributes) -> None:
+        """Take attributes that nothing is known to have overtaken."""
         if attributes.version >= file.attributes.version or file.reset:
-            if attributes.version != file.attributes.version:
-                file.content = None
-            file.attributes, file.stale, file.reset = attributes, False, False
+            self._note(file, attributes)
+            file.stale = file.reset = False
+
+    def _note(self, file: _File, attributes: wire.Attributes) -> None:
+        """Take attributes if they are newer; what was changed elsewhere since may be newer still."""
+        known = file.attributes.version
+        if attributes.version > known or (file.reset and attributes.version != known):
+            file.attributes, file.content = attributes, None
 
     # Committing
 
@@ -464,9 +474,11 @@ class Writer:
 
     async def _current(self, file: _File) -> wire.Attributes:
         if file.stale:
+            breaks = file.breaks
             found = await self._caller.call(wire.GetAttributes(file.attributes.ino), wire.Found)
-            self._observe(file, found.attributes)
-            file.stale = False
+            self._note(file, found.attributes)
+            if file.breaks == breaks:
+                file.stale = file.reset = False
         return file.attributes
 
     def _changed(self, file: _File, changed: wire.Changed, lazy: bool = False) -> None:
@@ -589,3 +601,9 @@ def _raise_error(file: _File) -> None:
     error, file.error = file.error, None
     if error is not None:
         raise error
+
+
+def _tell_loss(file: _File, for_reader: bool) -> None:
+    if file.owed:
+        file.owed -= not for_reader
+        raise _LOST

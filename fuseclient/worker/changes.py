@@ -1,9 +1,13 @@
-"""What other clients changed leaves every cache of this one before the lease is used any longer.
+"""What other clients change leaves every cache of this one before they may change it.
 
-The session tells of changes with each renewal. The worker's own state and the BPF maps are dropped at once. The
-kernel's caches are dropped by notifications, which can wait for an inode's lock and so for requests in flight; a task
-does that, off the request path, and only when it is through does the new deadline reach the maps and the replies.
-Meanwhile the old one holds; if it passes, requests go to the metaserver, which is slow and right.
+A break says what: the worker's own state and the BPF maps are dropped as it is read, so before any reply that came
+after it; then, in a task of its own and off the request path, the kernel's caches; then it is acknowledged. A break
+that fails is not acknowledged, and the session ends with its lease. What the kernel reads from a backing file cannot
+be taken back while it is open: that file is made equal to the new content as soon as there is any.
+
+The session also tells, with a renewal, what it changed itself without getting the reply. That is dropped the same way,
+and only then does the new deadline reach the maps and the replies. Meanwhile the old one holds; if it passes, requests
+go to the metaserver, which is slow and right.
 """
 
 from __future__ import annotations
@@ -12,32 +16,27 @@ import asyncio
 import itertools
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Final, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Final
 
+from fuseclient.data.objects import StoreError
 from fuseclient.data.passthrough import Passthrough
 from fuseclient.data.writer import Writer
 from fuseclient.worker.directories import Directories
 from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
 from fuseclient.worker.orphans import Orphans
+from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
 
 _log = logging.getLogger(__name__)
 
-#: Above this many names, all of them are expired at once.
-_NAMES_ONE_BY_ONE: Final = 256
-#: Notifications on their way at once.
-_AT_ONCE: Final = 64
 _OPENED: Final = 65536
-
-
-class Kernel(Protocol):
-    """What this needs of :class:`~fuseclient.worker.notifier.Notifier`."""
-
-    async def invalidate_inode(self, ino: int) -> None: ...
-    async def invalidate_entry(self, parent: int, name: bytes) -> None: ...
-    async def increment_epoch(self) -> bool: ...
+#: Files whose pages are dropped at once.
+_AT_ONCE: Final = 64
+#: Seconds between looks whether a change that was made way for is made.
+_REFRESH_S: Final = 0.05
 
 
 class OpenedVersions:
@@ -67,7 +66,7 @@ class OpenedVersions:
 class OldPages:
     """Has the kernel drop the pages of files one by one, in the background; ``feeder`` is told of each."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Invalidator) -> None:
         self.feeder: Feeder
         self._kernel = kernel
         self._waiting: dict[int, None] = {}
@@ -83,7 +82,7 @@ class OldPages:
         try:
             while self._waiting:
                 batch = list(itertools.islice(self._waiting, _AT_ONCE))
-                await _in_batches(self._drop(ino) for ino in batch)
+                await asyncio.gather(*map(self._drop, batch))
         except OSError as error:
             _log.error("the kernel's pages cannot be dropped, so the files are not cached: %s", error)
             self._waiting.clear()
@@ -93,12 +92,12 @@ class OldPages:
     async def _drop(self, ino: int) -> None:
         with self.feeder.begin() as token:
             del self._waiting[ino]
-            await self._kernel.invalidate_inode(ino)
+            await self._kernel.drop_pages(ino)
             self.feeder.pages_dropped(token, ino)
 
 
 class Changes:
-    """The session's three callbacks: :meth:`apply`, :meth:`renewed` and :meth:`lost`."""
+    """The session's callbacks: :meth:`broken`, :meth:`apply`, :meth:`renewed` and :meth:`lost`."""
 
     def __init__(
         self,
@@ -108,7 +107,7 @@ class Changes:
         orphans: Orphans,
         lease: Lease,
         opened: OpenedVersions,
-        kernel: Kernel,
+        kernel: Invalidator,
         passthrough: Passthrough,
     ) -> None:
         self._feeder = feeder
@@ -123,27 +122,63 @@ class Changes:
         #: The deadline to be used when nothing is pending any more.
         self._deadline_ns = 0
         self._task: asyncio.Task[None] | None = None
+        self._breaking: set[asyncio.Task[None]] = set()
+        self._refreshing: asyncio.Task[None] | None = None
+
+    def broken(self, told: wire.Break, acknowledge: Callable[[], None]) -> None:
+        """Somebody is about to change something: drop it everywhere, then acknowledge. Waits for no request."""
+        if told.everything:
+            self._drop_everything()
+            self._later(_then(acknowledge))
+            return
+        self._drop(told.names, told.inodes)
+        self._in_background(self._break(told, acknowledge))
+
+    async def _break(self, told: wire.Break, acknowledge: Callable[[], None]) -> None:
+        """Have the kernel drop what a break told. What nobody waits for may be put again before: keep that out."""
+        kept_out = () if told.number else told.inodes
+        try:
+            with self._kernel.keeping_out(kept_out):
+                await self._kernel.drop(told.names, told.inodes)
+        except Exception as error:
+            _log.error("the kernel's caches cannot be dropped, so the session will end: %s", error)
+        else:
+            acknowledge()
+            self._refresh_soon()
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work, name="break")
+        self._breaking.add(task)
+        task.add_done_callback(self._breaking.discard)
 
     def apply(self, renewed: wire.Renewed) -> None:
-        """Others changed something: drop it here, and have the kernel drop it."""
+        """Something changed without a reply: drop it here, and have the kernel drop it."""
         if renewed.everything:
             self._drop_everything()
             return
-        for parent, name in renewed.names:
+        self._drop(renewed.names, renewed.inodes)
+        self._later(lambda: self._invalidate(renewed.names, renewed.inodes))
+
+    def _drop(self, names: Sequence[tuple[int, bytes]], inodes: Sequence[int]) -> None:
+        """Drop these from the worker's state and from the maps."""
+        for parent, name in names:
             self._feeder.drop_name(parent, name)
-        for ino in renewed.inodes:
+        for ino in inodes:
             self._feeder.drop_inode(ino)
             self._writer.changed_elsewhere(ino)
             self._opened.forget(ino)
-        self._passthrough.changed_elsewhere(renewed.inodes)
-        self._later(lambda: self._invalidate(renewed.names, renewed.inodes))
+        self._passthrough.changed_elsewhere(inodes)
 
     def lost(self) -> None:
         """The session is gone: nothing cached under it may be used, and its orphans are no more."""
         self._orphans.clear()
-        self._writer.session_lost()
+        self._writer.acknowledged_lost()
         self._deadline_ns = 0
         self._drop_everything()
+
+    def restarted(self) -> None:
+        """The session goes on at another run of the metaserver, which may lack what was acknowledged lazily."""
+        self._writer.acknowledged_lost()
 
     def renewed(self, deadline_ns: int) -> None:
         """The lease runs until ``deadline_ns``: use it when the kernel has dropped what is to be dropped."""
@@ -158,8 +193,8 @@ class Changes:
 
     async def settle(self) -> None:
         """Wait until nothing is pending."""
-        while self._task is not None:
-            await asyncio.wait({self._task})
+        while running := self._breaking | ({self._task} if self._task is not None else set()):
+            await asyncio.wait(running)
 
     def _drop_everything(self) -> None:
         self._lease.move(0)
@@ -192,23 +227,30 @@ class Changes:
             self._task = None
 
     async def _invalidate(self, names: Sequence[tuple[int, bytes]], inodes: Sequence[int]) -> None:
-        if len(names) <= _NAMES_ONE_BY_ONE or not await self._kernel.increment_epoch():
-            await _in_batches(self._kernel.invalidate_entry(*each) for each in names)
-        await _in_batches(self._kernel.invalidate_inode(ino) for ino in inodes)
+        await self._kernel.drop(names, inodes)
         await self._passthrough.refresh()
 
     async def _invalidate_everything(self, paged: Iterable[int]) -> None:
-        if not await self._kernel.increment_epoch():
-            _log.warning("this kernel cannot expire all names at once; they expire with their time to live")
-        await _in_batches(self._kernel.invalidate_inode(ino) for ino in paged)
+        await self._kernel.everything(paged)
         await self._passthrough.refresh()
 
+    def _refresh_soon(self) -> None:
+        """Bring what the kernel reads by itself up to date, as soon as the change that was made way for is made."""
+        if self._passthrough.is_stale and (self._refreshing is None or self._refreshing.done()):
+            self._refreshing = asyncio.create_task(self._refresh(), name="refresh")
 
-async def _in_batches(calls: Iterable[Awaitable[None]]) -> None:
-    """Await many, some at once; raise the first error when its batch is through."""
-    remaining = iter(calls)
-    while batch := list(itertools.islice(remaining, _AT_ONCE)):
-        results = await asyncio.gather(*batch, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+    async def _refresh(self) -> None:
+        try:
+            await self._passthrough.refresh()
+            while self._passthrough.is_stale:
+                await asyncio.sleep(_REFRESH_S)
+                await self._passthrough.refresh()
+        except (Refused, Disconnected, StoreError) as error:
+            _log.warning("what others changed is not yet in the files that the kernel reads: %s", error)
+
+
+def _then(call: Callable[[], None]) -> Callable[[], Awaitable[None]]:
+    async def work() -> None:
+        call()
+
+    return work

@@ -66,10 +66,14 @@ def _cookie(entry: Entry) -> int:
 
 
 class Listing(NamedTuple):
-    """Some entries that follow a cookie; ``complete``: there are no more after them."""
+    """Some entries that follow a cookie; ``complete``: there are no more after them.
+
+    ``is_fresh`` says of one of them whether it may be kept; to be asked when it is used.
+    """
 
     entries: list[Entry]
     complete: bool
+    is_fresh: Callable[[Entry], bool]
 
 
 class _Fetch:
@@ -146,6 +150,12 @@ class _Fetch:
         if self.whole and self.complete and self._feeder.absent(self._token, parent, name):
             return Answer(None, True)
         return None
+
+    def is_fresh(self, entry: Entry) -> bool:
+        """Say whether nothing of an entry was dropped since it was fetched."""
+        if self.generation == self._feeder.generation:
+            return True
+        return self._feeder.fresh(self._token, self.request.ino, entry.name, entry.attributes.ino)
 
     def after(self, cookie: int) -> list[Entry]:
         """Return the entries read so far that follow a cookie; of a fetch around a name, none before its end."""
@@ -262,7 +272,7 @@ class Directories:
             complete = fetch.done and fetch.complete
         if complete and not entries:
             del self._ends[ino]
-        return Listing(entries, complete)
+        return Listing(entries, complete, fetch.is_fresh)
 
     def forget_everything(self) -> None:
         """Fetch each directory anew at its next miss."""

@@ -28,7 +28,8 @@ _RECENT: Final = 1024
 
 
 class Feeder:
-    """The one way into the maps. ``is_written`` says whether an inode is open for writing.
+    """The one way into the maps. ``is_written`` says whether an inode is open for writing, or its pages are on the way
+    out of the kernel.
 
     ``inherits``: the kernel may hold pages of files that an earlier worker knew of. Once everything is dropped, a file
     is not put before the kernel has dropped its pages, which ``on_old_pages`` is to see to.
@@ -141,34 +142,41 @@ class Feeder:
 
     # Changes made through this mount
 
-    def changed(self, attributes: Iterable[wire.Attributes]) -> None:
-        """Replace the inodes that a change made here touched."""
+    def changed(self, token: Token, attributes: Iterable[wire.Attributes]) -> None:
+        """Replace the inodes that a change made here touched; drop those that others have changed meanwhile."""
         for each in attributes:
+            fresh = self._guard.may_put(token, each.ino)
             self.drop_inode(each.ino)
             self._remember(each)
-            if self._wanted(each):
+            if fresh and self._wanted(each):
                 self._put_inode(each, None)
 
-    def named(self, parent: int, name: bytes, ino: int) -> None:
+    def named(self, token: Token, parent: int, name: bytes, ino: int) -> None:
         """A name was given to an inode."""
+        if not self._guard.may_put(token, (parent, name)):
+            self.drop_name(parent, name)
+            return
         self._drop_name(parent, name)
         self.whole.named(parent, name)
         self._cache.put_name(parent, name, ino)
 
-    def unnamed(self, parent: int, name: bytes) -> None:
+    def unnamed(self, token: Token, parent: int, name: bytes) -> None:
         """A name was removed."""
+        if not self._guard.may_put(token, (parent, name)):
+            self.drop_name(parent, name)
+            return
         self._drop_name(parent, name)
         self.whole.unnamed(parent, name)
         self._cache.put_absent(parent, name)
 
     def closed(self, closed: Closed) -> None:
-        """The last writer of a file has gone."""
+        """The last writer of a file has gone; what is known of it is as new as its last change or break."""
         self.drop_inode(closed.attributes.ino)
         if self._wanted(closed.attributes):
             self._put_inode(closed.attributes, closed.content)
 
     def content(self, attributes: wire.Attributes, content: bytes) -> None:
-        """Put a new inode's content (a symlink's target), just after :meth:`changed` has put its attributes."""
+        """Put a new inode's content (a symlink's target), if :meth:`changed` may put its attributes."""
         if self._wanted(attributes):
             self._put_inode(attributes, content)
 

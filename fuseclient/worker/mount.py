@@ -15,9 +15,11 @@ from fuseclient.data.objects import StoreError, open_store
 from fuseclient.data.ranges import Ranges
 from fuseclient.data.unused import UnusedObjects
 from fuseclient.data.writer import Writer
-from fuseclient.worker.changes import Changes, Kernel, OldPages, OpenedVersions
+from fuseclient.worker.changes import Changes, OldPages, OpenedVersions
+from fuseclient.worker.committing import Committing
 from fuseclient.worker.directories import WINDOW, Directories
 from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.invalidation import Invalidator, Kernel
 from fuseclient.worker.lease import Lease
 from fuseclient.worker.operations import Operations, Parts
 from fuseclient.worker.orphans import Orphans
@@ -52,7 +54,8 @@ class Mount:
     def __init__(self, config: WorkerConfig, cache: Cache, kernel: MountKernel) -> None:
         self._config = config
         self._cache = cache
-        self._kernel = kernel
+        self._notifier = kernel
+        self._kernel = Invalidator(kernel, self._is_written)
         self._changes: Changes | None = None
         #: What the session told while it was being opened, when there was nothing yet to tell.
         self._early: list[Callable[[Changes], None]] = []
@@ -63,8 +66,33 @@ class Mount:
             on_changes=lambda renewed: self._tell(lambda changes: changes.apply(renewed)),
             on_renewed=lambda deadline_ns: self._tell(lambda changes: changes.renewed(deadline_ns)),
             on_lost=lambda: self._tell(lambda changes: changes.lost()),
+            on_break=self._broken,
+            on_restarted=lambda: self._tell(lambda changes: changes.restarted()),
             resume=bytes.fromhex(config.session) if config.session else None,
         )
+
+    def _is_written(self, ino: int) -> bool:
+        return self._changes is not None and self._writer.is_open(ino)
+
+    def _broken(self, told: wire.Break, acknowledge: Callable[[], None]) -> None:
+        """A break comes; if this worker has begun nothing yet, all there is are the maps of the one before it."""
+        if self._changes is not None:
+            self._changes.broken(told, acknowledge)
+            return
+        for parent, name in told.names:
+            self._cache.drop_name(parent, name)
+        for ino in told.inodes:
+            self._cache.drop_inode(ino)
+        if told.everything:
+            self._cache.bump_epoch()
+            self._early.append(lambda changes: changes.apply(wire.Renewed(100, 0, [], [], True)))
+        self._early_break = asyncio.create_task(self._drop_early(told, acknowledge))
+
+    async def _drop_early(self, told: wire.Break, acknowledge: Callable[[], None]) -> None:
+        if told.everything:
+            await self._kernel.everything(())
+        await self._kernel.drop(told.names, told.inodes)
+        acknowledge()
 
     def _tell(self, what: Callable[[Changes], None]) -> None:
         if self._changes is None:
@@ -90,44 +118,50 @@ class Mount:
         config, cache, session = self._config, self._cache, self._session
         open_handles: Counter[int] = Counter()
         self._lease = lease = Lease(cache, config.options.kernel_ttl_s)
-        old_pages = OldPages(self._kernel)
-        inherits = config.session is not None and config.maps is not None
-        feeder = Feeder(cache, lambda ino: self._writer.is_open(ino), inherits=inherits, on_old_pages=old_pages.drop)
+        kernel = self._kernel
+        old_pages = OldPages(kernel)
+        feeder = Feeder(
+            cache,
+            lambda ino: self._is_written(ino) or ino in kernel.dropping,
+            inherits=config.session is not None and config.maps is not None,
+            on_old_pages=old_pages.drop,
+        )
         old_pages.feeder = feeder
-        self._writer = Writer(
-            session,
+        committing = Committing(session, feeder)
+        writer = self._writer = Writer(
+            committing,
             self._store,
             opened.inline_limit,
-            lambda changed: feeder.changed(changed.attributes),
+            lambda changed: committing.committed(changed, writer.changed_elsewhere),
             is_lazy=lambda: session.opened.lazy,
             changes=lambda: session.changes,
         )
         self._compactor = Compactor(session, self._store, feeder.drop_inode)
-        self._writer.when_laid = self._compactor.laid
-        orphans = Orphans(session, lambda ino: open_handles[ino] > 0 or cache.is_open(ino) or self._writer.is_open(ino))
+        writer.when_laid = self._compactor.laid
+        orphans = Orphans(session, lambda ino: open_handles[ino] > 0 or cache.is_open(ino) or writer.is_open(ino))
         directories = Directories(session, feeder, window=_window(config), data_budget=_data_budget(config))
         versions = OpenedVersions()
         self._reading = reading = ReadPath(
-            config, opened, caller=session, store=self._store, feeder=feeder, writer=self._writer, lease=lease,
-            cache=cache, kernel=self._kernel,
+            config, opened, caller=session, store=self._store, feeder=feeder, writer=writer, lease=lease,
+            cache=cache, kernel=self._notifier,
         )  # fmt: skip
         through = reading.passthrough
-        self._changes = Changes(feeder, directories, self._writer, orphans, lease, versions, self._kernel, through)
+        self._changes = Changes(feeder, directories, writer, orphans, lease, versions, kernel, through)
         for each in self._early:
             each(self._changes)
         self.ranges = Ranges(
-            session,
-            self._writer,
+            committing,
+            writer,
             reading.reader,
-            committed=lambda changed: feeder.changed(changed.attributes),
-            write_back=self._kernel.invalidate_inode,
+            committed=lambda changed: committing.committed(changed, writer.changed_elsewhere),
+            write_back=kernel.drop_pages,
         )
         self.operations = Operations(
             Parts(
                 session=session,
                 feeder=feeder,
                 directories=directories,
-                writer=self._writer,
+                writer=writer,
                 reader=reading.reader,
                 orphans=orphans,
                 lease=lease,
@@ -137,6 +171,7 @@ class Mount:
                 passthrough=through,
                 on_read=reading.read,
                 generation=config.generation,
+                kernel=kernel,
                 may_remember=config.maps is not None,
             )
         )

@@ -31,6 +31,8 @@ from fuseclient.worker.changes import OpenedVersions
 from fuseclient.worker.directories import Directories, Session
 from fuseclient.worker.errors import answered
 from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.guard import Token
+from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.rpc import Disconnected, Refused
@@ -65,6 +67,7 @@ class Parts:
     lease: Lease
     cache: Cache
     opened: OpenedVersions
+    kernel: Invalidator
     #: Handles given out by this worker and not yet released, by inode.
     open_handles: Counter[int]
     passthrough: Passthrough
@@ -92,6 +95,7 @@ class Operations(pyfuse3.Operations):
         self._lease = parts.lease
         self._cache = parts.cache
         self._opened = parts.opened
+        self._kernel = parts.kernel
         self._open_handles = parts.open_handles
         self._passthrough = parts.passthrough
         self._on_read = parts.on_read
@@ -114,43 +118,51 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(await self._make(parent_inode, name, mode, ctx, rdev=rdev))
+        return self._changed_entry(*await self._make(parent_inode, name, mode, ctx, rdev=rdev))
 
     @answered
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        made = await self._make(parent_inode, name, mode, ctx)
-        self._feeder.whole.know(made.ino, ())
-        return self._entry(made)
+        made, fresh = await self._make(parent_inode, name, mode, ctx)
+        if fresh:
+            self._feeder.whole.know(made.ino, ())
+        return self._changed_entry(made, fresh)
 
     @answered
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
         if not 0 < len(target) <= wire.MAX_TARGET:
             raise FUSEError(errno.ENAMETOOLONG if target else errno.ENOENT)
-        made = await self._make(parent_inode, name, stat.S_IFLNK | 0o777, ctx, target=target)
-        self._feeder.content(made, target)
-        return self._entry(made)
+        return self._changed_entry(*await self._make(parent_inode, name, stat.S_IFLNK | 0o777, ctx, target=target))
 
     async def _make(
         self, parent: int, name: bytes, mode: int, ctx: RequestContext, *, rdev: int = 0, target: bytes | None = None
-    ) -> wire.Attributes:
-        """Make a node and return it; the caches know of it."""
+    ) -> tuple[wire.Attributes, bool]:
+        """Make a node and return it, and whether it may be kept; the caches know of it."""
         _check_name(name)
         request = wire.MakeNode(parent, name, mode, ctx.uid, ctx.gid, rdev, target)
-        with self._doubting((parent, name)):
+        with self._changing((parent, name)) as token:
             changed = await self._session.call(request, wire.Changed)
-        self._feeder.changed(changed.attributes)
-        self._feeder.named(parent, name, changed.attributes[0].ino)
-        return changed.attributes[0]
+            made = changed.attributes[0]
+            fresh = self._named(token, parent, name, changed)
+            if target is not None and fresh:
+                self._feeder.content(made, target)
+        return made, fresh
+
+    def _named(self, token: Token, parent: int, name: bytes, changed: wire.Changed) -> bool:
+        """A name was given to the first inode of a reply: put both; say whether they may be kept."""
+        ino = changed.attributes[0].ino
+        fresh = self._feeder.fresh(token, parent, name, ino)
+        self._feeder.changed(token, changed.attributes)
+        self._feeder.named(token, parent, name, ino)
+        return fresh
 
     @answered
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         _check_name(new_name)
-        with self._doubting((new_parent_inode, new_name)):
+        with self._changing((new_parent_inode, new_name), inodes=(inode,)) as token:
             changed = await self._session.call(wire.Link(inode, new_parent_inode, new_name), wire.Changed)
-        self._feeder.changed(changed.attributes)
-        self._feeder.named(new_parent_inode, new_name, inode)
+            fresh = self._named(token, new_parent_inode, new_name, changed)
         self._orphans.linked(inode)
-        return self._entry(changed.attributes[0])
+        return self._changed_entry(changed.attributes[0], fresh)
 
     @answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -162,10 +174,10 @@ class Operations(pyfuse3.Operations):
 
     async def _remove(self, parent: int, name: bytes, *, directory: bool) -> None:
         _check_name(name)
-        with self._doubting((parent, name)):
+        with self._changing((parent, name)) as token:
             changed = await self._session.call(wire.Remove(parent, name, directory), wire.Changed)
-        self._feeder.changed(changed.attributes)
-        self._feeder.unnamed(parent, name)
+            self._feeder.changed(token, changed.attributes)
+            self._feeder.unnamed(token, parent, name)
         self._note_orphan(changed.attributes[0])
 
     @answered
@@ -184,32 +196,50 @@ class Operations(pyfuse3.Operations):
         if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE):
             raise FUSEError(errno.EINVAL)
         request = wire.Rename(parent_inode_old, name_old, parent_inode_new, name_new, no_replace, exchange)
-        with self._doubting((parent_inode_old, name_old), (parent_inode_new, name_new)):
+        with self._changing((parent_inode_old, name_old), (parent_inode_new, name_new)) as token:
             changed = await self._session.call(request, wire.Changed)
-        self._feeder.changed(changed.attributes)
+            self._renamed(token, request, changed)
+
+    def _renamed(self, token: Token, request: wire.Rename, changed: wire.Changed) -> None:
+        old, new = (request.parent, request.name), (request.new_parent, request.new_name)
         moved = changed.attributes[0]
-        parents = (parent_inode_old, parent_inode_new)
-        others = [each for each in changed.attributes[1:] if each.ino not in parents]
-        if exchange and others:
-            self._feeder.named(parent_inode_old, name_old, others[0].ino)
+        others = [each for each in changed.attributes[1:] if each.ino not in (request.parent, request.new_parent)]
+        self._feeder.changed(token, changed.attributes)
+        if request.exchange and others:
+            self._feeder.named(token, *old, others[0].ino)
         elif others or moved.nlink == 1 or stat.S_ISDIR(moved.mode):
-            self._feeder.unnamed(parent_inode_old, name_old)
+            self._feeder.unnamed(token, *old)
             for each in others:
                 self._note_orphan(each)
         else:
             # The two may have been names of one inode, which leaves both.
-            self._feeder.drop_name(parent_inode_old, name_old)
-        self._feeder.named(parent_inode_new, name_new, moved.ino)
+            self._feeder.drop_name(*old)
+        self._feeder.named(token, *new, moved.ino)
 
     @contextlib.contextmanager
-    def _doubting(self, *names: tuple[int, bytes]) -> Iterator[None]:
-        """Drop the names if a change of them fails: the kernel asked for it because of what it holds of them."""
+    def _changing(self, *names: tuple[int, bytes], inodes: Sequence[int] = ()) -> Iterator[Token]:
+        """A change of this mount: gives the token for its reply.
+
+        If it fails the names are dropped, because the kernel asked for it because of what it holds of them; and if it
+        is not known whether it was made the inodes are, too.
+        """
+        directories = [parent for parent, _ in names]
+        self._kernel.busy.update(directories)
         try:
-            yield
-        except (Refused, Disconnected):
+            with self._feeder.begin() as token:
+                yield token
+        except (Refused, Disconnected) as error:
             for parent, name in names:
                 self._feeder.drop_name(parent, name)
+            if isinstance(error, Disconnected):
+                for ino in (*directories, *inodes):
+                    self._feeder.drop_inode(ino)
             raise
+        finally:
+            self._kernel.busy.subtract(directories)
+            for parent in directories:
+                if not self._kernel.busy[parent]:
+                    del self._kernel.busy[parent]
 
     def _note_orphan(self, attributes: wire.Attributes) -> None:
         if attributes.nlink == 0:
@@ -239,18 +269,28 @@ class Operations(pyfuse3.Operations):
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._entry(await self._set_attributes(_setattr_request(inode, attr, fields)))
+        return self._changed_entry(await self._set_attributes(_setattr_request(inode, attr, fields)))
 
     async def _set_attributes(self, request: wire.SetAttributes) -> wire.Attributes:
         if request.size is None and self._writer.will_sync(request.ino):
             request = msgspec.structs.replace(request, lazy=True)
         async with self._writer.settled(request.ino, request.size):
-            changed = await self._session.call(request, wire.Changed)
-            self._feeder.changed(changed.attributes)
-            attributes = self._writer.overlay(changed.attributes[0])
+            attributes = await self._change_inode(request)
         if request.size is not None:
             await self._passthrough.resized(request.ino, request.size)
         return attributes
+
+    async def _change_inode(self, request: wire.Request) -> wire.Attributes:
+        """Make a change of one inode and return it as it is now."""
+        ino: int = request.ino  # type: ignore[union-attr]
+        with self._changing(inodes=(ino,)) as token:
+            changed = await self._session.call(request, wire.Changed)
+            fresh = self._feeder.unchanged(token, ino)
+            self._feeder.changed(token, changed.attributes)
+            attributes = self._writer.overlay(changed.attributes[0])
+            if not fresh:
+                self._writer.changed_elsewhere(ino)
+            return attributes
 
     @answered
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
@@ -275,6 +315,16 @@ class Operations(pyfuse3.Operations):
     def _entry(self, attributes: wire.Attributes, fresh: bool = True) -> EntryAttributes:
         return entry_of(self._writer.overlay(attributes), self._lease.ttl_s() if fresh else 0.0)
 
+    def _changed_entry(self, attributes: wire.Attributes, fresh: bool = True) -> EntryAttributes:
+        """Return what a change is answered with.
+
+        The kernel takes such attributes whatever it was told to drop since the request was sent, so they are not for
+        keeping: a break may overtake the reply on its way. The next to ask is answered by BPF.
+        """
+        entry = self._entry(attributes, fresh)
+        entry.attr_timeout = 0.0
+        return entry
+
     # Extended attributes
 
     @answered
@@ -298,19 +348,14 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EOPNOTSUPP)
         if len(value) > wire.MAX_XATTR_VALUE:
             raise FUSEError(errno.ENOSPC)
-        changed = await self._session.call(wire.SetXattr(inode, name, value), wire.Changed)
-        self._changed(changed)
+        await self._change_inode(wire.SetXattr(inode, name, value))
 
     @answered
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         _check_xattr(name)
         if name.startswith(_ACLS):
             return
-        self._changed(await self._session.call(wire.RemoveXattr(inode, name), wire.Changed))
-
-    def _changed(self, changed: wire.Changed) -> None:
-        self._feeder.changed(changed.attributes)
-        self._writer.overlay(changed.attributes[0])
+        await self._change_inode(wire.RemoveXattr(inode, name))
 
     # Directories
 
@@ -329,7 +374,7 @@ class Operations(pyfuse3.Operations):
             listing = await self._directories.listing(ino, cookie)
             complete = listing.complete
             for entry in listing.entries:
-                attributes = self._entry(entry.attributes)
+                attributes = self._entry(entry.attributes, listing.is_fresh(entry))
                 if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + _DOTS):
                     return
                 cookie = entry.cookie
@@ -354,9 +399,9 @@ class Operations(pyfuse3.Operations):
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         with self._feeder.begin() as token:
             attributes = (await self._session.call(wire.GetAttributes(ino), wire.Found)).attributes
-            self._feeder.inode(token, attributes)
+            fresh = self._feeder.inode(token, attributes)
             if writing:
-                self._begin_writing(attributes)
+                self._begin_writing(attributes, fresh)
             try:
                 if flags & os.O_TRUNC and writing:
                     attributes = await self._set_attributes(wire.SetAttributes(ino, size=0))
@@ -382,32 +427,36 @@ class Operations(pyfuse3.Operations):
         # Its closing, or an fsync, waits until it is durable; so this need not.
         request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing)
         try:
-            with self._doubting((parent_inode, name)):
+            with self._changing((parent_inode, name)) as token:
                 changed = await self._session.call(request, wire.Changed)
+                made = changed.attributes[0]
+                opened = self._opened_new(token, made, writing=writing)
+                fresh = self._named(token, parent_inode, name, changed)
         except Refused as error:
             if error.code == wire.ErrorCode.EXISTS and not flags & os.O_EXCL:
                 raise FUSEError(errno.ESTALE) from None
             raise
-        made = changed.attributes[0]
-        opened = self._opened_new(made, writing=writing)
-        self._feeder.changed(changed.attributes)
-        self._feeder.named(parent_inode, name, made.ino)
-        return opened, self._entry(made)
+        return opened, self._changed_entry(made, fresh)
 
     @answered
     async def tmpfile(
         self, parent_inode: int, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         """Make a file without a name and open it; pyfuse3 has no such method, extra_ops.py calls it."""
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
         request = wire.MakeTemporary(parent_inode, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
-        made = (await self._session.call(request, wire.Changed)).attributes[0]
+        with self._changing() as token:
+            made = (await self._session.call(request, wire.Changed)).attributes[0]
+            opened, fresh = self._opened_new(token, made, writing=writing), self._feeder.unchanged(token, made.ino)
         self._orphans.add(made.ino)
-        return self._opened_new(made, writing=flags & os.O_ACCMODE != os.O_RDONLY), self._entry(made)
+        return opened, self._changed_entry(made, fresh)
 
-    def _opened_new(self, made: wire.Attributes, *, writing: bool) -> FileInfo:
+    def _opened_new(self, token: Token, made: wire.Attributes, *, writing: bool) -> FileInfo:
         """Open a file that was just made."""
         if writing:
             self._writer.open(made, is_new=True)
+            if not self._feeder.unchanged(token, made.ino):
+                self._writer.changed_elsewhere(made.ino)
         self._opened.opened(made.ino, made.version)
         self._feeder.paged.add(made.ino)
         return FileInfo(fh=self._handle(made.ino, writing=writing), keep_cache=True)
@@ -457,10 +506,11 @@ class Operations(pyfuse3.Operations):
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._sync(fh, self._writer.sync)
 
-    async def _sync(self, fh: int, sync: Callable[[int], Awaitable[None]]) -> None:
+    async def _sync(self, fh: int, sync: Callable[..., Awaitable[None]]) -> None:
         """Commit what was written through any handle; say once what an earlier worker may have lost."""
-        await self._passthrough.absorb(handles.decode(fh).ino)
-        await sync(handles.decode(fh).ino)
+        handle = handles.decode(fh)
+        await self._passthrough.absorb(handle.ino)
+        await sync(handle.ino, for_reader=not handle.writing)
         if self._is_earlier_writer(fh) and fh not in self._reported:
             self._reported.add(fh)
             raise FUSEError(errno.EIO)
@@ -501,14 +551,16 @@ class Operations(pyfuse3.Operations):
     async def adopt(self, fh: int) -> None:
         """Open the file of a writing handle that an earlier worker gave out, at its first use here."""
         if self._is_earlier_writer(fh) and fh not in self._adopted:
-            attributes, _ = await self._get_attributes(handles.decode(fh).ino)
+            attributes, fresh = await self._get_attributes(handles.decode(fh).ino)
             if fh not in self._adopted:
                 self._adopted.add(fh)
-                self._begin_writing(attributes)
+                self._begin_writing(attributes, fresh)
 
-    def _begin_writing(self, attributes: wire.Attributes) -> None:
+    def _begin_writing(self, attributes: wire.Attributes, fresh: bool) -> None:
         self._writer.open(attributes)
         self._feeder.drop_inode(attributes.ino)
+        if not fresh:
+            self._writer.changed_elsewhere(attributes.ino)
 
     async def _end_writing(self, ino: int) -> None:
         closed = await self._writer.close(ino)

@@ -140,7 +140,7 @@ class Worker:
         async with contextlib.AsyncExitStack() as stack:
             cache = _open_cache(self._config)
             stack.callback(cache.close)
-            notifier = Notifier(self._config.notify_fd)
+            notifier = Notifier(self._config.notify_fd, self._config.slow_fds)
             stack.callback(notifier.close)
             mount = Mount(self._config, cache, notifier)
             await mount.open()

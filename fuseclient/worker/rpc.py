@@ -95,9 +95,13 @@ class Connection:
 
         Raises :exc:`Refused`, or :exc:`Disconnected` when the connection is, or is lost before the reply.
         """
+        return await self.change(request, reply_type, 0, 0)
+
+    async def change(self, request: wire.Request, reply_type: type[_Reply], slot: int, sequence: int) -> _Reply:
+        """Send a request whose outcome the metaserver is to keep under these numbers; as :meth:`call` otherwise."""
         await self._protocol.writable()
         future: asyncio.Future[wire.Reply] = self._protocol.loop.create_future()
-        request_id = self._protocol.send(request, future)
+        request_id = self._protocol.send(request, future, slot, sequence)
         try:
             reply = await future
         finally:
@@ -132,6 +136,17 @@ class Connection:
         """End the connection now. Every call in flight raises :exc:`Disconnected` with ``reason``."""
         self._protocol.fail(reason)
 
+    def on_break(self, callback: Callable[[wire.Break], object]) -> None:
+        """Hand breaks to ``callback``, which sees to :meth:`acknowledge`; without it they are acknowledged at once.
+
+        It is called as soon as a break is read, before the waiter of any reply that came later goes on.
+        """
+        self._protocol.on_break = callback
+
+    def acknowledge(self, number: int) -> None:
+        """Tell the metaserver that all a break told has left every cache. Waits for nothing."""
+        self._protocol.acknowledge(number)
+
     def when_lost(self, callback: Callable[[], object]) -> None:
         """Call back, on the event loop, once the connection is closed."""
         self._protocol.closed.add_done_callback(lambda _: callback())
@@ -149,6 +164,7 @@ class _Protocol(asyncio.Protocol):
         self._splitter = wire.FrameSplitter(wire.MAX_REPLY)
         self._waiting: dict[int, asyncio.Future[wire.Reply] | asyncio.Queue[wire.Reply | Disconnected]] = {}
         self._last_id = 0
+        self.on_break: Callable[[wire.Break], object] = lambda told: self.acknowledge(told.number)
         self._resumed: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -178,20 +194,32 @@ class _Protocol(asyncio.Protocol):
         elif waiter is not None:
             if not waiter.done():
                 waiter.set_result(reply)
+        elif request_id == 0 and isinstance(reply, wire.Break):
+            self.on_break(reply)
         elif request_id == 0 and isinstance(reply, wire.Failure):
             self.fail(f"the metaserver gave up the connection: {reply.message}")
         elif not 0 < request_id <= self._last_id:
             raise wire.Malformed(f"a reply to request {request_id}, which was never sent")
 
+    def acknowledge(self, number: int) -> None:
+        """Send an acknowledgement, unless the connection is lost or nobody waits for it."""
+        if number and self.lost is None and self._transport is not None:
+            self._transport.write(wire.encode(0, wire.Acknowledge(number)))
+
     def send(
-        self, request: wire.Request, waiter: asyncio.Future[wire.Reply] | asyncio.Queue[wire.Reply | Disconnected]
+        self,
+        request: wire.Request,
+        waiter: asyncio.Future[wire.Reply] | asyncio.Queue[wire.Reply | Disconnected],
+        slot: int = 0,
+        sequence: int = 0,
     ) -> int:
         """Send a request whose replies go to ``waiter``, and return its id."""
         if self.lost is not None or self._transport is None:
             raise NotSent(str(self.lost))
         self._last_id += 1
         self._waiting[self._last_id] = waiter
-        self._transport.write(wire.encode(self._last_id, request))
+        frame = wire.encode_change(self._last_id, request, slot, sequence) if sequence else None
+        self._transport.write(frame or wire.encode(self._last_id, request))
         return self._last_id
 
     def forget(self, request_id: int) -> None:

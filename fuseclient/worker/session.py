@@ -5,10 +5,17 @@ The lease is what makes caches right, so the order of things is the point of thi
 * the deadline is (time the renewal was *sent*) + lease - margin, on CLOCK_BOOTTIME, which counts suspend: the client
   always stops before the metaserver does;
 * what others changed is handed to ``on_changes`` before the deadline moves; if that fails, it does not move;
+* a break is handed to ``on_break`` as it comes, and acknowledged when that says so; nothing here waits for it, and
+  the metaserver moves the lease only past breaks that were acknowledged;
 * a session that could not be resumed is gone: ``on_lost`` is called, in which all that is cached must be dropped,
-  before the new session's deadline is announced.
+  before the new session's deadline is announced;
+* a session that is resumed at another run of the metaserver goes on, but what that had acknowledged lazily may be lost:
+  ``on_restarted`` is called.
 
 One task renews and reconnects. Calls run in their callers' tasks; they wait while there is no connection or no lease.
+A change has a slot of the session and a sequence number in it, under which the metaserver keeps its outcome: so it is
+sent again when its reply was lost, and made once. No more calls are under way than the metaserver takes in at once,
+and changes, which may wait for others' acknowledgements, leave room for all the rest.
 """
 
 from __future__ import annotations
@@ -36,11 +43,14 @@ _BACKOFF_S: Final = (0.02, 1.0)
 #: Seconds that the farewell may take.
 _CLOSE_S: Final = 1.0
 
+#: Other calls than changes that are under way at once.
+_CALLS: Final = 64
+
 #: Requests that do no harm when they are done twice.
 _REPEATABLE: Final = (
     wire.Lookup, wire.FetchDirectory, wire.GetAttributes, wire.ReadLink, wire.GetXattr, wire.ListXattrs,
-    wire.GetContent, wire.GetStatistics, wire.ListSlices, wire.NewSlices, wire.Reap, wire.ForgetSlices, wire.Seek,
-    wire.WriteInline, wire.CommitSlices, wire.CompactSlices, wire.Sync,
+    wire.GetContent, wire.GetStatistics, wire.ListSlices, wire.InspectSlices, wire.Seek, wire.NewSlices, wire.Reap,
+    wire.ForgetSlices, wire.Sync,
 )  # fmt: skip
 
 
@@ -53,6 +63,34 @@ def client_deadline(sent_ns: int, lease_ms: int) -> int:
     """Return until when a client may rely on a lease that it asked for at ``sent_ns``."""
     lease_ns = lease_ms * 1_000_000
     return sent_ns + lease_ns - min(lease_ns // 10, MARGIN_NS)
+
+
+def _acknowledge_at_once(told: wire.Break, acknowledge: Callable[[], None]) -> None:
+    """What a session without caches does with a break."""
+    acknowledge()
+
+
+class Slots:
+    """The slots of a session, and the last sequence number of each, to begin with ``last``.
+
+    Numbers are never used for two changes: an earlier worker's, which had the same session, began at an earlier time.
+    """
+
+    def __init__(self, last: int, count: int = wire.SLOTS) -> None:
+        self._free = list(range(count))
+        self._sequences = [last] * count
+        self._room = asyncio.Semaphore(count)
+
+    @contextlib.asynccontextmanager
+    async def taken(self) -> AsyncGenerator[tuple[int, int], None]:
+        """A slot for one change, with its sequence number."""
+        async with self._room:
+            slot = self._free.pop()
+            self._sequences[slot] += 1
+            try:
+                yield slot, self._sequences[slot]
+            finally:
+                self._free.append(slot)
 
 
 class Session:
@@ -76,6 +114,8 @@ class Session:
         on_changes: Callable[[wire.Renewed], object],
         on_renewed: Callable[[int], object],
         on_lost: Callable[[], object],
+        on_break: Callable[[wire.Break, Callable[[], None]], object] = _acknowledge_at_once,
+        on_restarted: Callable[[], object] = lambda: None,
         resume: bytes | None = None,
         clock: Callable[[], int] = boottime_ns,
         connect: Callable[[str], Awaitable[Connection]] = rpc.connect,
@@ -87,9 +127,15 @@ class Session:
         self._on_changes = on_changes
         self._on_renewed = on_renewed
         self._on_lost = on_lost
+        self._on_break = on_break
+        self._on_restarted = on_restarted
+        self._calls = asyncio.Semaphore(_CALLS)
+        self._slots = Slots(clock())
         self._clock = clock
         self._connect = connect
         self._seen = 0
+        #: Of the metaserver's run that the session was opened or resumed at.
+        self._epoch: int | None = None
         #: Changes of this client that were acknowledged.
         self.changes = 0
         self._lease_s = 0.0
@@ -130,20 +176,49 @@ class Session:
     async def call(self, request: wire.Request, reply_type: type[_Reply]) -> _Reply:
         """Send a request and return its reply.
 
-        Waits for a connection and a lease, for at most a lease's length, then raises :exc:`Disconnected`. A request
-        that changes something and whose reply was lost raises it too: the change may or may not have been made, and
-        the next ``on_changes`` tells. Raises :exc:`Refused` as the metaserver does; STALE_SESSION comes through only
-        for a change that was under way when the lease ran out, and was not made.
+        Waits for a connection and a lease, for at most a lease's length, then raises :exc:`Disconnected`. A change
+        whose reply was lost is sent again; if its session is lost meanwhile :exc:`Disconnected` is raised too, and the
+        change may or may not have been made. Raises :exc:`Refused` as the metaserver does; STALE_SESSION comes through
+        only for a change that was under way when the lease ran out, and was not made.
         """
+        if isinstance(request, _REPEATABLE):
+            async with self._calls:
+                return await self._repeatable(request, reply_type)
+        async with self._slots.taken() as (slot, sequence):
+            return await self._change(request, reply_type, slot, sequence)
+
+    async def _change(self, request: wire.Request, reply_type: type[_Reply], slot: int, sequence: int) -> _Reply:
+        lost: Disconnected | None = None
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + self._lease_s
+        session = self.id
+        while True:
+            connection = await self._usable(give_up)
+            if lost is not None and session != self.id:
+                raise Disconnected("the session was lost while a change was under way") from lost
+            session = self.id
+            try:
+                reply = await connection.change(request, reply_type, slot, sequence)
+                self.changes += reply_type is wire.Changed
+                return reply
+            except NotSent as error:
+                if loop.time() >= give_up:
+                    raise lost or error from error
+            except Disconnected as error:
+                lost, give_up = error, loop.time() + self._lease_s
+            except Refused as error:
+                if error.code is wire.ErrorCode.STALE_SESSION and connection is self._connection:
+                    self._mend()
+                raise
+
+    async def _repeatable(self, request: wire.Request, reply_type: type[_Reply]) -> _Reply:
         give_up = asyncio.get_running_loop().time() + self._lease_s
         while True:
             connection = await self._usable(give_up)
             try:
-                reply = await connection.call(request, reply_type)
-                self.changes += reply_type is wire.Changed
-                return reply
+                return await connection.call(request, reply_type)
             except (Disconnected, Refused) as error:
-                if not self._may_repeat(request, error, connection, give_up):
+                if not self._may_repeat(error, connection, give_up):
                     raise
 
     async def stream(self, request: wire.FetchDirectory) -> AsyncGenerator[wire.DirectoryPage, None]:
@@ -159,7 +234,7 @@ class Session:
                         yield page
                 return
             except (Disconnected, Refused) as error:
-                if begun or not self._may_repeat(request, error, connection, give_up):
+                if begun or not self._may_repeat(error, connection, give_up):
                     raise
 
     def renew_now(self) -> None:
@@ -187,16 +262,18 @@ class Session:
                 raise NotSent(f"no connection to {self._address} for {self._lease_s:g} s") from None
         return connection
 
-    def _may_repeat(self, request: wire.Request, error: Exception, connection: Connection, give_up: float) -> bool:
-        """Say whether a request that failed is to be sent again, and get the session mended if it was that."""
+    def _mend(self) -> None:
+        self._ready.clear()
+        self._poked.set()
+
+    def _may_repeat(self, error: Exception, connection: Connection, give_up: float) -> bool:
+        """Say whether a read that failed is to be sent again, and get the session mended if it was that."""
         if isinstance(error, Refused):
             if error.code is not wire.ErrorCode.STALE_SESSION:
                 return False
             if connection is self._connection:
-                self._ready.clear()
-                self._poked.set()
-        harmless = isinstance(error, NotSent) or isinstance(request, _REPEATABLE)
-        return harmless and asyncio.get_running_loop().time() < give_up
+                self._mend()
+        return asyncio.get_running_loop().time() < give_up
 
     # The lease
 
@@ -222,15 +299,18 @@ class Session:
             self._poked.set()
 
     async def _open(self, connection: Connection) -> None:
+        connection.on_break(lambda told: self._on_break(told, lambda: connection.acknowledge(told.number)))
         sent_ns = self._clock()
         request = wire.OpenSession(self._volume, self._client, self.id)
         opened = await connection.call(request, wire.SessionOpened)
         if opened.resumed:
+            if self._epoch not in (None, connection.welcome.server_epoch):
+                self._on_restarted()
             await self._renew(connection)
         else:
             self._replace(opened)
             self._grant(sent_ns, opened.lease_ms)
-        self.opened = opened
+        self.opened, self._epoch = opened, connection.welcome.server_epoch
 
     def _replace(self, opened: wire.SessionOpened) -> None:
         """Take a new session; if there was another, all that was cached under it is void."""

@@ -523,6 +523,11 @@ void bridge_interrupt(struct bpfuse_channel *channel, const void *message, size_
 	}
 }
 
+int bpfuse_channel_attach_notifier(struct bpfuse_channel *channel, int notify_socket)
+{
+	return notify_start(channel, notify_socket);
+}
+
 int bpfuse_channel_attach_worker(struct bpfuse_channel *channel, int fuse_socket, int extra_socket, int notify_socket)
 {
 	int error = notify_start(channel, notify_socket);

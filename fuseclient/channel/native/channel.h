@@ -69,6 +69,11 @@ int bpfuse_channel_start(struct bpfuse_channel *channel);
  * and answered EIO if not.
  */
 int bpfuse_channel_attach_worker(struct bpfuse_channel *channel, int fuse_socket, int extra_socket, int notify_socket);
+/*
+ * Serves one more socket of the worker for notifications, on a thread of its own: those that may wait for a lock go
+ * there, and hold up no others. The socket is the channel's to close.
+ */
+int bpfuse_channel_attach_notifier(struct bpfuse_channel *channel, int notify_socket);
 /* An eventfd that becomes readable when the mount has ended or a worker has become ready: see figures and ended. */
 int bpfuse_channel_event_fd(const struct bpfuse_channel *channel);
 int bpfuse_channel_ended(const struct bpfuse_channel *channel);

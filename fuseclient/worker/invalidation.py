@@ -1,0 +1,138 @@
+"""Has the kernel drop what others are about to change, without ever waiting for what waits for that change.
+
+Dropping an inode's attributes waits for nothing, dropping its pages for reads of them in flight, which wait for no
+change. Dropping a name waits for the directory's lock, so for a change of this mount that is in flight there, and that
+one may wait at the metaserver for the very change that is to be made way for. So where one is known to be in flight,
+and when dropping a name takes too long, all names are expired instead, which takes no lock: each is then asked for
+again, and answered by BPF.
+
+Pages of a file that is open for writing here are dropped behind the caller's back: a write holds its page while it
+waits for the metaserver. Until they are gone the inode must not enter the maps; ``dropping`` tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Final, Protocol
+
+_log = logging.getLogger(__name__)
+
+#: Above this many names, all of them are expired at once.
+NAMES_ONE_BY_ONE: Final = 256
+#: Notifications on their way at once.
+_AT_ONCE: Final = 64
+#: Seconds after which a name that cannot be dropped is expired with all others.
+_PATIENCE_S: Final = 0.03
+
+
+class Kernel(Protocol):
+    """What this needs of :class:`~fuseclient.worker.notifier.Notifier`."""
+
+    async def invalidate_inode(self, ino: int) -> bool: ...
+    async def invalidate_written(self, ino: int) -> bool: ...
+    async def invalidate_attributes(self, ino: int) -> bool: ...
+    async def invalidate_entry(self, parent: int, name: bytes) -> None: ...
+    async def increment_epoch(self) -> bool: ...
+
+
+class Invalidator:
+    """The kernel's caches, for dropping from. ``is_written`` says whether a file is open for writing here."""
+
+    def __init__(self, kernel: Kernel, is_written: Callable[[int], bool] = lambda ino: False) -> None:
+        self._kernel = kernel
+        self._is_written = is_written
+        #: Changes of this mount in flight, by directory.
+        self.busy: Counter[int] = Counter()
+        #: Inodes whose pages are being dropped behind the caller's back.
+        self.dropping: Counter[int] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def drop(self, names: Sequence[tuple[int, bytes]], inodes: Sequence[int]) -> None:
+        """Return when the kernel has dropped these names and inodes. Names first: a lookup in flight is waited for."""
+        await self._drop_names(names)
+        unknown = await _in_batches(self._drop_inode(ino) for ino in inodes)
+        if unknown:
+            # A lookup that was answered before may be about to make the inode known, with what is out of date.
+            await self._kernel.increment_epoch()
+
+    async def _drop_names(self, names: Sequence[tuple[int, bytes]]) -> None:
+        if not names:
+            return
+        in_the_way = len(names) > NAMES_ONE_BY_ONE or any(self.busy[parent] for parent, _ in names)
+        if in_the_way and await self._kernel.increment_epoch():
+            return
+        one_by_one = asyncio.ensure_future(_in_batches(self._kernel.invalidate_entry(*each) for each in names))
+        done, _ = await asyncio.wait({one_by_one}, timeout=_PATIENCE_S)
+        if done:
+            one_by_one.result()
+        elif await self._kernel.increment_epoch():
+            one_by_one.add_done_callback(_note_failure)
+        else:
+            await one_by_one
+
+    async def _drop_inode(self, ino: int) -> bool:
+        """Drop an inode; say whether the kernel did not know it."""
+        if not self._is_written(ino):
+            return not await self._kernel.invalidate_inode(ino)
+        self._drop_pages_later(ino)
+        return not await self._kernel.invalidate_attributes(ino)
+
+    async def everything(self, paged: Iterable[int]) -> None:
+        """Return when the kernel has dropped every name and the inodes that it may have pages of."""
+        if not await self._kernel.increment_epoch():
+            _log.warning("this kernel cannot expire all names at once; they expire with their time to live")
+        await _in_batches(self._drop_inode(ino) for ino in paged)
+
+    @contextlib.contextmanager
+    def keeping_out(self, inodes: Iterable[int]) -> Iterator[None]:
+        """Have these count as being dropped, for as long as the body runs."""
+        kept = list(inodes)
+        self.dropping.update(kept)
+        try:
+            yield
+        finally:
+            for ino in kept:
+                self.dropping[ino] -= 1
+                if not self.dropping[ino]:
+                    del self.dropping[ino]
+
+    async def drop_pages(self, ino: int) -> None:
+        """Return when the kernel has written back and dropped an inode's pages."""
+        if self._is_written(ino):
+            await self._kernel.invalidate_written(ino)
+        else:
+            await self._kernel.invalidate_inode(ino)
+
+    def _drop_pages_later(self, ino: int) -> None:
+        task = asyncio.create_task(self._drop_pages(ino))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _drop_pages(self, ino: int) -> None:
+        with self.keeping_out([ino]):
+            try:
+                await self._kernel.invalidate_written(ino)
+            except OSError as error:
+                _log.error("the pages of inode %d cannot be dropped: %s", ino, error)
+
+
+def _note_failure(late: asyncio.Future[bool]) -> None:
+    if not late.cancelled() and (error := late.exception()) is not None:
+        _log.warning("a name was dropped late, or not: %s", error)
+
+
+async def _in_batches(calls: Iterable[Awaitable[object]]) -> bool:
+    """Await many, some at once; raise the first error when its batch is through, else say whether any was true."""
+    remaining, any_true = iter(calls), False
+    while batch := list(itertools.islice(remaining, _AT_ONCE)):
+        results = await asyncio.gather(*batch, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            any_true = any_true or bool(result)
+    return any_true

@@ -1,0 +1,247 @@
+"""What may be cached, by whom, and what a change has to wait for: the heart of the coherence between clients.
+
+A **grant** is what a reply lets its client cache: the names of a directory (a lookup grants all of them, so that the
+absent ones are covered) and the inodes in the reply. It is given at the moment the reply is sent, and only if no
+change of it is under way and none was committed since the reply was read. What is not granted is named by a break of
+number 0, sent before the reply: the client then uses the reply and keeps nothing of it.
+
+A **change** marks what it touches as being changed from before it looks at the holders until its reply is made. Its
+transaction finds out what it touches, and is given up with :exc:`Held` if somebody else holds any of that; these get a
+break, and when each has acknowledged or was evicted the transaction is tried again. If nobody else holds anything, the
+first try commits, and nothing is sent or awaited.
+
+There are no locks, so there is nothing to deadlock: two changes of the same thing break each other's sessions, and
+the engine puts them in an order. The transaction runs on the engine's thread. It marks first and looks at the holders
+then; the loop records a holder first and looks at the marks then: so one of them sees the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import stat
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final, NamedTuple
+
+from metaserver import wire
+from metaserver.breaks import Breaks
+from metaserver.holdings import Holder, Holdings, inode_key, names_key
+from metaserver.sessions import Feed, Name, Session, Sessions
+from metaserver.volumes import Volume
+
+_log = logging.getLogger(__name__)
+
+#: Bitmaps (of about 400 bytes) that one session, and all sessions of a volume, may take up.
+SESSION_BITMAPS: Final = 8192
+VOLUME_BITMAPS: Final = 262_144
+#: Names that a client is told not to keep of one reply; for more it is to drop everything.
+MOST_UNSETTLED: Final = 4096
+
+
+class Held(Exception):
+    """Others hold what a transaction is about to change; it is to be tried again when they have dropped it."""
+
+    def __init__(self, names: list[Name], inodes: list[int]) -> None:
+        super().__init__(f"{len(names)} names and {len(inodes)} inodes are held")
+        self.names = names
+        self.inodes = inodes
+
+
+class Grant(NamedTuple):
+    """What a reply lets its client cache. ``name`` None: all names of the directory."""
+
+    directory: int | None
+    name: bytes | None
+    inodes: list[int]
+
+    def has(self, name: Name) -> bool:
+        return name[0] == self.directory and self.name in (None, name[1])
+
+
+class Change:
+    """One change under way, of one session. The attributes are replaced, never changed: two threads look at them."""
+
+    def __init__(self, session: Session, names: Iterable[Name], holdings: Holdings) -> None:
+        self.session = session
+        self.names = frozenset(names)
+        self.inodes: frozenset[int] = frozenset()
+        #: What all others have dropped, and cannot get again before this change ends.
+        self.broken: frozenset[Name | int] = frozenset()
+        self._holdings = holdings
+
+    def check(self, inodes: Iterable[int]) -> None:
+        """Raise :exc:`Held` if others hold the names of this change or these inodes. Called in the transaction."""
+        self.inodes = self.inodes.union(inodes)
+        names = [name for name in self.names - self.broken if self._is_held(names_key(name[0]))]
+        held = [ino for ino in self.inodes - self.broken if self._is_held(inode_key(ino))]
+        if names or held:
+            raise Held(names, held)
+
+    def _is_held(self, key: int) -> bool:
+        return self._holdings.is_held(key, self.session)
+
+
+class _State:
+    """The holdings of one volume and the changes under way."""
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+        self.holdings = Holdings()
+        self.changes: dict[Change, None] = {}
+
+    def unsettled(self, since: int, grant: Grant, own: Change | None) -> tuple[list[Name], list[int]] | None:
+        """Return what of a grant is being changed, or was since a version of the feed; ``None``: it is not known."""
+        others = [change for change in self.changes if change is not own]
+        if not others and self.feed.version == since:
+            return [], []
+        past = self.feed.after(since)
+        if past is None:
+            return None
+        names: set[Name] = set()
+        inodes: set[int] = set()
+        for each_names, each_inodes in (
+            *((change.names, change.inodes) for change in others),
+            *(part[1:] for part in past),
+        ):
+            names.update(name for name in each_names if grant.has(name))
+            inodes.update(each_inodes)
+        if len(names) > MOST_UNSETTLED:
+            return None
+        return sorted(names), [ino for ino in grant.inodes if ino in inodes]
+
+
+class Coherence:
+    """The grants and changes of one server. ``evict`` ends a session, durably."""
+
+    def __init__(self, sessions: Sessions, evict: Callable[[Session], Awaitable[None]]) -> None:
+        self._sessions = sessions
+        self.breaks = Breaks(sessions.clock, evict)
+        self._states: dict[int, _State] = {}
+        sessions.on_end = self._ended
+
+    def _state(self, volume: Volume) -> _State:
+        state = self._states.get(volume.id)
+        if state is None:
+            state = self._states[volume.id] = _State(self._sessions.feed(volume))
+        return state
+
+    # Grants
+
+    def version(self, volume: Volume) -> int:
+        """Return what :meth:`grant` is to be told of a reply that is read from now on."""
+        return self._state(volume).feed.version
+
+    def grant(self, session: Session, since: int, grant: Grant, own: Change | None = None) -> wire.Break | None:
+        """Record what a reply lets a session cache; return what is to be sent before the reply, if anything.
+
+        ``since`` is the version before the reply was read; ``own`` the change whose reply it is. To be called where
+        the reply is sent, with no await between.
+        """
+        state = self._state(session.volume)
+        self._hold(state, session, grant)
+        unsettled = state.unsettled(since, grant, own)
+        if unsettled is None:
+            return wire.Break(0, [], [], True)
+        names, inodes = unsettled
+        return wire.Break(0, names, inodes) if names or inodes else None
+
+    def _hold(self, state: _State, session: Session, grant: Grant) -> None:
+        keys = [inode_key(ino) for ino in grant.inodes]
+        if grant.directory is not None:
+            keys.append(names_key(grant.directory))
+        state.holdings.hold(session.holder, keys)
+        if len(session.holder.blocks) > SESSION_BITMAPS or state.holdings.bitmaps > VOLUME_BITMAPS:
+            self._relieve(state, session)
+
+    def _relieve(self, state: _State, session: Session) -> None:
+        """Have the one who holds the most drop everything: the session itself, if it is over its own bound."""
+        if len(session.holder.blocks) <= SESSION_BITMAPS:
+            here = (each for each in self._sessions.all() if each.volume.id == session.volume.id)
+            session = max(here, key=lambda each: len(each.holder.blocks), default=session)
+        self.drop_everything(session)
+
+    def drop_everything(self, session: Session) -> None:
+        """Have a session drop all it has. What it is granted from now on counts apart."""
+        holdings, old = self._state(session.volume).holdings, session.holder
+        session.holder = Holder(session)
+        self.breaks.send([session], [], [], lambda _: holdings.drop(old), everything=True)
+
+    def reclaimed(self, session: Session) -> None:
+        """A session of an earlier run is back: it may have anything in its caches."""
+        self._state(session.volume).holdings.hold_everything(session.holder)
+
+    def settle_reclaimed(self) -> None:
+        """Have one of those who may have anything drop everything, so that they need not be told of each change."""
+        for session in self._sessions.all():
+            if session.holder.everything:
+                _log.info("%s drops its caches, which are not known here", session.client)
+                self.drop_everything(session)
+                return
+
+    def _ended(self, session: Session) -> None:
+        """A session holds nothing any more and is waited for by nobody."""
+        self._state(session.volume).holdings.drop(session.holder)
+        for breaking in list(session.pending.values()):
+            breaking.settle(session, dropped=breaking.message.everything)
+
+    # Changes
+
+    def begin(self, session: Session, names: Iterable[Name]) -> Change:
+        """Return a change that is about to be tried; it is to be ended by :meth:`end`."""
+        state = self._state(session.volume)
+        change = Change(session, names, state.holdings)
+        state.changes[change] = None
+        return change
+
+    async def make_way(self, change: Change, held: Held) -> None:
+        """Have everybody else drop what a change touches, and wait until they have."""
+        holdings = self._state(change.session.volume).holdings
+        inode_keys = [inode_key(ino) for ino in held.inodes]
+        holders: dict[Holder, None] = {}
+        for key in (*inode_keys, *(names_key(directory) for directory, _ in held.names)):
+            holders.update(dict.fromkeys(holdings.holders(key, change.session)))
+        owners = [holder.owner for holder in holders]
+        breaking = self.breaks.send(
+            (owner for owner in owners if isinstance(owner, Session)),
+            held.names,
+            held.inodes,
+            lambda session: holdings.release(session.holder, inode_keys),
+        )
+        await self.breaks.wait(breaking)
+        change.broken = change.broken.union(held.names, held.inodes)
+
+    def end(self, change: Change) -> None:
+        """A change has its reply, or has failed."""
+        self._state(change.session.volume).changes.pop(change, None)
+
+    def acknowledge(self, session: Session, number: int) -> None:
+        """A session has dropped what a break told."""
+        breaking = session.pending.get(number)
+        if breaking is not None:
+            breaking.settle(session, dropped=True)
+
+
+def grant_of(request: wire.Request, reply: wire.Reply) -> Grant | None:
+    """Return what the reply to a read lets its client cache."""
+    if isinstance(reply, wire.Found):
+        inodes = [reply.attributes.ino]
+        return (
+            Grant(request.parent, request.name, inodes)
+            if isinstance(request, wire.Lookup)
+            else Grant(None, None, inodes)
+        )
+    if isinstance(reply, wire.DirectoryPage):
+        directory = reply.directory.ino
+        return Grant(directory, None, [directory, *(entry.attributes.ino for entry in reply.entries)])
+    if isinstance(reply, wire.Content):
+        return Grant(None, None, [reply.attributes.ino])
+    if isinstance(reply, wire.Failure) and isinstance(request, wire.Lookup):
+        return Grant(request.parent, request.name, [])
+    return None
+
+
+def own_grants(request: wire.Request, names: Iterable[Name], inodes: list[int]) -> list[Grant]:
+    """Return what the reply to a change lets its client cache. A directory just made is known to have no names."""
+    grants = [Grant(directory, name, inodes) for directory, name in names] or [Grant(None, None, inodes)]
+    if isinstance(request, wire.MakeNode) and stat.S_ISDIR(request.mode):
+        grants.append(Grant(inodes[0], None, inodes))
+    return grants

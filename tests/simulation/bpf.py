@@ -1,0 +1,166 @@
+"""The BPF maps of one client, and what the programs answer from them: ``bpf/*.bpf.h`` in a few lines.
+
+The maps outlive workers. Answers are given by the kernel's node, whatever state the worker is in; they check the
+deadline and the epoch of each value as the programs do. The maps forget at random, as LRU maps do.
+"""
+
+from __future__ import annotations
+
+import random
+import stat
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from metaserver import wire
+from simulation.clocks import boottime_ns
+from simulation.loop import VirtualLoop
+
+_FORGETTING: Final = 0.02
+
+
+class _Name(NamedTuple):
+    ino: int
+    epoch: int
+
+
+class _Inode(NamedTuple):
+    attributes: wire.Attributes
+    data: bytes | None
+    epoch: int
+
+
+class Answer(NamedTuple):
+    """A reply. ``attributes`` None: the name is absent. ``ttl_s`` is for the kernel's caches."""
+
+    attributes: wire.Attributes | None
+    ttl_s: float
+
+
+class Maps:
+    """The maps: the worker's side is :class:`fuseclient.kernel_cache.Cache`, the programs' are the ``answer_`` methods.
+
+    ``checks_deadline`` False is a rule switched off, for the tests that show that it is needed.
+    """
+
+    checks_deadline = True
+
+    def __init__(self, loop: VirtualLoop, rng: random.Random) -> None:
+        self._loop = loop
+        self._rng = rng
+        self._names: dict[tuple[int, bytes], _Name] = {}
+        self._inodes: dict[int, _Inode] = {}
+        self._opens: dict[int, int] = {}
+        self.deadline_ns = 0
+        self.epoch = 0
+        self.answers = 0
+
+    # The worker's side
+
+    def put(self, parent: int, entries: Sequence[wire.DirectoryEntry]) -> None:
+        for entry in entries:
+            self.put_name(parent, entry.name, entry.attributes.ino)
+            self.put_inode(entry.attributes, entry.data)
+
+    def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
+        self._forget(self._inodes)
+        self._inodes[attributes.ino] = _Inode(attributes, data, self.epoch)
+
+    def put_name(self, parent: int, name: bytes, ino: int) -> None:
+        self._forget(self._names)
+        self._names[parent, name] = _Name(ino, self.epoch)
+
+    def put_absent(self, parent: int, name: bytes) -> None:
+        self.put_name(parent, name, 0)
+
+    def _forget(self, values: dict[Any, Any]) -> None:
+        if values and self._rng.random() < _FORGETTING:
+            del values[self._rng.choice(list(values))]
+
+    def drop_name(self, parent: int, name: bytes) -> None:
+        self._names.pop((parent, name), None)
+
+    def drop_inode(self, ino: int) -> None:
+        self._inodes.pop(ino, None)
+
+    def renew(self, deadline_ns: int) -> None:
+        self.deadline_ns = deadline_ns
+
+    def bump_epoch(self) -> None:
+        self.epoch += 1
+
+    def put_statfs(self, **figures: int) -> None:
+        pass
+
+    def drop_statfs(self) -> None:
+        pass
+
+    def is_open(self, ino: int) -> bool:
+        return self._opens.get(ino, 0) > 0
+
+    def opened(self, ino: int) -> None:
+        self._opens[ino] = self._opens.get(ino, 0) + 1
+
+    def released(self, ino: int) -> None:
+        self._opens[ino] -= 1
+
+    def set_backing(self, ino: int, backing_id: int) -> bool:
+        return False
+
+    def forget_backing(self, ino: int) -> None:
+        pass
+
+    def figures(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+    # The programs' side
+
+    def _left_s(self) -> float:
+        left_s = (self.deadline_ns - boottime_ns(self._loop)) / 1e9
+        return left_s if self.checks_deadline else max(left_s, 3600.0)
+
+    def _peek(self, ino: int) -> _Inode | None:
+        inode = self._inodes.get(ino)
+        if inode is None or inode.epoch != self.epoch or self._left_s() <= 0:
+            return None
+        return inode
+
+    def answer_lookup(self, parent: int, name: bytes) -> Answer | None:
+        """Answer LOOKUP, or None: a miss."""
+        found = self._names.get((parent, name))
+        if found is None or found.epoch != self.epoch or self._left_s() <= 0:
+            return None
+        if not found.ino:
+            self.answers += 1
+            return Answer(None, self._left_s())
+        return self.answer_getattr(found.ino)
+
+    def answer_getattr(self, ino: int) -> Answer | None:
+        """Answer GETATTR."""
+        inode = self._peek(ino)
+        if inode is None:
+            return None
+        self.answers += 1
+        return Answer(inode.attributes, self._left_s())
+
+    def answer_open(self, ino: int) -> bool:
+        """Answer OPEN for reading: the pages may be kept."""
+        inode = self._peek(ino)
+        if inode is None or not stat.S_ISREG(inode.attributes.mode):
+            return False
+        self._opens[ino] = self._opens.get(ino, 0) + 1
+        return True
+
+    def answer_read(self, ino: int) -> bytes | None:
+        """Answer READ of the whole file."""
+        inode = self._peek(ino)
+        if inode is None or not stat.S_ISREG(inode.attributes.mode) or inode.data is None:
+            return None
+        self.answers += 1
+        return inode.data
+
+    def answer_release(self, ino: int) -> None:
+        """Answer RELEASE of a handle that was given out here."""
+        self._opens[ino] = max(0, self._opens.get(ino, 0) - 1)

@@ -1,0 +1,127 @@
+"""What goes wrong in a run: faults drawn from the seed, one after another, each of which ends by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from simulation.world import World
+
+_HOUR_NS: Final = 3600 * 10**9
+
+
+class Faults:
+    """The faults of one run. ``lease_s`` is the measure of how long they last."""
+
+    def __init__(self, world: World, rng: random.Random) -> None:
+        self._world = world
+        self._rng = rng
+        self._lease_s = world.setup.lease_s
+        self.log: list[str] = []
+        #: Nothing is wrong now.
+        self.idle = True
+
+    async def run(self) -> None:
+        """Do one fault after another, until cancelled."""
+        kinds: tuple[tuple[int, Callable[[], Awaitable[None]]], ...] = (
+            (4, self.cut_a_connection),
+            (3, self.partition),
+            (2, self.one_way_partition),
+            (3, self.freeze_a_worker),
+            (2, self.kill_a_worker),
+            (1, self.kill_a_client),
+            (2, self.restart_the_server),
+            (1, self.fail_over),
+            (1, self.freeze_the_server),
+            (1, self.jump_a_wall_clock),
+            (1, self.slow_the_network),
+        )
+        wanted = self._world.setup.kinds
+        kinds = tuple(each for each in kinds if not wanted or each[1].__name__ in wanted)
+        while True:
+            await asyncio.sleep(self._rng.uniform(0.2, 1.0) * self._lease_s)
+            kind = self._rng.choices([each for _, each in kinds], weights=[weight for weight, _ in kinds])[0]
+            self._say(kind.__name__)
+            self.idle = False
+            await kind()
+            self.idle = True
+
+    def _say(self, what: str) -> None:
+        self.log.append(f"{self._world.elapsed():.3f} s: {what}")
+
+    async def _for_a_while(self, longest: float = 2.0) -> None:
+        await asyncio.sleep(self._rng.uniform(0.05, longest) * self._lease_s)
+
+    async def cut_a_connection(self) -> None:
+        endpoints = [each for each in self._world.network.endpoints if not each.closed]
+        if endpoints:
+            self._world.network.cut(self._rng.choice(endpoints))
+
+    async def partition(self) -> None:
+        client = self._rng.choice(self._world.clients)
+        self._world.network.block(client.worker.node, self._world.server.node)
+        self._world.network.block(self._world.server.node, client.worker.node)
+        await self._for_a_while()
+        self._world.network.heal()
+
+    async def one_way_partition(self) -> None:
+        client = self._rng.choice(self._world.clients)
+        ends = [client.worker.node, self._world.server.node]
+        self._rng.shuffle(ends)
+        self._world.network.block(*ends)
+        await self._for_a_while()
+        self._world.network.heal()
+
+    async def freeze_a_worker(self) -> None:
+        node = self._rng.choice(self._world.clients).worker.node
+        node.frozen = True
+        await self._for_a_while()
+        node.frozen = False
+
+    async def kill_a_worker(self) -> None:
+        client = self._rng.choice(self._world.clients)
+        self._world.kill_worker(client)
+        await self._for_a_while(0.2)
+        client.start_worker()
+
+    async def kill_a_client(self) -> None:
+        client = self._rng.choice(self._world.clients)
+        self._world.kill_client(client)
+        await self._for_a_while(1.5)
+        self._world.boot_client(client)
+
+    async def restart_the_server(self) -> None:
+        for _ in range(self._rng.choice((1, 1, 2))):
+            self._world.kill_server()
+            await self._for_a_while(0.3)
+            self._world.start_server()
+
+    async def fail_over(self) -> None:
+        """Another server takes over from one that hangs, which then goes on for a while."""
+        old = self._world.server
+        old.node.frozen = True
+        await self._for_a_while(0.3)
+        self._world.start_server()
+        await self._for_a_while()
+        old.node.frozen = False
+        await self._for_a_while(1.0)
+        self._world.kill_server(old)
+
+    async def freeze_the_server(self) -> None:
+        node = self._world.server.node
+        node.frozen = True
+        await self._for_a_while(0.7)
+        node.frozen = False
+
+    async def jump_a_wall_clock(self) -> None:
+        nodes = [self._world.server.node, *(client.worker.node for client in self._world.clients)]
+        self._rng.choice(nodes).wall_offset_ns += self._rng.choice((-_HOUR_NS, _HOUR_NS))
+
+    async def slow_the_network(self) -> None:
+        network = self._world.network
+        before, network.slow_s = network.slow_s, self._lease_s / 4
+        await self._for_a_while()
+        network.slow_s = before

@@ -1,0 +1,158 @@
+"""What the programs on the clients did and saw, and what the engine committed.
+
+A register is one thing that can be read by itself: what a name stands for (``"name"``, directory, name), an inode's
+owner and number of links (``"owner"`` and ``"links"``), and a small file's content (``"data"``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from simulation.loop import Node, VirtualLoop, current_node
+
+Register = tuple[str, int, bytes]
+
+#: Seconds that a new worker has to clear the kernel's caches.
+_SETTLING_S: Final = 0.5
+
+
+class Any_(enum.Enum):
+    """Values that stand for many."""
+
+    PRESENT = "present"
+
+
+#: Of a name: any inode.
+PRESENT: Final = Any_.PRESENT
+Value = int | bytes | Any_
+
+
+def name_of(parent: int, name: bytes) -> Register:
+    return "name", parent, name
+
+
+def owner_of(ino: int) -> Register:
+    return "owner", ino, b""
+
+
+def links_of(ino: int) -> Register:
+    return "links", ino, b""
+
+
+def data_of(ino: int) -> Register:
+    return "data", ino, b""
+
+
+def agrees(expected: Value, actual: Value) -> bool:
+    """Say whether a value is what was seen of it."""
+    return actual != 0 if expected is PRESENT else expected == actual
+
+
+class Stamp(NamedTuple):
+    """A moment: ``order`` among all moments of the run, and virtual time in seconds."""
+
+    order: int
+    time: float
+
+
+class Outcome(enum.Enum):
+    """What a program was told. UNKNOWN: it may have happened, or happen later."""
+
+    OK = "ok"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+
+
+class Read(NamedTuple):
+    """A client saw this value, at some moment between two; ``source`` is who answered."""
+
+    client: int
+    register: Register
+    value: Value
+    invoked: Stamp
+    returned: Stamp
+    source: str
+
+
+@dataclass(eq=False)
+class Change:
+    """A client changed registers, all at once."""
+
+    client: int
+    what: str
+    effect: dict[Register, Value]
+    invoked: Stamp
+    returned: Stamp | None = None
+    outcome: Outcome = Outcome.UNKNOWN
+    #: When its own client must know what came of it, if that is later than its return: its worker died meanwhile.
+    known: float = -math.inf
+
+    def __str__(self) -> str:
+        return f"client {self.client}'s {self.what} ({self.outcome.value})"
+
+
+class Commit(NamedTuple):
+    """What a transaction of the engine changed."""
+
+    at: Stamp
+    changes: dict[Register, Value]
+
+
+@dataclass
+class History:
+    """Everything of one run. ``pending`` are the operations that have not returned, with when they began."""
+
+    loop: VirtualLoop
+    reads: list[Read] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    pending: dict[int, tuple[Node, str]] = field(default_factory=dict)
+
+    def now(self) -> Stamp:
+        return Stamp(self.loop.stamp(), self.loop.now)
+
+    def read(self, client: int, register: Register, value: Value, invoked: Stamp, source: str) -> None:
+        """A read has returned."""
+        self.reads.append(Read(client, register, value, invoked, self.now(), source))
+
+    def begin(self, client: int, what: str, effect: dict[Register, Value]) -> Change:
+        """A change begins."""
+        change = Change(client, what, effect, self.now())
+        self.changes.append(change)
+        return change
+
+    def end(self, change: Change, outcome: Outcome, effect: dict[Register, Value] | None = None) -> None:
+        """A change has returned; ``effect`` is what it turned out to be."""
+        change.returned, change.outcome = self.now(), outcome
+        if effect is not None:
+            change.effect = effect
+
+    def worker_died(self, client: int) -> None:
+        """What a client's worker had in hand is not known to the client until there is another worker."""
+        for change in self.changes:
+            if change.client == client and change.returned is None:
+                change.known = math.inf
+
+    def worker_ready(self, client: int) -> None:
+        """A client's new worker has its session; it has told the kernel what to drop in a moment."""
+        for change in self.changes:
+            if change.client == client and change.known == math.inf:
+                change.known = self.loop.now + _SETTLING_S
+
+    @contextlib.contextmanager
+    def operation(self, what: str) -> Iterator[None]:
+        """An operation of a program, which is to end."""
+        number = self.loop.stamp()
+        self.pending[number] = current_node(), f"{what}, begun at {self.loop.now:.3f} s"
+        try:
+            yield
+        finally:
+            self.pending.pop(number, None)
+
+    def abandon(self, node: Node) -> None:
+        """A machine is gone, with the programs on it."""
+        self.pending = {number: each for number, each in self.pending.items() if each[0] is not node}

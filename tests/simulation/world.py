@@ -1,0 +1,363 @@
+"""One run: a server, some clients and their programs, what goes wrong, and the verdict."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import random
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+from unittest import mock
+
+import pyfuse3
+
+from fuseclient.worker import mount as worker_mount
+from fuseclient.worker import rpc
+from metaserver import listener, wire
+from metaserver.connection import Limits
+from metaserver.server import Server
+from simulation import checker, kernel
+from simulation.client import Client
+from simulation.clocks import simulated
+from simulation.faults import Faults
+from simulation.history import History
+from simulation.loop import START_S, Node, Stuck, VirtualLoop
+from simulation.network import Network
+from simulation.programs import DIRECTORIES, Failed, Program, Wanderer
+from simulation.rules import switched_off
+from simulation.storage import ObjectsInMemory, Witness, WitnessedEngine
+from simulation.tree import check_tree
+
+VOLUME: Final = "volume"
+HOST: Final = ("server", 1)
+ADDRESS: Final = f"tcp:{HOST[0]}:{HOST[1]}"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of."""
+
+    clients: int = 3
+    programs: int = 2
+    operations: int = 40
+    lease_s: float = 5.0
+    inline_limit: int = 4096
+    faults: bool = True
+    accel: bool = True
+    #: The kinds of faults that there are; empty: all.
+    kinds: tuple[str, ...] = ()
+    #: A rule of :mod:`simulation.rules` that does not hold.
+    rule_off: str | None = None
+
+
+def setup_of(seed: int) -> Setup:
+    """Return what a seed says its run is made of."""
+    rng = random.Random(f"setup of {seed}")
+    return Setup(
+        clients=rng.choice((2, 3, 3, 4)),
+        programs=rng.choice((1, 2, 2, 3)),
+        operations=rng.choice((20, 40)),
+        inline_limit=rng.choice((0, 4096, 4096)),
+        faults=rng.random() < 0.85,
+        accel=rng.random() < 0.8,
+    )
+
+
+@dataclass
+class Verdict:
+    """What came of a run. ``digest`` is the same for the same seed and code."""
+
+    seed: int
+    complaints: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    digest: int = 0
+    elapsed_s: float = 0.0
+    steps: int = 0
+    reads: dict[str, int] = field(default_factory=dict)
+    changes: int = 0
+
+    def __str__(self) -> str:
+        lines = (f"seed {self.seed}: {len(self.complaints)} complaints after {self.elapsed_s:.1f} s of virtual time",)
+        return "\n  ".join([*lines, *self.complaints[:8], "faults:", *self.faults])
+
+
+class ServerProcess:
+    """A metaserver and its node."""
+
+    def __init__(self) -> None:
+        self.node = Node("server", boot_offset_ns=123_456_789_000)
+        self.server: Server | None = None
+
+
+class World:
+    """All of a run. Made by :func:`running`."""
+
+    def __init__(self, seed: int, setup: Setup, loop: VirtualLoop, rng: random.Random) -> None:
+        self.seed = seed
+        self.setup = setup
+        self.loop = loop
+        self.node = Node("world")
+        self.network = Network(loop, random.Random(rng.random()))
+        self.objects = ObjectsInMemory(random.Random(rng.random()))
+        self.witness = Witness(loop, self.objects)
+        self.engine = WitnessedEngine(self.witness, random.Random(rng.random()))
+        self.history = History(loop)
+        self.faults = Faults(self, random.Random(rng.random()))
+        self.clients: list[Client] = []
+        self.server: ServerProcess
+        self.rng = random.Random(rng.random())
+        self._tokens = itertools.count(1000)
+        self._programs: list[tuple[Client, asyncio.Task[None]]] = []
+        self.setup_commits = 0
+        self.exceptions: list[str] = []
+
+    def note_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Something was raised where nobody can catch it."""
+        error = context.get("exception")
+        where = traceback.extract_tb(error.__traceback__)[-1] if error is not None else ""
+        self.exceptions.append(f"{context['message']}: {error!r} at {where}")
+
+    def elapsed(self) -> float:
+        return self.loop.now - START_S
+
+    # The server
+
+    def start_server(self) -> None:
+        """Start a server on what the one before left."""
+        self.server = ServerProcess()
+        self.loop.spawn(self.server.node, self._serve(self.server), "server")
+
+    async def _serve(self, process: ServerProcess) -> None:
+        process.server = Server(self.engine, lease_s=self.setup.lease_s, limits=Limits())
+        await process.server.start(ADDRESS, insecure=True)
+
+    def kill_server(self, process: ServerProcess | None = None) -> None:
+        """Kill a server; the last one started, unless told otherwise."""
+        node = (process or self.server).node
+        self.loop.kill(node)
+        self.network.died(node)
+
+    # Clients
+
+    def add_clients(self) -> None:
+        """Boot all clients."""
+        for index in range(self.setup.clients):
+            rng = random.Random(self.rng.random())
+            client = Client(self.loop, rng, index, ADDRESS, VOLUME, self.setup.accel)
+            client.on_ready = self.history.worker_ready
+            self.clients.append(client)
+
+    def kill_worker(self, client: Client) -> None:
+        self.history.worker_died(client.index)
+        client.kill_worker()
+        self.network.died(client.worker.node)
+
+    def kill_client(self, client: Client) -> None:
+        """The machine and its programs are gone; what they were doing may have been done."""
+        client.kill()
+        self.network.died(client.worker.node)
+        self._programs = [(owner, task) for owner, task in self._programs if owner is not client]
+        self.history.abandon(client.node)
+
+    def boot_client(self, client: Client) -> None:
+        """Start a machine again, with programs that go on."""
+        client.boot()
+        self.start_programs(client)
+
+    def program(self, client: Client) -> Program:
+        return Program(self.loop, client, self.history, random.Random(self.rng.random()))
+
+    def start_programs(self, client: Client) -> None:
+        """Start the random programs of a client."""
+        for number in range(self.setup.programs):
+            wanderer = Wanderer(
+                self.program(client), random.Random(self.rng.random()), self.next_token, self.setup.operations
+            )
+            work = wanderer.run(self.history, f"client {client.index}.{number}")
+            self._programs.append((client, self.loop.spawn(client.node, work)))
+
+    def next_token(self) -> int:
+        """Return a number that is in no other content or owner."""
+        return next(self._tokens)
+
+    # Runs
+
+    async def prepare(self) -> None:
+        """Start a server with a volume and the shared directories in it, and the clients."""
+        self.start_server()
+        await asyncio.sleep(0.1)
+        connection = await rpc.connect(ADDRESS)
+        await connection.call(wire.CreateVolume(VOLUME, "file:///blocks", self.setup.inline_limit), wire.Done)
+        await connection.call(wire.OpenSession(VOLUME, "setup", None), wire.SessionOpened)
+        for name in DIRECTORIES:
+            await connection.call(wire.MakeNode(wire.ROOT_INO, name, 0o040755, 0, 0), wire.Changed)
+        await connection.call(wire.CloseSession(), wire.Done)
+        connection.abort()
+        self.setup_commits = len(self.witness.commits)
+        self.add_clients()
+
+    async def run_programs(self) -> None:
+        """Let random programs and faults do what they do; then heal, and let all end in time."""
+        for client in self.clients:
+            self.start_programs(client)
+        faults = asyncio.create_task(self.faults.run()) if self.setup.faults else None
+        await self._until(lambda: not self._running(), 60 * self.setup.lease_s)
+        if faults is not None:
+            await self._heal(faults)
+        await self.settle()
+
+    def _errors(self) -> list[BaseException]:
+        errors = [task.exception() for _, task in self._programs if task.done() and not task.cancelled()]
+        return [error for error in errors if error is not None]
+
+    def _running(self) -> bool:
+        return any(not task.done() for _, task in self._programs)
+
+    async def _heal(self, faults: asyncio.Task[None]) -> None:
+        """Wait for the fault under way to end by itself, and start no other."""
+        await self._until(lambda: self.faults.idle or faults.done(), math.inf)
+        faults.cancel()
+        await asyncio.wait({faults})
+        if not faults.cancelled():
+            faults.result()
+
+    async def settle(self) -> None:
+        """Everything must end within a few leases."""
+        await self._until(lambda: not self._running(), 10 * self.setup.lease_s + 30)
+
+    async def _until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait for a condition, at most so long."""
+        limit = self.loop.now + seconds
+        while not condition() and self.loop.now < limit:  # noqa: ASYNC110 - virtual time costs nothing
+            await asyncio.sleep(0.2)
+
+    async def look_at_the_end(self) -> None:
+        """Each client reads all there is."""
+        for client in self.clients:
+            task = self.loop.spawn(client.node, self._look(client))
+            done, _ = await asyncio.wait({task}, timeout=10 * self.setup.lease_s)
+            for each in done:
+                each.result()
+
+    async def _look(self, client: Client) -> None:
+        program = self.program(client)
+        with self.history.operation(f"the last look of client {client.index}"):
+            entries = self.engine.entries(1)
+            for parent, names in entries.items():
+                for name in names:
+                    with contextlib.suppress(Failed):
+                        ino = await program.stat(parent, name)
+                        if ino and ino not in entries and ino in self.witness.contents():
+                            await program.read(ino)
+
+    def verdict(self) -> Verdict:
+        """Return what is to be said of all that happened."""
+        complaints = [f"not ended: {what}" for _, what in self.history.pending.values()]
+        complaints += checker.check(self.history, self.witness.commits, self.setup_commits)
+        complaints += self.exceptions + self.witness.complaints
+        complaints += [f"a program failed: {error!r}" for error in self._errors()]
+        complaints += check_tree(self.engine.entries(1), self.engine.inodes(1))
+        reads: dict[str, int] = {}
+        for read in self.history.reads:
+            source = "errno" if read.source.startswith("the errno") else read.source
+            reads[source] = reads.get(source, 0) + 1
+        return Verdict(
+            self.seed,
+            complaints,
+            self.faults.log,
+            self.loop.digest,
+            self.elapsed(),
+            self.loop.steps,
+            reads,
+            len(self.history.changes),
+        )
+
+
+@contextlib.contextmanager
+def running(seed: int, setup: Setup) -> Iterator[World]:
+    """A world in which nothing has happened yet."""
+    rng = random.Random(seed)
+    loop = VirtualLoop(random.Random(rng.random()))
+    world = World(seed, setup, loop, rng)
+    with simulated(loop, random.Random(rng.random())), _in_place_of_the_machine(world), switched_off(setup.rule_off):
+        asyncio.set_event_loop(loop)
+        loop.set_exception_handler(world.note_exception)
+        try:
+            yield world
+        finally:
+            loop.discard()
+            asyncio.set_event_loop(None)
+
+
+@contextlib.contextmanager
+def _in_place_of_the_machine(world: World) -> Iterator[None]:
+    """Sockets, the object store and pyfuse3's one free function are models; logging is silent."""
+    network = world.network
+    place = wire.parse_address(ADDRESS)
+
+    async def create_connection(factory: Callable[[], Any], host: str, port: int) -> Any:
+        return await network.connect(factory, (host, port))
+
+    async def create_server(factory: Callable[[], Any], sock: Any) -> _Listening:
+        network.listen(HOST, factory)
+        return _Listening(network)
+
+    level = logging.root.manager.disable
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (world.loop, "create_connection", create_connection),
+            (world.loop, "create_server", create_server),
+            (listener, "listen", lambda address, insecure: place),
+            (listener, "address_of", str),
+            (listener, "remove_socket", lambda sock: None),
+            (worker_mount, "open_store", lambda url: world.objects),
+            (pyfuse3, "readdir_reply", kernel.patched_readdir_reply),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+class _Listening:
+    """What stands for :class:`asyncio.Server`."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def is_serving(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._network.ignore(HOST)
+
+
+def run(seed: int, setup: Setup = Setup()) -> Verdict:
+    """Run one seed and return the verdict."""
+    with running(seed, setup) as world:
+
+        async def everything() -> None:
+            await world.prepare()
+            await world.run_programs()
+            await world.look_at_the_end()
+
+        return finish(world, everything)
+
+
+def finish(world: World, main: Callable[[], Any]) -> Verdict:
+    """Run a coroutine function in a world and return the verdict; a run that gets stuck is a complaint, too."""
+    stuck = []
+    try:
+        world.loop.run_until_complete(world.loop.spawn(world.node, main()))
+    except Stuck as error:
+        stuck.append(str(error))
+    verdict = world.verdict()
+    verdict.complaints += stuck
+    return verdict

@@ -1,0 +1,352 @@
+"""The metaserver's side of coherence, over sockets: grants, breaks, eviction, the fence, grace, remembered outcomes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from served import DIRECTORY, FILE, VOLUME, Client, Metaserver, serving, until
+
+from fuseclient.worker import rpc
+from metaserver import coherence, fencing, wire
+from metaserver.errors import Fenced
+from metaserver.server import Server
+from metaserver.wire import ErrorCode
+
+ROOT = wire.ROOT_INO
+
+
+@pytest.fixture
+async def metaserver(tmp_path: Path) -> AsyncIterator[Metaserver]:
+    async with serving(tmp_path) as running:
+        yield running
+
+
+class Holder(Client):
+    """A client that keeps the breaks it is told and acknowledges them when asked to."""
+
+    def __init__(self, connection: rpc.Connection, *, silent: bool = False) -> None:
+        super().__init__(connection)
+        self.told: list[wire.Break] = []
+        self.silent = silent
+        connection.on_break(self._told)
+
+    def _told(self, told: wire.Break) -> None:
+        self.told.append(told)
+        if not self.silent:
+            self.connection.acknowledge(told.number)
+
+    def acknowledge(self) -> None:
+        for told in self.told:
+            self.connection.acknowledge(told.number)
+
+    async def lookup(self, name: bytes, parent: int = ROOT) -> wire.Found | None:
+        try:
+            return await self.connection.call(wire.Lookup(parent, name), wire.Found)
+        except rpc.Refused as refused:
+            assert refused.code is ErrorCode.NOT_FOUND
+            return None
+
+
+async def holder(metaserver: Metaserver, *, silent: bool = False) -> Holder:
+    await metaserver.client()
+    client = Holder(await metaserver.connect(), silent=silent)
+    await client.open(VOLUME)
+    return client
+
+
+async def refused(call: object) -> ErrorCode:
+    with pytest.raises(rpc.Refused) as caught:
+        await call  # type: ignore[misc]
+    return caught.value.code
+
+
+# Breaks
+
+
+async def test_a_holder_is_told_before_the_change_is_made(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver, silent=True)
+    file = await one.make(b"file")
+    assert await two.lookup(b"file")
+    change = asyncio.create_task(one.change(wire.SetAttributes(file.ino, mode=0o600)))
+    await until(lambda: two.told)
+    assert (two.told[0].names, two.told[0].inodes) == ([], [file.ino])
+    assert (await one.attributes(file.ino)).mode == FILE, "not yet"
+    assert not change.done()
+    two.acknowledge()
+    assert (await change).attributes[0].mode & 0o777 == 0o600
+
+
+async def test_what_nobody_else_holds_is_told_to_nobody(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver)
+    await two.lookup(b"absent")
+    directory = await one.make(b"dir", DIRECTORY)
+    file = await one.make(b"file", parent=directory.ino)
+    told = len(two.told)
+    await one.change(wire.SetAttributes(file.ino, mode=0o600))
+    await one.change(wire.Rename(directory.ino, b"file", directory.ino, b"moved"))
+    await one.change(wire.Remove(directory.ino, b"moved", False))
+    assert len(two.told) == told
+
+
+@pytest.mark.parametrize("name", [b"file", b"absent"])
+async def test_names_are_told_present_or_not(metaserver: Metaserver, name: bytes) -> None:
+    one, two = await metaserver.client(), await holder(metaserver)
+    await one.make(b"file")
+    await two.lookup(name)
+    if name == b"file":
+        await one.change(wire.Remove(ROOT, name, False))
+    else:
+        await one.make(name)
+    assert (ROOT, name) in two.told[-1].names
+
+
+async def test_an_inode_is_told_by_whatever_name_it_is_changed(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver)
+    here, there = await one.make(b"here", DIRECTORY), await one.make(b"there", DIRECTORY)
+    file = await one.make(b"file", parent=here.ino)
+    await one.change(wire.Link(file.ino, there.ino, b"link"))
+    assert await two.lookup(b"link", there.ino)
+    await one.change(wire.Remove(here.ino, b"file", False))
+    assert two.told[-1] == wire.Break(two.told[-1].number, [], [file.ino]), "its number of links has changed"
+
+
+async def test_what_a_fetch_brought_is_held_and_given_up_with_the_break(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver)
+    made = [await one.make(b"%d" % number) for number in range(20)]
+    request = wire.FetchDirectory(ROOT, 0, 100, 0, 0)
+    assert [page async for page in two.connection.stream(request)]
+    for node in made:
+        await one.change(wire.SetAttributes(node.ino, mode=0o600))
+    assert [told.inodes for told in two.told] == [[node.ino] for node in made]
+    for node in made:
+        await one.change(wire.SetAttributes(node.ino, mode=0o640))
+    assert len(two.told) == 20, "what was dropped is not held"
+
+
+async def test_what_is_read_while_it_is_being_changed_is_not_to_be_kept(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver, silent=True)
+    three = await holder(metaserver)
+    file = await one.make(b"file")
+    await two.lookup(b"file")
+    change = asyncio.create_task(one.change(wire.SetAttributes(file.ino, mode=0o600)))
+    await until(lambda: two.told)
+    found = await three.lookup(b"file")
+    assert found is not None and found.attributes.mode == FILE
+    assert three.told == [wire.Break(0, [], [file.ino])], "told before the reply, and nobody waits"
+    two.acknowledge()
+    await change
+
+
+async def test_a_reply_that_a_change_overtook_is_not_to_be_kept(metaserver: Metaserver) -> None:
+    """The read is of before the change, its reply of after."""
+    one, two = await metaserver.client(), await holder(metaserver)
+    file = await one.make(b"file")
+    server = metaserver.server.coherence
+    (session,) = [each for each in metaserver.server.sessions.all() if each.id == two.session.session]
+    since = server.version(session.volume)
+    await one.change(wire.SetAttributes(file.ino, mode=0o600))
+    assert server.grant(session, since, coherence.Grant(None, None, [file.ino])) == wire.Break(0, [], [file.ino])
+    assert server.grant(session, server.version(session.volume), coherence.Grant(None, None, [file.ino])) is None
+
+
+async def test_two_that_change_one_thing_at_once_do_not_deadlock(metaserver: Metaserver) -> None:
+    one, two = await holder(metaserver), await holder(metaserver)
+    for client in (one, two):
+        await client.lookup(b"a")
+    calls = [client.make(b"%d-%d" % (which, n)) for which, client in enumerate((one, two)) for n in range(40)]
+    assert len(await asyncio.gather(*calls)) == 80
+
+
+async def test_scenario_14_one_who_ignores_breaks_is_evicted_and_fenced(tmp_path: Path) -> None:
+    async with serving(tmp_path, lease_s=0.5) as metaserver:
+        bad = await holder(metaserver, silent=True)
+        await bad.lookup(b"file")
+        one = await metaserver.client()
+        began = time.monotonic()
+        making = asyncio.create_task(one.make(b"file"))
+        await until(lambda: bad.told)
+        renewal = asyncio.create_task(refused(bad.renew(0)))
+        try:
+            await making
+        except rpc.Refused as error:
+            assert error.code is ErrorCode.STALE_SESSION, "its own lease ran out: nobody renews it here"
+        assert 0.2 < time.monotonic() - began < 5
+        assert await renewal is ErrorCode.STALE_SESSION, "scenario 4: what is not acknowledged stops the renewal"
+        assert await refused(bad.make(b"late")) is ErrorCode.STALE_SESSION
+        assert not (await bad.open(VOLUME, bad.session.session)).resumed
+
+
+async def test_a_break_is_sent_again_to_one_who_comes_back(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver, silent=True)
+    await two.lookup(b"file")
+    making = asyncio.create_task(one.make(b"file"))
+    await until(lambda: two.told)
+    two.connection.abort()
+    again = Holder(await metaserver.connect())
+    assert (await again.open(VOLUME, two.session.session)).resumed
+    await making
+    assert again.told == two.told
+
+
+async def test_one_who_holds_too_much_is_to_drop_everything(
+    metaserver: Metaserver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coherence, "SESSION_BITMAPS", 2)
+    one, two = await metaserver.client(), await holder(metaserver)
+    for number in range(2200):
+        await one.make(b"%d" % number)
+    assert [page async for page in two.connection.stream(wire.FetchDirectory(ROOT, 0, 4096, 0, 0))]
+    await until(lambda: any(told.everything for told in two.told))
+    (session,) = [each for each in metaserver.server.sessions.all() if each.id == two.session.session]
+    await until(lambda: not session.pending)
+    told = len(two.told)
+    await one.make(b"another")
+    assert len(two.told) == told, "it holds nothing any more"
+
+
+# The fence and the grace
+
+
+async def test_scenario_12_an_old_server_commits_nothing(metaserver: Metaserver) -> None:
+    one = await metaserver.client()
+    other = Server(metaserver.engine)
+    await other.take_over()
+    assert await refused(one.make(b"late")) is ErrorCode.STALE_SESSION
+    assert await refused(one.renew(0)) is ErrorCode.STALE_SESSION, "nor does it extend leases"
+    with pytest.raises(Fenced):
+        await metaserver.engine.read(metaserver.server.tenure.check)
+
+
+async def test_scenario_5_an_ended_session_is_refused_in_the_transaction(metaserver: Metaserver) -> None:
+    one = await metaserver.client()
+    await metaserver.engine.write(lambda txn: fencing.delete_session(txn, one.session.session))
+    assert await refused(one.make(b"late")) is ErrorCode.STALE_SESSION
+
+
+async def _restart(metaserver: Metaserver) -> None:
+    metaserver.abort_clients()
+    await metaserver.stop()
+    await metaserver.start()
+
+
+@pytest.mark.parametrize("engine", ["memory://", "lmdb"])
+async def test_scenario_8_nothing_is_changed_until_all_are_back(tmp_path: Path, engine: str) -> None:
+    async with serving(tmp_path, engine) as metaserver:
+        first = await metaserver.client()
+        await first.connection.call(wire.CloseSession(), wire.Done)
+        old = await holder(metaserver)
+        await old.lookup(b"file")
+        sessions = [each.id for each in metaserver.server.sessions.all()]
+        await _restart(metaserver)
+        new = Client(await metaserver.connect())
+        await new.open(VOLUME)
+        making = asyncio.create_task(new.make(b"file"))
+        assert (await new.attributes()).ino == ROOT, "reads go on"
+        back = [Holder(await metaserver.connect()) for _ in sessions]
+        for client, session in zip(back, sessions, strict=True):
+            assert not making.done()
+            assert (await client.open(VOLUME, session)).resumed
+        await making
+        assert all((ROOT, b"file") in client.told[0].names for client in back), "what they hold is not known: anything"
+
+
+async def test_after_the_grace_nobody_comes_back(tmp_path: Path) -> None:
+    async with serving(tmp_path, lease_s=0.5) as metaserver:
+        old = await holder(metaserver)
+        await _restart(metaserver)
+        new = Client(await metaserver.connect())
+        began = time.monotonic()
+        await new.open(VOLUME)
+        making = asyncio.create_task(new.make(b"file"))
+        while not making.done():
+            await new.renew(0)
+        await making
+        assert time.monotonic() - began > 0.3
+        late = Client(await metaserver.connect())
+        assert not (await late.open(VOLUME, old.session.session)).resumed
+
+
+async def test_scenario_9_who_was_ended_in_the_first_grace_is_not_back_in_the_second(tmp_path: Path) -> None:
+    async with serving(tmp_path, lease_s=0.5) as metaserver:
+        old = await holder(metaserver)
+        await _restart(metaserver)
+        await until(lambda: metaserver.server.janitor.grace.is_over)
+        await _restart(metaserver)
+        late = Client(await metaserver.connect())
+        assert not (await late.open(VOLUME, old.session.session)).resumed
+
+
+async def test_who_did_not_come_back_before_a_second_restart_still_may(metaserver: Metaserver) -> None:
+    old = await holder(metaserver)
+    await _restart(metaserver)
+    await _restart(metaserver)
+    back = Client(await metaserver.connect())
+    assert (await back.open(VOLUME, old.session.session)).resumed
+    assert (await back.renew(0)).everything, "a worker that knows nothing drops all there is"
+
+
+# Remembered outcomes
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("engine", ["memory://", "lmdb"])
+async def test_scenario_10_a_change_sent_again_has_its_first_outcome(
+    tmp_path: Path, engine: str, restart: bool
+) -> None:
+    async with serving(tmp_path, engine) as metaserver:
+        only = Client((await metaserver.client()).connection)
+        await only.connection.call(wire.CloseSession(), wire.Done)
+        await only.open(VOLUME)
+        await only.make(b"gone")
+        changes: list[wire.Request] = [
+            wire.MakeNode(ROOT, b"dir", DIRECTORY, 0, 0),
+            wire.Rename(ROOT, b"dir", ROOT, b"moved"),
+            wire.Remove(ROOT, b"gone", False),
+        ]
+        first = [await only.connection.change(each, wire.Changed, n, 1) for n, each in enumerate(changes)]
+        session = only.session.session
+        if restart:
+            await _restart(metaserver)
+            only = Client(await metaserver.connect())
+            assert (await only.open(VOLUME, session)).resumed
+        again = [await only.connection.change(each, wire.Changed, n, 1) for n, each in enumerate(changes)]
+        assert again == first
+        assert await refused(only.change(changes[2])) is ErrorCode.NOT_FOUND, "without its number it is another change"
+
+
+async def test_an_overtaken_change_is_refused(metaserver: Metaserver) -> None:
+    one = await metaserver.client()
+    await one.connection.change(wire.MakeNode(ROOT, b"a", FILE, 0, 0), wire.Changed, 5, 7)
+    late = one.connection.change(wire.MakeNode(ROOT, b"b", FILE, 0, 0), wire.Changed, 5, 6)
+    assert await refused(late) is ErrorCode.STALE_SESSION
+
+
+# Many
+
+
+async def test_scenario_15_very_many_holders(metaserver: Metaserver) -> None:
+    """10,000 sessions, most of them without a socket of their own: what they are told is counted."""
+    one = await metaserver.client()
+    volume = metaserver.server.sessions.all()[0].volume
+    server, told = metaserver.server.coherence, 0
+
+    def push(frame: bytes) -> None:
+        nonlocal told
+        told += 1
+
+    sessions = [metaserver.server.sessions.open(volume, "many") for _ in range(10_000)]
+    for session in sessions:
+        session.push = push
+        server.grant(session, server.version(volume), coherence.Grant(ROOT, None, [ROOT]))
+    began = time.monotonic()
+    making = asyncio.create_task(one.make(b"file"))
+    await until(lambda: told == 10_000)
+    for session in sessions:
+        server.acknowledge(session, min(session.pending))
+    await making
+    assert time.monotonic() - began < 5
+    assert not any(session.pending for session in sessions)

@@ -316,6 +316,7 @@ class Mount:
             on_changes=self._changes,
             on_renewed=lambda deadline: self._tell(deadline),
             on_lost=lambda: self._tell("lost"),
+            on_restarted=lambda: self._tell("restarted"),
             resume=resume,
             clock=clock,
             connect=self.server.connect,
@@ -404,6 +405,17 @@ async def test_a_lost_connection_is_resumed(clock: Clock) -> None:
     assert mount.server.connections[1].calls[:2] == [wire.OpenSession("volume", "test", SESSION_A), wire.Renew(3)]
     assert "lost" not in await mount.until(2)
     assert mount.session.id == SESSION_A
+    await mount.session.close()
+
+
+async def test_another_run_of_the_metaserver_is_told(clock: Clock) -> None:
+    mount = Mount(clock)
+    await mount.session.open()
+    mount.server.epoch = 2
+    for connection in range(2):
+        mount.server.connections[connection].abort()
+        await mount.session.call(wire.GetAttributes(1), wire.Found)
+    assert [what for what, _ in mount.told].count("restarted") == 1
     await mount.session.close()
 
 

@@ -471,3 +471,20 @@ async def test_a_reader_takes_no_error_from_the_writers() -> None:
             await rig.writer.flush(INO, for_reader=for_reader)
     rig.server.before = lambda request: None
     await rig.writer.flush(INO)
+
+
+async def test_a_file_that_is_no_more_is_told_to_each_writer() -> None:
+    rig = Rig()
+    rig.writer.open(rig.server.attributes)
+    rig.server.before = _refuse(wire.ErrorCode.NOT_FOUND)
+    await rig.writer.write(INO, 0, b"x")
+    await rig.writer.flush_all()  # in the background
+    for for_reader in (True, False, False):
+        with pytest.raises(Refused):
+            await rig.writer.flush(INO, for_reader=for_reader)
+    await rig.writer.flush(INO)
+    await rig.writer.write(INO, 0, b"y")
+    for _ in range(2):
+        with pytest.raises(Refused):
+            await rig.writer.flush(INO)
+    await rig.writer.flush(INO)

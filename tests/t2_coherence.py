@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from served import DIRECTORY, FILE, VOLUME, Client, Metaserver, serving, until
 
+from fuseclient.data.compaction import digest
 from fuseclient.worker import rpc
-from metaserver import coherence, fencing, wire
+from metaserver import coherence, fencing, recovery, wire
 from metaserver.errors import Fenced
 from metaserver.server import Server
 from metaserver.wire import ErrorCode
@@ -287,6 +288,82 @@ async def test_who_did_not_come_back_before_a_second_restart_still_may(metaserve
     back = Client(await metaserver.connect())
     assert (await back.open(VOLUME, old.session.session)).resumed
     assert (await back.renew(0)).everything, "a worker that knows nothing drops all there is"
+
+
+async def test_after_a_crash_what_was_cached_may_be_lost(
+    metaserver: Metaserver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = await holder(metaserver)
+    await old.lookup(b"file")
+    with monkeypatch.context() as context:
+        context.setattr(recovery, "finish", _nothing)
+        await _restart(metaserver)
+    back = Holder(await metaserver.connect(), silent=True)
+    assert (await back.open(VOLUME, old.session.session)).resumed
+    assert back.told[0].everything
+    renewal = asyncio.create_task(back.renew(0))
+    await back.attributes()
+    assert not renewal.done(), "its lease moves past that only when it has dropped everything"
+    back.acknowledge()
+    await renewal
+
+
+async def _nothing(*args: object) -> None:
+    """Leave the engine as if the server had been killed."""
+
+
+async def test_after_a_loss_everybody_is_to_drop_everything(
+    metaserver: Metaserver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = await metaserver.client(), await holder(metaserver)
+    await one.make(b"file")
+    await two.lookup(b"file")
+    monkeypatch.setattr(type(metaserver.engine), "losses", 1)
+    await two.lookup(b"file")
+    assert two.told[0].everything
+    assert await refused(two.connection.call(wire.Sync(), wire.Done)) is ErrorCode.INTERNAL
+    await two.connection.call(wire.Sync(), wire.Done)
+
+
+# What the data path adds
+
+
+async def test_a_compaction_is_told(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver)
+    file = await one.make(b"file")
+    ids = (await one.connection.call(wire.NewSlices(1), wire.SliceIds)).ids
+    laid = wire.Slice(0, 5000, ids[0], 0)
+    await one.change(wire.CommitSlices(file.ino, [laid], 5000, False, 0))
+    await two.connection.call(wire.GetContent(file.ino, 0, 5000), wire.Content)
+    await one.connection.call(wire.CompactSlices(file.ino, 0, 1, digest([laid]), [laid]), wire.Done)
+    assert two.told[-1].inodes == [file.ino], "where its content lies is not what it was"
+
+
+async def test_ranges_are_told(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver)
+    source, file = await one.make(b"source"), await one.make(b"file")
+    await one.change(wire.WriteInline(source.ino, 0, b"data"))
+    for request in (wire.Allocate(file.ino, 0, 10, False, False), wire.CopyRange(source.ino, 0, file.ino, 0, 4)):
+        await two.attributes(source.ino)
+        await two.attributes(file.ino)
+        two.told.clear()
+        await one.change(request)
+        assert [told.inodes for told in two.told] == [[file.ino]], "what is only read stays"
+
+
+async def test_a_nameless_file_gets_its_name(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver)
+    file = (await one.change(wire.MakeTemporary(ROOT, FILE, 0, 0))).attributes[0]
+    assert await two.lookup(b"named") is None
+    await one.change(wire.Link(file.ino, ROOT, b"named"))
+    assert (ROOT, b"named") in two.told[-1].names
+
+
+async def test_who_makes_a_directory_knows_that_it_is_empty(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver)
+    directory = await two.make(b"dir", DIRECTORY)
+    await one.make(b"file", parent=directory.ino)
+    assert (directory.ino, b"file") in two.told[-1].names
 
 
 # Remembered outcomes

@@ -92,7 +92,8 @@ class _File:
     fresh: bool = False
     #: Changes of it were acknowledged that may not be durable yet.
     unsynced: bool = False
-    #: Of such changes that may be lost: how many of those who had the file open are to be told still.
+    #: Of what is lost or may be, and how many of those who had the file open are to be told of it still.
+    loss: Exception | None = None
     owed: int = 0
     #: The whole content, when the last flush happened to hold it.
     content: bytes | None = None
@@ -259,14 +260,18 @@ class Writer:
     async def flush(self, ino: int, *, for_reader: bool = False) -> None:
         """Return when all that was written is committed; raise what is in the way, each time it is.
 
-        It is durable then, unless the metaserver is lazy. What that had acknowledged and may have lost is told of once
-        for each writer. ``for_reader``: through a handle that cannot write, so that a writer is to be told still.
+        It is durable then, unless the metaserver is lazy. What is lost, because the file is no more or because the
+        metaserver may have lost what it had acknowledged, is told of once for each writer. ``for_reader``: through a handle that cannot write, so that a writer is to be told still.
         """
         file = self._files.get(ino)
         if file is None:
             return
         try:
             await self._drain(file)
+        except BaseException as error:
+            if error is file.loss:
+                _tell_loss(file, for_reader)
+            raise
         finally:
             file.error = None
         if file.unsynced and not self._is_lazy():
@@ -309,7 +314,7 @@ class Writer:
         self._durable_changes = self._changes()
         for file in self._files.values():
             if file.unsynced:
-                file.owed = file.writers
+                file.loss, file.owed = _LOST, file.writers
 
     async def flush_all(self) -> None:
         """Flush every file; errors stay with their files."""
@@ -456,6 +461,8 @@ class Writer:
         batches = _uncommitted(file)
         file.dirty, file.flushing, file.staged = Extents(), None, deque()
         gone = isinstance(error, Refused) and error.code == wire.ErrorCode.NOT_FOUND
+        if gone and batches:
+            file.loss, file.owed = error, file.writers
         for offset, data in (piece for each in batches for piece in _pieces(each)):
             if not gone:
                 file.dirty.write(offset, data)
@@ -604,6 +611,6 @@ def _raise_error(file: _File) -> None:
 
 
 def _tell_loss(file: _File, for_reader: bool) -> None:
-    if file.owed:
+    if file.owed and file.loss is not None:
         file.owed -= not for_reader
-        raise _LOST
+        raise file.loss

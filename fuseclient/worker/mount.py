@@ -139,7 +139,13 @@ class Mount:
         self._compactor = Compactor(session, self._store, feeder.drop_inode)
         writer.when_laid = self._compactor.laid
         orphans = Orphans(session, lambda ino: open_handles[ino] > 0 or cache.is_open(ino) or writer.is_open(ino))
-        directories = Directories(session, feeder, window=_window(config), data_budget=_data_budget(config))
+        directories = Directories(
+            session,
+            feeder,
+            window=_window(config),
+            data_budget=_data_budget(config),
+            is_live=lambda: lease.left_s() > 0,
+        )
         versions = OpenedVersions()
         self._reading = reading = ReadPath(
             config, opened, caller=session, store=self._store, feeder=feeder, writer=writer, lease=lease,

@@ -81,8 +81,14 @@ def _attribute(
             complaints.append(f"a commit at {commit.at.time:.4f} that nobody asked for: {effect}")
         else:
             authors[index] = author
-            waiting[frozenset(effect)].remove(author)
+            if not _is_retried(author):
+                waiting[frozenset(effect)].remove(author)
     return authors
+
+
+def _is_retried(change: Change) -> bool:
+    """Say whether a change may be committed again: content of which that failed is kept, and written anew."""
+    return change.outcome is Outcome.UNKNOWN and all(kind == "data" for kind, *_ in change.effect)
 
 
 def _author(candidates: list[Change], commit: Commit, effect: dict[Register, Value]) -> Change | None:

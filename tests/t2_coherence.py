@@ -48,7 +48,8 @@ class Holder(Client):
         try:
             return await self.connection.call(wire.Lookup(parent, name), wire.Found)
         except rpc.Refused as refused:
-            assert refused.code is ErrorCode.NOT_FOUND
+            if refused.code is not ErrorCode.NOT_FOUND:
+                raise
             return None
 
 
@@ -136,7 +137,8 @@ async def test_what_is_read_while_it_is_being_changed_is_not_to_be_kept(metaserv
     change = asyncio.create_task(one.change(wire.SetAttributes(file.ino, mode=0o600)))
     await until(lambda: two.told)
     found = await three.lookup(b"file")
-    assert found is not None and found.attributes.mode == FILE
+    assert found is not None
+    assert found.attributes.mode == FILE
     assert three.told == [wire.Break(0, [], [file.ino])], "told before the reply, and nobody waits"
     two.acknowledge()
     await change
@@ -174,7 +176,8 @@ async def test_scenario_14_one_who_ignores_breaks_is_evicted_and_fenced(tmp_path
         try:
             await making
         except rpc.Refused as error:
-            assert error.code is ErrorCode.STALE_SESSION, "its own lease ran out: nobody renews it here"
+            if error.code is not ErrorCode.STALE_SESSION:  # its own lease ran out: nobody renews it here
+                raise
         assert 0.2 < time.monotonic() - began < 5
         assert await renewal is ErrorCode.STALE_SESSION, "scenario 4: what is not acknowledged stops the renewal"
         assert await refused(bad.make(b"late")) is ErrorCode.STALE_SESSION

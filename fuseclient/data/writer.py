@@ -261,7 +261,8 @@ class Writer:
         """Return when all that was written is committed; raise what is in the way, each time it is.
 
         It is durable then, unless the metaserver is lazy. What is lost, because the file is no more or because the
-        metaserver may have lost what it had acknowledged, is told of once for each writer. ``for_reader``: through a handle that cannot write, so that a writer is to be told still.
+        metaserver may have lost what it had acknowledged, is told of once for each writer. ``for_reader``: through a
+        handle that cannot write, so that a writer is to be told still.
         """
         file = self._files.get(ino)
         if file is None:

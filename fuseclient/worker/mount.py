@@ -104,6 +104,7 @@ class Mount:
         )
         self._compactor = Compactor(session, self._store, feeder.drop_inode)
         self._writer.when_laid = self._compactor.laid
+        feeder.on_changed = self._writer.observe
         orphans = Orphans(session, lambda ino: open_handles[ino] > 0 or cache.is_open(ino) or self._writer.is_open(ino))
         directories = Directories(session, feeder, window=_window(config), data_budget=_data_budget(config))
         versions = OpenedVersions()

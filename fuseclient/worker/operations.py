@@ -226,6 +226,8 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        if self._may_remember and self._lease.left_s() > 0 and (new := self._writer.known_new(inode)) is not None:
+            return self._entry(new)
         attributes, fresh = await self._get_attributes(inode)
         return self._entry(attributes, fresh)
 
@@ -242,11 +244,15 @@ class Operations(pyfuse3.Operations):
         return self._entry(await self._set_attributes(_setattr_request(inode, attr, fields)))
 
     async def _set_attributes(self, request: wire.SetAttributes) -> wire.Attributes:
+        if (deferred := self._writer.defer(request)) is not None:
+            return deferred
         if request.size is None and self._writer.will_sync(request.ino):
             request = msgspec.structs.replace(request, lazy=True)
         async with self._writer.settled(request.ino, request.size):
             changed = await self._session.call(request, wire.Changed)
             self._feeder.changed(changed.attributes)
+            if request.size is not None:
+                self._writer.cut(request.ino, request.size)
             attributes = self._writer.overlay(changed.attributes[0])
         if request.size is not None:
             await self._passthrough.resized(request.ino, request.size)
@@ -509,6 +515,7 @@ class Operations(pyfuse3.Operations):
     def _begin_writing(self, attributes: wire.Attributes) -> None:
         self._writer.open(attributes)
         self._feeder.drop_inode(attributes.ino)
+        self._feeder.written(attributes)
 
     async def _end_writing(self, ino: int) -> None:
         closed = await self._writer.close(ino)

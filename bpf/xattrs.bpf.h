@@ -9,7 +9,7 @@
 static enum bpfuse_outcome has_no_xattrs(const struct request *request)
 {
 	struct bpfuse_inode_value inode;
-	enum bpfuse_outcome outcome = inode_peek(request, request->nodeid, &inode);
+	enum bpfuse_outcome outcome = inode_peek_any(request, request->nodeid, &inode);
 
 	if (outcome != BPFUSE_ANSWERED)
 		return outcome;

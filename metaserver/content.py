@@ -42,6 +42,8 @@ def write_inline(txn: Transaction, context: Context, request: wire.WriteInline) 
         txn.put(key, stored[: request.offset].ljust(request.offset, b"\0") + request.data + stored[end:])
         edit.touch(inode, modified=True, written_ns=request.written_ns)
         edit.resize(inode, max(inode.size, end))
+    if request.then is not None:
+        _set(edit, inode, request.then)
     return edit.changed(inode)
 
 
@@ -95,16 +97,21 @@ def set_attributes(txn: Transaction, context: Context, request: wire.SetAttribut
     """Change mode, owner, times and size; a size of what is not a regular file: IS_A_DIRECTORY, INVALID."""
     edit = Edit(txn, context)
     inode = edit.inode(request.ino) if request.size is None else edit.regular(request.ino)
-    edit.touch(inode)
     if request.size is not None:
         _set_size(edit, inode, request.size)
+    _set(edit, inode, request)
+    return edit.changed(inode)
+
+
+def _set(edit: Edit, inode: Inode, request: wire.SetAttributes) -> None:
+    """Change all but the size."""
+    edit.touch(inode, written_ns=request.changed_ns)
     if request.mode is not None:
         inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(request.mode)
     for field in ("uid", "gid", "atime_ns", "mtime_ns"):
         value = getattr(request, field)
         if value is not None:
             setattr(inode, field, value)
-    return edit.changed(inode)
 
 
 def _set_size(edit: Edit, inode: Inode, size: int) -> None:

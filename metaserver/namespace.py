@@ -143,11 +143,11 @@ def link(txn: Transaction, context: Context, request: wire.Link) -> wire.Changed
     parent = edit.directory(request.parent)
     if stat.S_ISDIR(inode.mode):
         raise Refused(ErrorCode.NOT_PERMITTED, "a directory has one name only")
+    if inode.nlink == 0:
+        edit.let_be_named(inode)
     _check_absent(edit, parent, request.name)
     if inode.nlink >= MAX_LINKS:
         raise Refused(ErrorCode.TOO_MANY_LINKS, f"inode {inode.ino} has {inode.nlink} links")
-    if inode.nlink == 0:
-        edit.let_be_named(inode)
     edit.touch(inode)
     inode.nlink += 1
     cookie = edit.enter(parent, request.name, inode.ino)

@@ -214,7 +214,8 @@ class GetAttributes(_Message, tag=8):
 
 
 class SetAttributes(_Message, tag=9):
-    """Change what is not ``None``; ctime becomes now. A new size cuts the content or extends it by a hole."""
+    """Change what is not ``None``; ctime becomes ``changed_ns``, or now. A new size cuts the content or extends it by a
+    hole."""
 
     ino: Ino
     mode: U32 | None = None
@@ -225,6 +226,8 @@ class SetAttributes(_Message, tag=9):
     mtime_ns: Nanoseconds | None = None
     #: As in :class:`MakeNode`.
     lazy: bool = False
+    #: When a program made the change, and was told so by stat.
+    changed_ns: Nanoseconds | None = None
 
 
 class MakeNode(_Message, tag=10):
@@ -319,6 +322,8 @@ class WriteInline(_Message, tag=21):
     written_ns: Nanoseconds | None = None
     #: As in :class:`MakeNode`.
     lazy: bool = False
+    #: What else is changed of the same file, after the writing; its size is not.
+    then: SetAttributes | None = None
 
 
 class NewSlices(_Message, tag=22):

@@ -123,8 +123,9 @@ class OneFile:
         return wire.Done()
 
     def SetAttributes(self, request: wire.SetAttributes) -> wire.Changed:
-        """Only sizes, and only those that extend."""
-        assert request.size is not None
+        """Only sizes, and only those that extend; other changes are noted."""
+        if request.size is None:
+            return self.touch()
         assert request.size >= self.attributes.size
         return self.touch(size=request.size)
 

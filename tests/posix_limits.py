@@ -14,6 +14,8 @@ class Limit(NamedTuple):
 
 
 _SETGID: Final = "setgid without execution for the group, once a mark for mandatory locks, is left by the kernel's FUSE"
+_ATIME: Final = "reading sets no access times, as with noatime: each read would be a change for every client"
+_NOSUID: Final = "mounts are nosuid and nodev: a volume may come from elsewhere"
 _SEEK: Final = "positions up to 2**63 - 1 can be sought to, as on XFS; files are 2**56 bytes at most, on ext4 2**44"
 LIMITS: Final[tuple[Limit, ...]] = (
     Limit("chown_by_others", "2745 *", _SETGID),
@@ -26,6 +28,18 @@ LIMITS: Final[tuple[Limit, ...]] = (
         "rename_open_files", "whiteout", "only overlayfs asks for whiteouts, and the kernel takes no FUSE as its upper"
     ),
     Limit("bad_arguments", "seek *", _SEEK),
+    Limit("what_is_not_kept", "read: times of *", _ATIME),
+    Limit("what_is_not_kept", "listing: times of *", _ATIME),
+    Limit("what_is_not_kept", "readlink: times of *", _ATIME),
+    Limit("what_is_not_kept", "birth time", "no birth time: pyfuse3 has no STATX"),
+    Limit("what_is_not_kept", "chattr", "no inode flags"),
+    Limit(
+        "what_is_not_kept",
+        "access control list",
+        "no access control lists: they would have to be obeyed, not just kept",
+    ),
+    Limit("what_is_not_kept", "device", _NOSUID),
+    Limit("what_is_not_kept", "setuid program", _NOSUID),
     Limit("direct", "unaligned *", "O_DIRECT needs no alignment here"),
     Limit(
         "mapping_grows_and_shrinks",

@@ -346,9 +346,14 @@ def _filesystem(path: str) -> str:
     return subprocess.run(["stat", "-f", "-c", "%T", path], capture_output=True, text=True, check=True).stdout.strip()
 
 
+#: How the two ways to answer are mounted here: what is durable when makes no difference to what calls answer.
+_OPTIONS: Final = {"bpf": (), "off": ("--durability", "interval")}
+
+
 @contextlib.contextmanager
-def ground(accel: str, *options: str) -> Iterator[Ground]:
+def ground(accel: str, *more: str) -> Iterator[Ground]:
     """Have a plain directory and a mount beside it, for many cases; nothing is left of them at the end."""
+    options = (*_OPTIONS[accel], *more)
     rig.require_mounts()
     if accel == "bpf":
         rig.require_uring()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import stat
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +50,7 @@ class Rig:
             limit,
             lambda changed: self.committed.append(changed.attributes[0]),
             is_lazy=lambda: is_lazy,
+            changes=itertools.count().__next__,
             flush_age_s=flush_age_s,
             total_bytes=total_bytes,
         )
@@ -275,11 +278,11 @@ async def test_a_cut_gives_up_what_cannot_be_stored_beyond_it(caplog: pytest.Log
         async with rig.writer.settled(INO):
             pass
     async with rig.writer.settled(INO, 70):
-        pass
+        rig.writer.cut(INO, 70)
     assert rig.writer.bytes == 70
     assert rig.writer.overlay(rig.server.attributes).size == 70
     async with rig.writer.settled(INO, 0):
-        pass
+        rig.writer.cut(INO, 0)
     assert rig.writer.bytes == 0
     await rig.writer.flush(INO)
 
@@ -488,3 +491,71 @@ async def test_a_file_that_is_no_more_is_told_to_each_writer() -> None:
         with pytest.raises(Refused):
             await rig.writer.flush(INO)
     await rig.writer.flush(INO)
+
+
+def _new(rig: Rig) -> None:
+    """Have the rig's file be one that was made by this mount."""
+    rig.writer._files.clear()
+    rig.writer.open(rig.server.attributes, is_new=True)
+
+
+async def test_changes_of_a_new_files_attributes_go_with_its_content() -> None:
+    rig = Rig()
+    _new(rig)
+    await rig.writer.write(INO, 0, b"abc")
+    rig.writer._single_writes = 0
+    first = rig.writer.defer(wire.SetAttributes(INO, mode=0o600))
+    assert first is not None
+    assert first.mode == stat.S_IFREG | 0o600
+    shown = rig.writer.defer(wire.SetAttributes(INO, mtime_ns=5, uid=7))
+    assert shown is not None
+    assert (shown.mode, shown.mtime_ns, shown.uid, shown.size) == (stat.S_IFREG | 0o600, 5, 7, 3)
+    assert shown.ctime_ns > first.ctime_ns
+    assert rig.writer.defer(wire.SetAttributes(INO, size=1)) is None
+    await rig.writer.flush(INO)
+    (request,) = [each for each in rig.server.requests if isinstance(each, wire.WriteInline)][-1:]
+    then = wire.SetAttributes(INO, mode=0o600, uid=7, mtime_ns=5, changed_ns=shown.ctime_ns)
+    assert request.then == then or then in rig.server.requests
+    assert rig.writer.defer(wire.SetAttributes(INO, mode=0o644)) is None, "it is flushed, and new no more"
+
+
+async def test_a_write_after_a_time_was_set_sets_it_anew() -> None:
+    rig = Rig()
+    _new(rig)
+    assert rig.writer.defer(wire.SetAttributes(INO, mtime_ns=5, atime_ns=6)) is not None
+    await rig.writer.write(INO, 0, b"abc")
+    shown = rig.writer.overlay(rig.server.attributes)
+    assert shown.mtime_ns > 1_000_000
+    assert shown.atime_ns == 6
+
+
+async def test_changes_that_wait_survive_a_failure(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    rig = Rig()
+    _new(rig)
+    assert rig.writer.defer(wire.SetAttributes(INO, mode=0o600)) is not None
+    rig.server.before = _refuse(wire.ErrorCode.NO_SPACE)
+    with pytest.raises(Refused):
+        await rig.writer.flush(INO)
+    rig.server.before = lambda request: None
+    await rig.writer.flush(INO)
+    assert [each.mode for each in rig.server.requests if isinstance(each, wire.SetAttributes)] == [0o600, 0o600]
+
+
+async def test_small_files_are_written_ahead_while_that_is_right() -> None:
+    rig = Rig()
+    for _ in range(3):
+        _new(rig)
+        await rig.writer.write(INO, 0, b"abc")
+        await until(lambda: not rig.writer.bytes)
+        await rig.writer.flush(INO)
+    for _ in range(4):
+        _new(rig)
+        await rig.writer.write(INO, 0, b"abc")
+        await rig.writer.write(INO, 3, b"def")
+        await rig.writer.flush(INO)
+    before = len(rig.server.requests)
+    _new(rig)
+    await rig.writer.write(INO, 0, b"abc")
+    await asyncio.sleep(0)
+    assert len(rig.server.requests) == before, "files are written to twice here"

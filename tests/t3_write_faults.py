@@ -194,9 +194,11 @@ def test_a_killed_metaserver_loses_nothing_that_was_synced(mount: MountFactory, 
     for number in range(30):
         before = mounted.process("metaserver").pid if number % 10 == 9 else 0
         content = os.urandom(random.Random(number).choice([0, 100, 30_000, 200_000]))
-        descriptor = os.open(mounted.path / f"f{number}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+        synchronous = os.O_SYNC if number % 4 == 1 and content else 0
+        descriptor = os.open(mounted.path / f"f{number}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | synchronous, 0o640)
         os.write(descriptor, content)
-        os.fsync(descriptor)
+        if not synchronous:
+            os.fsync(descriptor)
         if number % 3 == 0:
             os.rename(mounted.path / f"f{number}", mounted.path / f"g{number}")
             os.fsync(directory)

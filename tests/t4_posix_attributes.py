@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import shutil
 import stat
+import struct
+import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import posix_rig
 import pytest
@@ -26,6 +31,7 @@ from posix_rig import (
 
 pytestmark = pytest.mark.usefixtures("needs_mounts")
 
+_GET_FLAGS = 0x80086601
 NOW, OMIT = 0x3FFFFFFF, 0x3FFFFFFE
 #: Root, the owner, one of the group, one who has nothing to do with it.
 WHO: dict[str, Group | None] = {
@@ -553,6 +559,36 @@ def case_links_of_directories(p: Place) -> None:
         change(*arguments)
         counts.append(os.stat("dir").st_nlink)
     p.note("links", counts)
+
+
+def case_what_is_not_kept(p: Place) -> None:
+    path, directory, link = p.fresh("file"), p.fresh("dir"), p.fresh("link")
+    posix_rig.fill(path, 100)
+    for each in (path, directory, link):
+        os.utime(each, (1, 10**9), follow_symlinks=False)
+    with p.stamps("read", path, access=True), open(path, "rb") as file:
+        file.read()
+    with p.stamps("listing", directory, access=True):
+        os.listdir(directory)
+    with p.stamps("readlink", link, access=True):
+        os.readlink(link)
+    birth = subprocess.run(["stat", "-c", "%W", path], capture_output=True, text=True, check=True).stdout
+    p.note("birth time", int(birth) > 0)
+    fd = p.open("open", path, os.O_RDWR)
+    p.do("chattr", lambda: len(fcntl.ioctl(fd, _GET_FLAGS, bytes(8))))
+    acl = struct.pack(
+        "<I" + "HHI" * 5, 2, 1, 6, 2**32 - 1, 2, 6, USER, 4, 4, 2**32 - 1, 16, 6, 2**32 - 1, 32, 4, 2**32 - 1
+    )
+    p.do("access control list", os.setxattr, path, "system.posix_acl_access", acl)
+    os.mknod(device := p.unused(), stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    p.do("device", lambda: os.close(os.open(device, os.O_RDWR)))
+    shutil.copy("/usr/bin/id", program := p.unused())
+    os.chmod(program, 0o4755)
+    p.do("setuid program", in_child, user(USER), partial(effective_user, os.path.abspath(program)))
+
+
+def effective_user(program: str) -> str:
+    return subprocess.run([program, "-u"], capture_output=True, text=True, check=False).stdout.strip()
 
 
 @pytest.mark.parametrize("case", posix_rig.cases_of(globals()), ids=lambda case: case.__name__.removeprefix("case_"))

@@ -75,11 +75,15 @@ def run(*command: str | Path, cwd: Path, code: int = 0) -> str:
     return out
 
 
+_expected: Final[dict[str, Any]] = {}
+
+
 def same(ground: posix_rig.Ground, name: str, work: Callable[[Path], Any]) -> None:
-    """Do the work in a new directory on each; both must come to the same."""
+    """Do the work in a new directory on each, on the plain one once; both must come to the same."""
     plain, mounted = (place.root for place in ground.places(name))
-    expected = work(plain)
-    assert work(mounted) == expected
+    if name not in _expected:
+        _expected[name] = work(plain)
+    assert work(mounted) == _expected[name]
 
 
 def tree(root: Path, *, times: bool = False) -> dict[bytes, tuple[Any, ...]]:
@@ -271,21 +275,19 @@ def test_building_a_program(ground: posix_rig.Ground) -> None:
 
 
 def test_installing_a_package(ground: posix_rig.Ground) -> None:
-    """A virtual environment, a wheel installed in it and removed, and one installed beside it."""
+    """A virtual environment with a wheel in it, and the same wheel in a directory of its own."""
 
     def work(root: Path) -> list[Any]:
         wheel = make_wheel(root)
         run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=root)
         python = root / "venv" / "bin" / "python"
-        pip = (sys.executable, "-m", "pip", "--python", python)
-        run(*pip, "install", "-q", "--no-index", "--no-compile", wheel, cwd=root)
+        pip = (sys.executable, "-m", "pip")
+        run(*pip, "--python", python, "install", "-q", "--no-index", "--no-compile", wheel, cwd=root)
         said: list[Any] = [run(python, "-c", "import sample.part7; print(sample.part7.VALUE)", cwd=root)]
-        said.append(run(python, "-m", "compileall", "-q", root / "venv" / "lib", cwd=root))
+        run(python, "-m", "compileall", "-q", root / "venv" / "lib", cwd=root)
         said.append(run(root / "venv" / "bin" / "sample", cwd=root))
-        run(sys.executable, "-m", "pip", "install", "-q", "--no-index", "--target", "target", wheel, cwd=root)
+        run(*pip, "install", "-q", "--no-index", "--target", "target", wheel, cwd=root)
         said.append(sorted(str(path.relative_to(root / "target")) for path in (root / "target").rglob("*")))
-        run(*pip, "uninstall", "-q", "-y", "sample", cwd=root)
-        run(python, "-c", "import sample", cwd=root, code=1)
         said.append(sorted(path.name for path in (root / "venv" / "bin").iterdir()))
         return said
 
@@ -293,10 +295,10 @@ def test_installing_a_package(ground: posix_rig.Ground) -> None:
 
 
 def make_wheel(root: Path) -> Path:
-    """Make a wheel of 200 modules and a script."""
+    """Make a wheel of 100 modules and a script."""
     path = root / "sample-1.0-py3-none-any.whl"
     info = "sample-1.0.dist-info"
-    contents = {f"sample/part{number}.py": f"VALUE = {number}\n" * (number + 1) for number in range(200)}
+    contents = {f"sample/part{number}.py": f"VALUE = {number}\n" * (number + 1) for number in range(100)}
     contents["sample/__init__.py"] = "def main():\n    print('sample runs')\n"
     contents[f"{info}/METADATA"] = "Metadata-Version: 2.1\nName: sample\nVersion: 1.0\n"
     contents[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"

@@ -22,6 +22,7 @@ from served import VOLUME, Client, Metaserver, serving
 from fuseclient.config import MapFds, MountOptions, WorkerConfig
 from fuseclient.worker.mount import Mount
 from fuseclient.worker.operations import Operations
+from fuseclient.worker.rpc import Refused
 from metaserver import wire
 
 ROOT: Final = wire.ROOT_INO
@@ -47,6 +48,8 @@ class Maps:
     def __init__(self) -> None:
         self.names: dict[tuple[int, bytes], int] = {}
         self.inodes: dict[int, wire.Attributes] = {}
+        #: Inodes of which it is known only that they have no xattrs.
+        self.written: set[int] = set()
         self.data: dict[int, bytes] = {}
         self.opens: dict[int, int] = {}
         self.backings: dict[int, int] = {}
@@ -61,6 +64,9 @@ class Maps:
 
     def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
         self.drop_inode(attributes.ino)
+        if not attributes.mode:
+            self.written.add(attributes.ino)
+            return
         self.inodes[attributes.ino] = attributes
         if data is not None:
             self.data[attributes.ino] = data
@@ -76,6 +82,7 @@ class Maps:
 
     def drop_inode(self, ino: int) -> None:
         self.inodes.pop(ino, None)
+        self.written.discard(ino)
         self.data.pop(ino, None)
 
     def renew(self, deadline_ns: int) -> None:
@@ -83,7 +90,7 @@ class Maps:
 
     def bump_epoch(self) -> None:
         self.epoch += 1
-        for each in (self.names, self.inodes, self.data):
+        for each in (self.names, self.inodes, self.data, self.written):
             each.clear()
 
     def put_statfs(self, **figures: int) -> None:
@@ -268,6 +275,9 @@ class Rig:
             assert ino == actual, f"{name!r} in {parent} is {ino} in the maps and {actual} in fact"
         for ino, attributes in self.maps.inodes.items():
             assert attributes == await self.other.attributes(ino)
+        for ino in self.maps.written:
+            with contextlib.suppress(Refused):
+                assert not (await self.other.attributes(ino)).flags & wire.InodeFlag.HAS_XATTRS
         for ino, data in self.maps.data.items():
             if stat.S_ISREG(self.maps.inodes[ino].mode):
                 content = await self.other.connection.call(wire.GetContent(ino, 0, wire.MAX_INLINE), wire.Content)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.text import Text
+
+#: Seconds after which a rate says something.
+_RATED_AFTER_S: Final = 0.5
 
 
 class _Done(ProgressColumn):
@@ -17,8 +30,10 @@ class _Done(ProgressColumn):
         done = f"{int(task.completed):,}"
         if task.total:
             done += f" of {int(task.total):,}"
-        rate = task.finished_speed or task.speed
-        return Text(f"{done}  {rate:,.0f}/s" if rate else done)
+        elapsed_s = task.elapsed or 0.0
+        if elapsed_s < _RATED_AFTER_S:
+            return Text(done)
+        return Text(f"{done}  {(task.completed - task.fields['first']) / elapsed_s:,.0f}/s")
 
 
 class ProgressLine:
@@ -27,8 +42,16 @@ class ProgressLine:
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Done(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._progress.add_task("", visible=False)
+        self._progress = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=not console.is_terminal,
+        )
+        self._shares_terminal = console.is_terminal and sys.stdout.isatty()
+        self._task: TaskID | None = None
         self._what = ""
 
     def __enter__(self) -> Self:
@@ -40,9 +63,10 @@ class ProgressLine:
 
     def progress(self, what: str, done: int, total: int) -> None:
         """So much of ``what`` is done; ``total`` is an estimate, 0 if there is none."""
-        if what != self._what:
-            self._what = what
-            self._progress.reset(self._task, description=what, visible=True)
+        if self._task is None or what != self._what:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._what, self._task = what, self._progress.add_task(what, total=None, first=done)
         self._progress.update(self._task, completed=done, total=max(done, total) if total else None)
 
     def refresh(self) -> None:
@@ -51,6 +75,8 @@ class ProgressLine:
 
     def print(self, text: str) -> None:
         """Print a line to standard output, above the progress if both are on the terminal."""
-        self._progress.stop()
+        if self._shares_terminal:
+            self._progress.stop()
         print(text)
-        self._progress.start()
+        if self._shares_terminal:
+            self._progress.start()

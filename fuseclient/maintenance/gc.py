@@ -258,6 +258,8 @@ class _Collector:
 
     async def _delete(self, ids: Sequence[int], what: str) -> None:
         """Delete objects, and have their slices forgotten."""
+        if self._client.opened.lazy:  # a crash must not bring a file back that used them
+            await self._client.call(wire.Sync(), wire.Done)
         await self._store.delete(ids)
         await self._client.call(wire.ForgetSlices(list(ids)), wire.Done)
         self._deleted += len(ids)

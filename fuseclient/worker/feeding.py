@@ -14,6 +14,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from fuseclient.data.writer import Closed
 from fuseclient.worker.guard import Guard, Token
 from fuseclient.worker.inode_set import InodeSet
@@ -56,6 +58,8 @@ class Feeder:
         self.paged = InodeSet()
         #: What is known of whole directories, to be used while there is a lease.
         self.whole = WholeDirectories()
+        #: Told of what an inode has become by a change made here.
+        self.on_changed: Callable[[wire.Attributes], object] = lambda attributes: None
         #: Told of each inode that is dropped; ``None`` is all of them.
         self.on_drop: Callable[[int | None], None] = lambda ino: None
 
@@ -148,8 +152,18 @@ class Feeder:
             fresh = self._guard.may_put(token, each.ino)
             self.drop_inode(each.ino)
             self._remember(each)
+            if fresh:
+                self.on_changed(each)
             if fresh and self._wanted(each):
                 self._put_inode(each, None)
+            else:
+                self.written(each)
+
+    def written(self, attributes: wire.Attributes) -> None:
+        """Put of an inode that is open for writing only that it has no xattrs: the kernel asks before each write."""
+        has_xattrs = attributes.flags & wire.InodeFlag.HAS_XATTRS
+        if attributes.nlink > 0 and not has_xattrs and self._is_written(attributes.ino):
+            self._cache.put_inode(msgspec.structs.replace(attributes, mode=0, size=0))
 
     def named(self, token: Token, parent: int, name: bytes, ino: int) -> None:
         """A name was given to an inode."""

@@ -256,6 +256,8 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        if self._may_remember and self._lease.left_s() > 0 and (new := self._writer.known_new(inode)) is not None:
+            return self._entry(new)
         attributes, fresh = await self._get_attributes(inode)
         return self._entry(attributes, fresh)
 
@@ -272,10 +274,15 @@ class Operations(pyfuse3.Operations):
         return self._changed_entry(await self._set_attributes(_setattr_request(inode, attr, fields)))
 
     async def _set_attributes(self, request: wire.SetAttributes) -> wire.Attributes:
+        if (deferred := self._writer.defer(request)) is not None:
+            return deferred
         if request.size is None and self._writer.will_sync(request.ino):
             request = msgspec.structs.replace(request, lazy=True)
         async with self._writer.settled(request.ino, request.size):
             attributes = await self._change_inode(request)
+            if request.size is not None:
+                self._writer.cut(request.ino, request.size)
+                attributes = self._writer.overlay(attributes)
         if request.size is not None:
             await self._passthrough.resized(request.ino, request.size)
         return attributes
@@ -559,6 +566,7 @@ class Operations(pyfuse3.Operations):
     def _begin_writing(self, attributes: wire.Attributes, fresh: bool) -> None:
         self._writer.open(attributes)
         self._feeder.drop_inode(attributes.ino)
+        self._feeder.written(attributes)
         if not fresh:
             self._writer.changed_elsewhere(attributes.ino)
 

@@ -49,10 +49,11 @@ class ReadPath:
         kernel: Kernel,
     ) -> None:
         self._config = config
-        self._disk = _open_disk_cache(config, opened.volume)
+        objects = _caches_objects(config, opened.store)
+        self._disk = _open_disk_cache(config, opened.volume) if objects or config.maps is not None else None
         layouts = Layouts(caller, feeder, lease.left_s)
         feeder.on_drop = layouts.drop
-        self._objects = CachedObjects(store, self._disk if _caches_objects(config, opened.store) else None)
+        self._objects = CachedObjects(store, self._disk if objects else None)
         self.reader = Reader(layouts, self._objects)
         self._whole: WholeFiles | None = None
         if self._disk is None or config.maps is None:
@@ -119,7 +120,7 @@ def _caches_objects(config: WorkerConfig, store: str) -> bool:
 def _open_disk_cache(config: WorkerConfig, volume: bytes) -> DiskCache | None:
     options = config.options
     limit = CACHE_BYTES if options.cache_bytes is None else options.cache_bytes
-    if not limit or (config.maps is None and options.cache_bytes is None):
+    if not limit:
         return None
     directory = options.cache_directory or os.environ.get("BPFUSE_CACHE_DIR") or CACHE_DIRECTORY
     root = Path(directory) / volume.hex()

@@ -48,28 +48,27 @@ class Stream:
         page = _LARGE_PAGE if kind in _LARGE_KINDS else _PAGE
         found = rows(snapshot, keys.kind_range(volume.id, kind), page)
         self._rows = well_formed(found, kind, stray)
-        self._next = next(self._rows, None)
-
-    @property
-    def number(self) -> int | None:
-        """The number of the next row; ``None`` after the last."""
-        return keys.number_of(self._next[0]) if self._next is not None else None
+        #: The number of the next row; ``None`` after the last.
+        self.number: int | None = None
+        self._advance()
 
     def take(self, number: int) -> Iterator[Row]:
         """Yield the rows of a number, all of which are to be taken; those before it are passed over."""
-        while self._next is not None:
-            row, found = self._next, keys.number_of(self._next[0])
-            if found > number:
-                return
-            self._next = next(self._rows, None)
+        while self._next is not None and self.number is not None and self.number <= number:
+            row, found = self._next, self.number
+            self._advance()
             if found == number:
                 yield row
 
     def __iter__(self) -> Iterator[Row]:
         while self._next is not None:
             row = self._next
-            self._next = next(self._rows, None)
+            self._advance()
             yield row
+
+    def _advance(self) -> None:
+        self._next = row = next(self._rows, None)
+        self.number = keys.number_of(row[0]) if row is not None else None
 
 
 def find_inode(snapshot: Snapshot, volume: Volume, ino: int) -> Inode | None:

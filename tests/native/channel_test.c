@@ -33,6 +33,10 @@ enum { FILES = 50, SIZE = 5000, THREADS = 4, ROUNDS = 40, DEADLINE_S = 40 };
 
 static const char *directory;
 
+/* What files with the number BACKED are opened with; 0: as all others. */
+enum { BACKED = 33, OPEN_PASSTHROUGH = 1 << 7 };
+static atomic_uint backing;
+
 /* A forced unmount aborts the connection; without it a thread that waits for a reply could not be killed. */
 static void give_up(void)
 {
@@ -95,6 +99,10 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 		return sizeof(*attr);
 	case FUSE_OPEN:
 		memset(out, 0, sizeof(struct fuse_open_out));
+		if (in->nodeid == BACKED + 2 && atomic_load(&backing)) {
+			((struct fuse_open_out *)out)->open_flags = OPEN_PASSTHROUGH;
+			((struct fuse_open_out *)out)->padding = (int32_t)atomic_load(&backing);
+		}
 		return sizeof(struct fuse_open_out);
 	case FUSE_READ:
 		if (read->offset >= SIZE)
@@ -373,6 +381,63 @@ static void test_notifications(struct bpfuse_channel *channel, struct worker *wo
 	printf("ok: notifications return the kernel's result\n");
 }
 
+/* Sends a message, with a descriptor unless it is negative, and returns its result. */
+static int32_t ask_with(struct worker *worker, void *bytes, size_t length, int descriptor)
+{
+	union {
+		struct cmsghdr header;
+		char bytes[CMSG_SPACE(sizeof(int))];
+	} control = { .header = { .cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS } };
+	struct iovec part = { bytes, length };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
+	int32_t result;
+
+	if (descriptor >= 0) {
+		message.msg_control = &control;
+		message.msg_controllen = sizeof(control);
+		memcpy(CMSG_DATA(&control.header), &descriptor, sizeof(int));
+	}
+	CHECK(sendmsg(worker->notify, &message, 0) == (ssize_t)length);
+	CHECK(recv(worker->notify, &result, sizeof(result), 0) == sizeof(result));
+	return result;
+}
+
+/* A file becomes a backing, is read by the kernel alone, and stays open when its id is given back. */
+static void test_backing(struct worker *worker)
+{
+	struct {
+		struct fuse_out_header header;
+		uint32_t id;
+	} message = { .header = { .len = sizeof(message.header), .error = BPFUSE_NOTIFY_BACKING_OPEN } };
+	int file = memfd_create("backing", 0), descriptor;
+	char path[200], byte;
+	int32_t id;
+
+	CHECK(file >= 0 && pwrite(file, "b", 1, SIZE - 1) == 1);
+	CHECK(ask_with(worker, &message, sizeof(message.header), -1) == -EBADF);
+	id = ask_with(worker, &message, sizeof(message.header), file);
+	if (id == -EPERM || id == -EOPNOTSUPP || id == -ENOTTY) {
+		printf("ok: this kernel has no passthrough\n");
+		close(file);
+		return;
+	}
+	CHECK(id > 0);
+	atomic_store(&backing, (unsigned)id);
+	snprintf(path, sizeof(path), "%s/f%d", directory, BACKED);
+	descriptor = open(path, O_RDONLY);
+	CHECK(descriptor >= 0);
+	atomic_store(&backing, 0);
+	message.header.error = BPFUSE_NOTIFY_BACKING_CLOSE;
+	CHECK(ask_with(worker, &message, sizeof(message.header), -1) == -EINVAL);
+	message.id = (uint32_t)id;
+	CHECK(ask_with(worker, &message, sizeof(message.header) + sizeof(id), file) == 0);
+	CHECK(ask_with(worker, &message, sizeof(message.header) + sizeof(id), -1) == -ENOENT);
+	CHECK(pread(descriptor, &byte, 1, SIZE - 1) == 1 && byte == 'b');
+	CHECK(pread(descriptor, &byte, 1, 0) == 1 && byte == 0);
+	CHECK(!close(descriptor) && !close(file));
+	printf("ok: a backing file was read by the kernel\n");
+}
+
 static void on_interrupt(int number)
 {
 	(void)number;
@@ -505,6 +570,7 @@ int main(int argc, char **argv)
 	test_refused(channel, &worker);
 	test_nonsense(channel, &worker);
 	test_notifications(channel, &worker);
+	test_backing(&worker);
 	test_extra(channel, &worker);
 	test_interrupted_extra(channel, &worker);
 	CHECK(!umount(directory));

@@ -29,7 +29,7 @@ enum bpfuse_cache_mark {
 struct bpfuse_cache_options {
 	int control_fd, names_fd, inodes_fd, pages_fd, opens_fd;
 	__u32 page_count;
-	__u32 xattrs_flag; /* the bit in a record's flags that says that the inode has xattrs */
+	__u32 xattrs_flag;       /* the bit in a record's flags that says that the inode has xattrs */
 	__u64 worker_opens_size; /* the worker opens files of so many bytes and more, if they have no backing */
 };
 

@@ -63,10 +63,9 @@ int bpfuse_channel_start(struct bpfuse_channel *channel);
 /*
  * Gives the channel a worker: the sockets, of type SOCK_SEQPACKET and with buffers for messages of BPFUSE_PAYLOAD and
  * a header, are its to close. Requests go to the worker once it has answered INIT, over `fuse_socket`, or over
- * `extra_socket` if libfuse knows them and pyfuse3 does not (FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE; OPEN with
- * passthrough). The end of
- * either is the worker's end. Requests that an earlier worker left unanswered are sent again if they can be repeated,
- * and answered EIO if not.
+ * `extra_socket` if pyfuse3 has no method for them (FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE) or not enough of one
+ * (OPEN with passthrough). The end of either is the worker's end. Requests that an earlier worker left unanswered are
+ * sent again if they can be repeated, and answered EIO if not.
  */
 int bpfuse_channel_attach_worker(struct bpfuse_channel *channel, int fuse_socket, int extra_socket, int notify_socket);
 /*

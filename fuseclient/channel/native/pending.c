@@ -18,16 +18,6 @@ static struct pending *pending_new(struct bpfuse_channel *channel, enum pending_
 
 	if (!pending)
 		return NULL;
-	if ((channel->pending_count & (channel->pending_count - 1)) == 0) {
-		size_t room = channel->pending_count ? 2 * (size_t)channel->pending_count : 1;
-		struct pending **grown = realloc(channel->pendings, room * sizeof(*grown));
-
-		if (!grown) {
-			free(pending);
-			return NULL;
-		}
-		channel->pendings = grown;
-	}
 	pending->origin.kind = kind;
 	pending->origin.index = channel->pending_count;
 	pending->generation = 1;
@@ -38,6 +28,10 @@ static struct pending *pending_new(struct bpfuse_channel *channel, enum pending_
 int pending_prepare(struct bpfuse_channel *channel, uint32_t entry_count)
 {
 	channel->held_tail = &channel->held_head;
+	/* It never moves: the queues look up their own entries' in it without the lock. */
+	channel->pendings = calloc((size_t)entry_count + MAX_COPIES, sizeof(*channel->pendings));
+	if (!channel->pendings)
+		return -ENOMEM;
 	for (uint32_t i = 0; i < entry_count; i++)
 		if (!pending_new(channel, PENDING_ENTRY))
 			return -ENOMEM;
@@ -56,8 +50,7 @@ void pending_free_all(struct bpfuse_channel *channel)
 }
 
 /* Returns a pending that holds a copy of a message, or NULL without memory or with too many held already. */
-struct pending *pending_copy(struct bpfuse_channel *channel, enum pending_kind kind, const void *message,
-			     size_t length)
+struct pending *pending_copy(struct bpfuse_channel *channel, enum pending_kind kind, const void *message, size_t length)
 {
 	struct pending *pending = channel->free_copies;
 	void *bytes = malloc(length);
@@ -101,7 +94,8 @@ struct pending *pending_by_unique(struct bpfuse_channel *channel, uint64_t uniqu
 	for (uint32_t i = 0; i < channel->pending_count; i++) {
 		struct pending *pending = channel->pendings[i];
 
-		if (pending->state != PENDING_IDLE && pending->origin.kind != PENDING_ONE_WAY && pending->origin.unique == unique)
+		if (pending->state != PENDING_IDLE && pending->origin.kind != PENDING_ONE_WAY &&
+		    pending->origin.unique == unique)
 			return pending;
 	}
 	return NULL;

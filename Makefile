@@ -11,7 +11,7 @@ C_SOURCES := $(BPF_SOURCES) $(wildcard fuseclient/channel/native/*.c fuseclient/
 PYTHON_SOURCES := fuseclient metaserver bench tests cffi_build.py
 
 .DELETE_ON_ERROR:
-.PHONY: help setup packages test demo bench lint format clean
+.PHONY: help setup packages test simulate demo bench lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ setup: packages $(VENV)/.installed build/native.stamp $(BPF_OBJECT) ## install w
 
 test: setup ## set up, then run every test (ARGS="-k name" chooses)
 	$(BIN)/python -m pytest $(ARGS)
+
+simulate: setup ## run the simulation of clients and a metaserver (SEED=n, or SEEDS=count FIRST=n)
+	cd tests && ../$(BIN)/python -m simulation --jobs $(or $(JOBS),1) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FIRST),--first $(FIRST))
 
 demo: setup ## set up, then show a mounted volume and what BPF answered
 	$(BIN)/python -m bench.demo $(ARGS)

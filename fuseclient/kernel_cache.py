@@ -76,9 +76,7 @@ class KernelCache:
     dropping never fail: see :file:`cache_fill.c`.
     """
 
-    def __init__(
-        self, fds: MapFds, kernel_ttl_s: float | None = None, worker_opens_bytes: int | None = None
-    ) -> None:
+    def __init__(self, fds: MapFds, kernel_ttl_s: float | None = None, worker_opens_bytes: int | None = None) -> None:
         self._fds = fds
         self._cache: Any = None
         options = ffi.new("struct bpfuse_cache_options *")

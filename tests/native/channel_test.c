@@ -54,10 +54,10 @@ static void fail(int line, const char *condition)
 
 struct worker {
 	int fuse, extra, notify;
-	long answers;			/* answers so many requests and dies with the next in its hands */
-	uint32_t fatal;			/* dies with the first request of this opcode in its hands */
-	uint32_t endless;		/* answers requests of this opcode when they are interrupted */
-	bool nonsense;			/* answers with what is not a reply */
+	long answers;                    /* answers so many requests and dies with the next in its hands */
+	uint32_t fatal;                  /* dies with the first request of this opcode in its hands */
+	uint32_t endless;                /* answers requests of this opcode when they are interrupted */
+	bool nonsense;                   /* answers with what is not a reply */
 	atomic_uint_fast64_t unanswered; /* the unique of a request that waits to be interrupted */
 	pthread_t thread;
 };
@@ -133,8 +133,8 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 
 static bool is_extra(uint32_t opcode)
 {
-	return opcode == FUSE_OPEN || opcode == FUSE_FALLOCATE || opcode == FUSE_LSEEK || opcode == FUSE_COPY_FILE_RANGE ||
-	       opcode == FUSE_TMPFILE || opcode == COPY_FILE_RANGE_64;
+	return opcode == FUSE_OPEN || opcode == FUSE_FALLOCATE || opcode == FUSE_LSEEK ||
+	       opcode == FUSE_COPY_FILE_RANGE || opcode == FUSE_TMPFILE || opcode == COPY_FILE_RANGE_64;
 }
 
 static bool is_one_way(uint32_t opcode)
@@ -342,7 +342,7 @@ static void test_nonsense(struct bpfuse_channel *channel, struct worker *worker)
 		CHECK(send(socket, junk, sizeof(junk), 0) == sizeof(junk));
 		CHECK(send(socket, &stale, sizeof(stale), 0) == sizeof(stale));
 	}
-	stale.unique = 2;	/* the token of INIT, which is not answered here */
+	stale.unique = 2; /* the token of INIT, which is not answered here */
 	CHECK(send(worker->extra, &stale, sizeof(stale), 0) == sizeof(stale));
 	do
 		bpfuse_channel_figures(channel, &figures);
@@ -387,7 +387,8 @@ static int32_t ask_with(struct worker *worker, void *bytes, size_t length, int d
 	union {
 		struct cmsghdr header;
 		char bytes[CMSG_SPACE(sizeof(int))];
-	} control = { .header = { .cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS } };
+	} control = { .header = {
+			      .cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS } };
 	struct iovec part = { bytes, length };
 	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
 	int32_t result;

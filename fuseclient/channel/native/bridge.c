@@ -23,8 +23,8 @@ enum {
 	INIT_TOKEN = 2, /* below every pending's token, which have a generation of 1 or more */
 	WORKER_PROTOCOL_MINOR = 38,
 	REPLIES_A_TURN = 64,
-	ERROR_LIMIT = 511,		/* the kernel takes -511 .. 0 */
-	COPY_FILE_RANGE_64 = 53,	/* of protocol 7.45; Debian 12's <linux/fuse.h> has 7.38 */
+	ERROR_LIMIT = 511,       /* the kernel takes -511 .. 0 */
+	COPY_FILE_RANGE_64 = 53, /* of protocol 7.45; Debian 12's <linux/fuse.h> has 7.38 */
 };
 
 struct request {
@@ -71,7 +71,7 @@ static void request_of_copy(struct request *request, const struct pending *pendi
 static enum lane lane_of(uint32_t opcode)
 {
 	switch (opcode) {
-	case FUSE_OPEN:	/* pyfuse3 cannot answer it with a backing for passthrough */
+	case FUSE_OPEN: /* pyfuse3 cannot answer it with a backing for passthrough */
 	case FUSE_FALLOCATE:
 	case FUSE_LSEEK:
 	case FUSE_COPY_FILE_RANGE:

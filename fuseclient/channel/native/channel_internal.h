@@ -52,7 +52,7 @@ struct pending {
 	struct origin origin;
 	enum pending_state state;
 	enum lane lane;
-	uint32_t generation;		/* rises with each use, so that a late reply is recognised */
+	uint32_t generation; /* rises with each use, so that a late reply is recognised */
 	uint32_t opcode;
 	bool interrupted;     /* while held: to be answered EINTR */
 	atomic_bool replied;  /* the bridge has put the reply in the ring entry */
@@ -74,8 +74,8 @@ struct queue {
 };
 
 struct worker_link {
-	int sockets[LANES];		/* -1: none; there are both or neither */
-	bool ready;			/* has answered INIT */
+	int sockets[LANES]; /* -1: none; there are both or neither */
+	bool ready;         /* has answered INIT */
 };
 
 struct bpfuse_channel {
@@ -96,8 +96,8 @@ struct bpfuse_channel {
 	int start_error;          /* of the first that failed */
 	pthread_cond_t queue_reported;
 	struct worker_link worker;
-	int next_sockets[LANES];	/* of a worker that the bridge is to take up; -1: none */
-	struct pending **pendings;	/* [0, entry_count) are the ring entries', the rest copies */
+	int next_sockets[LANES];   /* of a worker that the bridge is to take up; -1: none */
+	struct pending **pendings; /* [0, entry_count) are the ring entries', the rest copies */
 	uint32_t pending_count;
 	struct pending *free_copies;
 	struct pending *held_head, **held_tail;

@@ -78,9 +78,9 @@ static ssize_t device_read(struct bpfuse_channel *channel)
 
 static uint64_t init_capabilities(const struct bpfuse_channel *channel)
 {
-	uint64_t flags = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_MAX_PAGES | FUSE_DO_READDIRPLUS | FUSE_PARALLEL_DIROPS |
-			 FUSE_EXPLICIT_INVAL_DATA | FUSE_CACHE_SYMLINKS | FUSE_ASYNC_DIO | FUSE_INIT_EXT |
-			 INIT_PASSTHROUGH;
+	uint64_t flags = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_MAX_PAGES | FUSE_DO_READDIRPLUS |
+			 FUSE_PARALLEL_DIROPS | FUSE_EXPLICIT_INVAL_DATA | FUSE_CACHE_SYMLINKS | FUSE_ASYNC_DIO |
+			 FUSE_INIT_EXT | INIT_PASSTHROUGH;
 
 	return channel->uring ? flags | INIT_OVER_IO_URING : flags;
 }

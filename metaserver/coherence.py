@@ -88,9 +88,12 @@ class _State:
         self.holdings = Holdings()
         self.changes: dict[Change, None] = {}
 
-    def unsettled(self, since: int, grant: Grant, own: Change | None) -> tuple[list[Name], list[int]] | None:
-        """Return what of a grant is being changed, or was since a version of the feed; ``None``: it is not known."""
-        others = [change for change in self.changes if change is not own]
+    def unsettled(self, since: int, grant: Grant, session: Session) -> tuple[list[Name], list[int]] | None:
+        """Return what of a grant others are changing, or did since a version of the feed; ``None``: it is not known.
+
+        A client drops what it changes itself as each reply comes, and when none comes.
+        """
+        others = [change for change in self.changes if change.session is not session]
         if not others and self.feed.version == since:
             return [], []
         past = self.feed.after(since)
@@ -100,7 +103,7 @@ class _State:
         inodes: set[int] = set()
         for each_names, each_inodes in (
             *((change.names, change.inodes) for change in others),
-            *(part[1:] for part in past),
+            *((part.names, part.inodes) for part in past if part.author != session.incarnation),
         ):
             names.update(name for name in each_names if grant.has(name))
             inodes.update(each_inodes)
@@ -130,15 +133,14 @@ class Coherence:
         """Return what :meth:`grant` is to be told of a reply that is read from now on."""
         return self._state(volume).feed.version
 
-    def grant(self, session: Session, since: int, grant: Grant, own: Change | None = None) -> wire.Break | None:
+    def grant(self, session: Session, since: int, grant: Grant) -> wire.Break | None:
         """Record what a reply lets a session cache; return what is to be sent before the reply, if anything.
 
-        ``since`` is the version before the reply was read; ``own`` the change whose reply it is. To be called where
-        the reply is sent, with no await between.
+        ``since`` is the version before the reply was read. To be called where the reply is sent, with no await between.
         """
         state = self._state(session.volume)
         self._hold(state, session, grant)
-        unsettled = state.unsettled(since, grant, own)
+        unsettled = state.unsettled(since, grant, session)
         if unsettled is None:
             return wire.Break(0, [], [], True)
         names, inodes = unsettled

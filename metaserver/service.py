@@ -189,7 +189,7 @@ class Service:
     def _grant_own(self, change: Change, since: int, grants: list[Grant]) -> wire.Break | None:
         """Grant what a change's own reply tells; return what of it is not to be kept."""
         self._notice_losses()
-        notices = [self._coherence.grant(change.session, since, grant, change) for grant in grants]
+        notices = [self._coherence.grant(change.session, since, grant) for grant in grants]
         refused = [notice for notice in notices if notice is not None]
         if not refused:
             return None

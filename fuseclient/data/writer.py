@@ -156,6 +156,8 @@ class Writer:
         self._durable_changes = 0
         #: Bytes written and not yet committed, of all files.
         self.bytes = 0
+        #: Whether others wait for this client's word before they see what an inode is.
+        self.is_delegated: Callable[[int], bool] = lambda ino: False
         #: Called with the inode of each commit of slices, and how many they were.
         self.when_laid: Callable[[int, list[wire.Slice]], None] = lambda ino, slices: None
 
@@ -187,10 +189,12 @@ class Writer:
         return file is not None
 
     def defer(self, request: wire.SetAttributes) -> wire.Attributes | None:
-        """Have a change of attributes wait for the flush of a file that is new; None: the file is not, or its size is
-        to be changed. Others see the file empty, as it was made, until then."""
+        """Have a change of attributes wait for the flush of a file that is new and delegated to this client.
+
+        None: it is not, or its size is to be changed.
+        """
         file = self._files.get(request.ino)
-        if file is None or not file.is_new or request.size is not None:
+        if file is None or not file.is_new or request.size is not None or not self.is_delegated(request.ino):
             return None
         changed_ns = max(time.time_ns(), self.overlay(file.attributes).ctime_ns + 1)
         given = {name: getattr(request, name) for name in _DEFERRED if getattr(request, name) is not None}

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -289,6 +290,18 @@ async def test_slice_ids_are_reserved_in_blocks() -> None:
         await rig.writer.write(INO, index, b"x")
         await rig.writer.flush(INO)
     assert [each for each in rig.server.requests if isinstance(each, wire.NewSlices)] == [wire.NewSlices(64)]
+
+
+async def test_flushes_at_once_take_different_slice_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "ID_BLOCK", 1)
+    rig = Rig(limit=0)
+    await rig.writer.write(INO, 0, b"slices")
+    await rig.writer.flush(INO)
+    rig.writer.open(msgspec.structs.replace(rig.server.attributes, ino=INO + 1))
+    for ino in (INO, INO + 1):
+        await rig.writer.write(ino, 0, b"data")
+    await asyncio.gather(rig.writer.flush(INO), rig.writer.flush(INO + 1))
+    assert sorted(rig.store.objects) == [1, 2, 3]
 
 
 async def test_two_writers_close_one_after_the_other() -> None:

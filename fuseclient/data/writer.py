@@ -364,13 +364,15 @@ class _SliceIds:
     def __init__(self, caller: Caller) -> None:
         self._caller = caller
         self._free: list[int] = []
+        self._lock = asyncio.Lock()
 
     async def take(self, count: int) -> list[int]:
         """Return ``count`` ids, by rising value within a block."""
-        while len(self._free) < count:
-            request = wire.NewSlices(max(ID_BLOCK, count - len(self._free)))
-            self._free += (await self._caller.call(request, wire.SliceIds)).ids
-        taken, self._free = self._free[:count], self._free[count:]
+        async with self._lock:
+            while len(self._free) < count:
+                request = wire.NewSlices(max(ID_BLOCK, count - len(self._free)))
+                self._free += (await self._caller.call(request, wire.SliceIds)).ids
+            taken, self._free = self._free[:count], self._free[count:]
         return taken
 
 

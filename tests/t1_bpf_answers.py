@@ -164,6 +164,8 @@ ANSWERED = [
     Case("GETXATTR, 255 bytes", kernel.getxattr(FILE, b"u" * 255), "ANSWERED_ABSENT", error=-errno.ENODATA),
     Case("LISTXATTR", kernel.listxattr(FILE, 100), "ANSWERED"),
     Case("LISTXATTR of size 0", kernel.listxattr(FILE, 0), "ANSWERED", bytes(8)),
+    Case("IOCTL", kernel.ioctl(FILE), "ANSWERED", error=-errno.ENOSYS),
+    Case("IOCTL with data", kernel.ioctl(GONE, bytes(64)), "ANSWERED", error=-errno.ENOSYS),
 ]
 
 MISSED = [
@@ -237,8 +239,9 @@ EVERY_KIND = [
     kernel.getxattr(FILE, b"user.a"),
     kernel.listxattr(FILE, 0),
     kernel.statfs(),
+    kernel.ioctl(FILE),
 ]
-FROM_MAPS = [request for request in EVERY_KIND if request.opcode not in (17, 18, 25, 29)]
+FROM_MAPS = [request for request in EVERY_KIND if request.opcode not in (17, 18, 25, 29, 39)]
 
 
 def kind(request: Request) -> str:

@@ -63,6 +63,39 @@ class OpenedVersions:
         self._versions.clear()
 
 
+class OldPages:
+    """Has the kernel drop the pages of files one by one, in the background; ``feeder`` is told of each."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.feeder: Feeder
+        self._kernel = kernel
+        self._waiting: dict[int, None] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def drop(self, ino: int) -> None:
+        """Drop a file's pages soon."""
+        self._waiting[ino] = None
+        if self._task is None:
+            self._task = asyncio.create_task(self._work(), name="old pages")
+
+    async def _work(self) -> None:
+        try:
+            while self._waiting:
+                batch = list(itertools.islice(self._waiting, _AT_ONCE))
+                await _in_batches(self._drop(ino) for ino in batch)
+        except OSError as error:
+            _log.error("the kernel's pages cannot be dropped, so the files are not cached: %s", error)
+            self._waiting.clear()
+        finally:
+            self._task = None
+
+    async def _drop(self, ino: int) -> None:
+        with self.feeder.begin() as token:
+            del self._waiting[ino]
+            await self._kernel.invalidate_inode(ino)
+            self.feeder.pages_dropped(token, ino)
+
+
 class Changes:
     """The session's three callbacks: :meth:`apply`, :meth:`renewed` and :meth:`lost`."""
 

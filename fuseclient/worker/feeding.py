@@ -27,11 +27,25 @@ _RECENT: Final = 1024
 
 
 class Feeder:
-    """The one way into the maps. ``is_written`` says whether an inode is open for writing."""
+    """The one way into the maps. ``is_written`` says whether an inode is open for writing.
 
-    def __init__(self, cache: Cache, is_written: Callable[[int], bool]) -> None:
+    ``inherits``: the kernel may hold pages of files that an earlier worker knew of. Once everything is dropped, a file
+    is not put before the kernel has dropped its pages, which ``on_old_pages`` is to see to.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        is_written: Callable[[int], bool],
+        *,
+        inherits: bool = False,
+        on_old_pages: Callable[[int], None] = lambda ino: None,
+    ) -> None:
         self._cache = cache
         self._is_written = is_written
+        self._inherits = inherits
+        self._on_old_pages = on_old_pages
+        self._distrusts_pages = False
         self._guard = Guard()
         self._recent: OrderedDict[int, int] = OrderedDict()
         #: Rises with everything that is dropped.
@@ -93,7 +107,20 @@ class Feeder:
             attributes.nlink > 0
             and not self._is_written(attributes.ino)
             and attributes.version >= self._recent.get(attributes.ino, 0)
+            and not self._has_old_pages(attributes)
         )
+
+    def _has_old_pages(self, attributes: wire.Attributes) -> bool:
+        """Say whether the kernel may hold pages of a file that nobody here knows of; they are to go then."""
+        if not self._distrusts_pages or not stat.S_ISREG(attributes.mode) or attributes.ino in self.paged:
+            return False
+        self._on_old_pages(attributes.ino)
+        return True
+
+    def pages_dropped(self, token: Token, ino: int) -> None:
+        """The kernel has dropped an inode's pages, which it was told to after the token was taken."""
+        if self._guard.may_put(token, ino):
+            self.paged.add(ino)
 
     def _put_inode(self, attributes: wire.Attributes, content: bytes | None) -> None:
         self._note_pages(attributes)
@@ -157,6 +184,7 @@ class Feeder:
     def drop_everything(self) -> None:
         """Forget all there is."""
         self.generation += 1
+        self._distrusts_pages = self._inherits
         self._guard.dropped_all()
         self._recent.clear()
         self._cache.bump_epoch()

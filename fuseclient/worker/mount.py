@@ -13,7 +13,7 @@ from fuseclient.data.objects import StoreError, open_store
 from fuseclient.data.reader import Reader
 from fuseclient.data.unused import UnusedObjects
 from fuseclient.data.writer import Writer
-from fuseclient.worker.changes import Changes, Kernel, OpenedVersions
+from fuseclient.worker.changes import Changes, Kernel, OldPages, OpenedVersions
 from fuseclient.worker.directories import WINDOW, Directories
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.lease import Lease
@@ -80,7 +80,10 @@ class Mount:
         config, cache, session = self._config, self._cache, self._session
         open_handles: Counter[int] = Counter()
         self._lease = lease = Lease(cache, config.options.kernel_ttl_s)
-        feeder = Feeder(cache, lambda ino: self._writer.is_open(ino))
+        old_pages = OldPages(self._kernel)
+        inherits = config.session is not None and config.maps is not None
+        feeder = Feeder(cache, lambda ino: self._writer.is_open(ino), inherits=inherits, on_old_pages=old_pages.drop)
+        old_pages.feeder = feeder
         self._writer = Writer(
             session, self._store, opened.inline_limit, lambda changed: feeder.changed(changed.attributes)
         )

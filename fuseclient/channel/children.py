@@ -21,7 +21,7 @@ from fuseclient.volumes import Embedded
 _log = logging.getLogger(__name__)
 
 _START_S: Final = 30.0
-_FIGURES_S: Final = 5.0
+_FIGURES_S: Final = 1.0
 _LINE_MAX: Final = 1 << 20
 #: Not among the constants of Python's socket module.
 _SO_SNDBUFFORCE: Final = 32

@@ -444,13 +444,48 @@ class Statistics(_Message, tag=77):
 
 
 Request = (
-    Hello | CreateVolume | OpenSession | Renew | CloseSession | Lookup | FetchDirectory | GetAttributes | SetAttributes
-    | MakeNode | Link | Remove | Rename | Reap | ReadLink | GetXattr | ListXattrs | SetXattr | RemoveXattr | GetContent
-    | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices
+    Hello
+    | CreateVolume
+    | OpenSession
+    | Renew
+    | CloseSession
+    | Lookup
+    | FetchDirectory
+    | GetAttributes
+    | SetAttributes
+    | MakeNode
+    | Link
+    | Remove
+    | Rename
+    | Reap
+    | ReadLink
+    | GetXattr
+    | ListXattrs
+    | SetXattr
+    | RemoveXattr
+    | GetContent
+    | WriteInline
+    | NewSlices
+    | CommitSlices
+    | GetStatistics
+    | ListSlices
+    | ForgetSlices
 )
 Reply = (
-    Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
-    | XattrNames | Content | SliceIds | Statistics
+    Failure
+    | Done
+    | Welcome
+    | SessionOpened
+    | Renewed
+    | Found
+    | DirectoryPage
+    | Changed
+    | TargetIs
+    | XattrIs
+    | XattrNames
+    | Content
+    | SliceIds
+    | Statistics
 )
 
 _T = TypeVar("_T")

@@ -48,9 +48,9 @@ static void fail(int line, const char *condition)
 
 struct worker {
 	int fuse, notify;
-	long answers;			/* answers so many requests and dies with the next in its hands */
-	uint32_t fatal;			/* dies with the first request of this opcode in its hands */
-	bool nonsense;			/* answers with what is not a reply */
+	long answers;   /* answers so many requests and dies with the next in its hands */
+	uint32_t fatal; /* dies with the first request of this opcode in its hands */
+	bool nonsense;  /* answers with what is not a reply */
 	pthread_t thread;
 };
 

@@ -18,10 +18,10 @@
 #include "channel_internal.h"
 
 enum {
-	INIT_TOKEN = 2,			/* below every pending's token, which have a generation of 1 or more */
+	INIT_TOKEN = 2, /* below every pending's token, which have a generation of 1 or more */
 	WORKER_PROTOCOL_MINOR = 38,
 	REPLIES_A_TURN = 64,
-	ERROR_LIMIT = 511,		/* the kernel takes -511 .. 0 */
+	ERROR_LIMIT = 511, /* the kernel takes -511 .. 0 */
 };
 
 struct request {
@@ -136,8 +136,8 @@ static void entry_hand_over(struct bpfuse_channel *channel, uint32_t entry)
 		pthread_mutex_unlock(&channel->lock);
 		return;
 	}
-	io_uring_prep_msg_ring(sqe, channel->queues[queue].ring.ring_fd, 0,
-			       (uint64_t)BPFUSE_MAGIC_WAKE << 32 | entry, 0);
+	io_uring_prep_msg_ring(sqe, channel->queues[queue].ring.ring_fd, 0, (uint64_t)BPFUSE_MAGIC_WAKE << 32 | entry,
+			       0);
 	sqe->flags |= IOSQE_CQE_SKIP_SUCCESS;
 }
 
@@ -300,8 +300,7 @@ static void reply_receive(struct bpfuse_channel *channel, size_t length)
 	struct fuse_out_header *header = (void *)channel->reply_buffer;
 	struct pending *pending = NULL;
 	struct origin origin = { 0 };
-	bool whole = length >= sizeof(*header) && header->len == length &&
-		     length <= sizeof(*header) + BPFUSE_PAYLOAD;
+	bool whole = length >= sizeof(*header) && header->len == length && length <= sizeof(*header) + BPFUSE_PAYLOAD;
 
 	if (whole && header->unique == INIT_TOKEN) {
 		worker_initialised(channel, header);
@@ -328,8 +327,8 @@ static void reply_receive(struct bpfuse_channel *channel, size_t length)
 static void drain_replies(struct bpfuse_channel *channel)
 {
 	for (int i = 0; i < REPLIES_A_TURN; i++) {
-		ssize_t length = recv(channel->worker.fuse_socket, channel->reply_buffer, MESSAGE_MAX,
-				      MSG_DONTWAIT | MSG_TRUNC);
+		ssize_t length =
+			recv(channel->worker.fuse_socket, channel->reply_buffer, MESSAGE_MAX, MSG_DONTWAIT | MSG_TRUNC);
 
 		if (length < 0 && (errno == EAGAIN || errno == EINTR))
 			break;

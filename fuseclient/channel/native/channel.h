@@ -12,32 +12,32 @@
 struct bpfuse_channel;
 
 struct bpfuse_channel_options {
-	const char *mountpoint;		/* absolute */
-	const char *source;		/* the first column of /proc/mounts */
+	const char *mountpoint; /* absolute */
+	const char *source;     /* the first column of /proc/mounts */
 	int read_only;
 	int allow_other;
-	int uring;			/* 1: FUSE-over-io_uring; 0: every request is read from /dev/fuse */
-	int entries_fd;			/* the `entries` map; with uring only */
-	__u32 depth;			/* ring entries of each queue whose CPU is online */
+	int uring;      /* 1: FUSE-over-io_uring; 0: every request is read from /dev/fuse */
+	int entries_fd; /* the `entries` map; with uring only */
+	__u32 depth;    /* ring entries of each queue whose CPU is online */
 };
 
 /* What the channel has done so far. Counts, never reset. */
 struct bpfuse_channel_figures {
-	__u64 forwarded[64];		/* by opcode: requests sent to a worker */
-	__u64 committed;		/* replies committed on a ring */
-	__u64 held;			/* requests waiting for a worker at this moment */
-	__u64 replayed;			/* sent again to the next worker */
-	__u64 refused;			/* answered EIO because the worker died with them and they cannot be repeated */
-	__u64 interrupted;		/* answered EINTR while they were held */
-	__u64 notifications;		/* written to /dev/fuse for the worker */
+	__u64 forwarded[64]; /* by opcode: requests sent to a worker */
+	__u64 committed;     /* replies committed on a ring */
+	__u64 held;          /* requests waiting for a worker at this moment */
+	__u64 replayed;      /* sent again to the next worker */
+	__u64 refused;       /* answered EIO because the worker died with them and they cannot be repeated */
+	__u64 interrupted;   /* answered EINTR while they were held */
+	__u64 notifications; /* written to /dev/fuse for the worker */
 	__u64 malformed_requests;
 	__u64 malformed_replies;
-	__u64 stale_replies;		/* for requests that are no longer open */
-	__u64 device_errors;		/* writes to /dev/fuse that failed, notifications of absent inodes aside */
-	__u64 ring_errors;		/* completions and submissions that failed, the end of the mount aside */
-	__u64 dropped;			/* one-way messages (FORGET) that no worker was there to take */
-	__u32 queues, entries, pinned;	/* queue threads, ring entries, threads bound to their CPU */
-	__u32 worker_ready;		/* 1: a worker has answered INIT */
+	__u64 stale_replies;           /* for requests that are no longer open */
+	__u64 device_errors;           /* writes to /dev/fuse that failed, notifications of absent inodes aside */
+	__u64 ring_errors;             /* completions and submissions that failed, the end of the mount aside */
+	__u64 dropped;                 /* one-way messages (FORGET) that no worker was there to take */
+	__u32 queues, entries, pinned; /* queue threads, ring entries, threads bound to their CPU */
+	__u32 worker_ready;            /* 1: a worker has answered INIT */
 };
 
 /* The number of ring entries that a channel of this depth needs: the size of the `entries` map. */

@@ -25,34 +25,34 @@
 #include "channel.h"
 
 enum {
-	MESSAGE_MAX = BPFUSE_PAYLOAD + 4096,	/* the largest classic FUSE message either way */
+	MESSAGE_MAX = BPFUSE_PAYLOAD + 4096, /* the largest classic FUSE message either way */
 	MAX_QUEUES = 4096,
-	MAX_COPIES = 1 << 16,			/* requests and one-way messages held in copies at one time */
+	MAX_COPIES = 1 << 16, /* requests and one-way messages held in copies at one time */
 };
 
 enum pending_state { PENDING_IDLE, PENDING_HELD, PENDING_SENT };
 
 /* Where a request's bytes lie, and so how its reply is given back. */
 enum pending_kind {
-	PENDING_ENTRY,		/* in a ring entry; the queue's owner commits the reply */
-	PENDING_COPY,		/* in `bytes`; the reply is written to /dev/fuse */
-	PENDING_ONE_WAY,	/* in `bytes`; there is no reply */
+	PENDING_ENTRY,   /* in a ring entry; the queue's owner commits the reply */
+	PENDING_COPY,    /* in `bytes`; the reply is written to /dev/fuse */
+	PENDING_ONE_WAY, /* in `bytes`; there is no reply */
 };
 
 struct origin {
 	enum pending_kind kind;
-	uint32_t index;			/* in channel.pendings, and of the ring entry if it is one */
-	uint64_t unique;		/* the kernel's; the worker sees the token in its place */
+	uint32_t index;  /* in channel.pendings, and of the ring entry if it is one */
+	uint64_t unique; /* the kernel's; the worker sees the token in its place */
 };
 
 struct pending {
 	struct origin origin;
 	enum pending_state state;
-	uint32_t generation;		/* rises with each use, so that a late reply is recognised */
+	uint32_t generation; /* rises with each use, so that a late reply is recognised */
 	uint32_t opcode;
-	bool interrupted;		/* while held: to be answered EINTR */
-	atomic_bool replied;		/* the bridge has put the reply in the ring entry */
-	struct pending *next;		/* in the held or the free list */
+	bool interrupted;     /* while held: to be answered EINTR */
+	atomic_bool replied;  /* the bridge has put the reply in the ring entry */
+	struct pending *next; /* in the held or the free list */
 	void *bytes;
 	size_t length;
 };
@@ -61,23 +61,23 @@ struct queue {
 	struct bpfuse_channel *channel;
 	pthread_t thread;
 	bool started;
-	uint32_t id, first, count;	/* the kernel's queue id, and the entries first .. first + count - 1 */
+	uint32_t id, first, count; /* the kernel's queue id, and the entries first .. first + count - 1 */
 	bool online;
 	struct io_uring ring;
 	bool ring_open;
 	struct iovec (*vectors)[2];
-	uint32_t live;			/* entries the kernel may still complete */
+	uint32_t live; /* entries the kernel may still complete */
 };
 
 struct worker_link {
-	int fuse_socket;		/* -1: none */
-	bool ready;			/* has answered INIT */
+	int fuse_socket; /* -1: none */
+	bool ready;      /* has answered INIT */
 };
 
 struct bpfuse_channel {
 	int device;
-	int event;			/* to the owner of the channel */
-	int wake;			/* to the bridge: look at the held list and the worker */
+	int event; /* to the owner of the channel */
+	int wake;  /* to the bridge: look at the held list and the worker */
 	bool uring, mounted;
 	atomic_bool ended, closing;
 
@@ -88,24 +88,24 @@ struct bpfuse_channel {
 	atomic_uint pinned;
 
 	pthread_mutex_t lock;
-	uint32_t queues_reported;	/* queue threads that are registered or have failed */
-	int start_error;		/* of the first that failed */
+	uint32_t queues_reported; /* queue threads that are registered or have failed */
+	int start_error;          /* of the first that failed */
 	pthread_cond_t queue_reported;
 	struct worker_link worker;
-	int next_fuse_socket;		/* of a worker that the bridge is to take up; -1: none */
-	struct pending **pendings;	/* [0, entry_count) are the ring entries', the rest copies */
+	int next_fuse_socket;      /* of a worker that the bridge is to take up; -1: none */
+	struct pending **pendings; /* [0, entry_count) are the ring entries', the rest copies */
 	uint32_t pending_count;
 	struct pending *free_copies;
 	struct pending *held_head, **held_tail;
 	uint32_t held_count;
-	struct bpfuse_channel_figures figures;	/* under lock, but for `committed` */
+	struct bpfuse_channel_figures figures; /* under lock, but for `committed` */
 	atomic_ullong committed;
 
 	struct io_uring bridge_ring;
 	uint8_t *reply_buffer, *device_buffer;
 	pthread_t bridge, reader;
 	bool bridge_started, reader_started, ring_ready;
-	uint32_t notifiers;		/* threads; under lock */
+	uint32_t notifiers; /* threads; under lock */
 	pthread_cond_t notifier_ended;
 };
 

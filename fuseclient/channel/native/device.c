@@ -22,7 +22,7 @@
 #define INIT_OVER_IO_URING (1ull << 41)
 
 enum {
-	PROTOCOL_MINOR = 44,		/* FUSE-over-io_uring is 7.42; INC_EPOCH, the newest thing used, 7.44 */
+	PROTOCOL_MINOR = 44, /* FUSE-over-io_uring is 7.42; INC_EPOCH, the newest thing used, 7.44 */
 	MAX_BACKGROUND = 64,
 	MOUNT_WAIT_MS = 10000,
 };
@@ -69,7 +69,7 @@ static ssize_t device_read(struct bpfuse_channel *channel)
 
 		if (length >= 0)
 			return length;
-		if (errno == EINTR || errno == ENOENT)	/* ENOENT: the request was aborted while it was read */
+		if (errno == EINTR || errno == ENOENT) /* ENOENT: the request was aborted while it was read */
 			continue;
 		return -errno;
 	}
@@ -77,8 +77,9 @@ static ssize_t device_read(struct bpfuse_channel *channel)
 
 static uint64_t init_capabilities(const struct bpfuse_channel *channel)
 {
-	uint64_t flags = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_MAX_PAGES | FUSE_DO_READDIRPLUS | FUSE_PARALLEL_DIROPS |
-			 FUSE_EXPLICIT_INVAL_DATA | FUSE_CACHE_SYMLINKS | FUSE_ASYNC_DIO | FUSE_INIT_EXT;
+	uint64_t flags = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_MAX_PAGES | FUSE_DO_READDIRPLUS |
+			 FUSE_PARALLEL_DIROPS | FUSE_EXPLICIT_INVAL_DATA | FUSE_CACHE_SYMLINKS | FUSE_ASYNC_DIO |
+			 FUSE_INIT_EXT;
 
 	return channel->uring ? flags | INIT_OVER_IO_URING : flags;
 }
@@ -156,8 +157,8 @@ static int channel_mount(struct bpfuse_channel *channel, const struct bpfuse_cha
 	return 0;
 }
 
-static int channel_map_entries(struct bpfuse_channel *channel, const struct bpfuse_channel_options *options, char *error,
-			       size_t size)
+static int channel_map_entries(struct bpfuse_channel *channel, const struct bpfuse_channel_options *options,
+			       char *error, size_t size)
 {
 	int result = queue_layout(options->depth, &channel->queues, &channel->queue_count, &channel->entry_count);
 

@@ -50,8 +50,7 @@ void pending_free_all(struct bpfuse_channel *channel)
 }
 
 /* Returns a pending that holds a copy of a message, or NULL without memory or with too many held already. */
-struct pending *pending_copy(struct bpfuse_channel *channel, enum pending_kind kind, const void *message,
-			     size_t length)
+struct pending *pending_copy(struct bpfuse_channel *channel, enum pending_kind kind, const void *message, size_t length)
 {
 	struct pending *pending = channel->free_copies;
 	void *bytes = malloc(length);
@@ -95,7 +94,8 @@ struct pending *pending_by_unique(struct bpfuse_channel *channel, uint64_t uniqu
 	for (uint32_t i = 0; i < channel->pending_count; i++) {
 		struct pending *pending = channel->pendings[i];
 
-		if (pending->state != PENDING_IDLE && pending->origin.kind != PENDING_ONE_WAY && pending->origin.unique == unique)
+		if (pending->state != PENDING_IDLE && pending->origin.kind != PENDING_ONE_WAY &&
+		    pending->origin.unique == unique)
 			return pending;
 	}
 	return NULL;

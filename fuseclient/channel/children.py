@@ -103,6 +103,9 @@ class Worker(Child):
     notify_socket: socket.socket
     _status: socket.socket
     _asking: asyncio.Lock
+    #: What the worker has said and nobody has read yet, and how many answers it owes.
+    _said: bytearray
+    _owed: int
 
     @classmethod
     async def start(
@@ -148,6 +151,7 @@ class Worker(Child):
         status.setblocking(False)
         self._status = status
         self._asking = asyncio.Lock()
+        self._said, self._owed = bytearray(), 0
         line = await _read_line(status.fileno(), self)
         try:
             said = msgspec.json.decode(line, type=dict[str, Any])
@@ -160,20 +164,28 @@ class Worker(Child):
 
     async def figures(self) -> dict[str, Any] | None:
         """Ask the worker for its figures; ``None`` if it does not answer in time."""
-        loop = asyncio.get_running_loop()
         async with self._asking:
             try:
                 async with asyncio.timeout(_FIGURES_S):
-                    await loop.sock_sendall(self._status, b"figures\n")
-                    received = bytearray()
-                    while not received.endswith(b"\n"):
-                        piece = await loop.sock_recv(self._status, 65536)
-                        if not piece or len(received) > _LINE_MAX:
-                            return None
-                        received += piece
-            except (OSError, TimeoutError):
+                    await asyncio.get_running_loop().sock_sendall(self._status, b"figures\n")
+                    self._owed += 1
+                    return dict(msgspec.json.decode(await self._newest_line(), type=dict[str, Any]))
+            except (OSError, TimeoutError, msgspec.DecodeError):
                 return None
-        return dict(msgspec.json.decode(bytes(received), type=dict[str, Any]))
+
+    async def _newest_line(self) -> bytes:
+        """Return the answer to the last question; those to earlier ones, which came too late, are passed over."""
+        line = b""
+        while self._owed:
+            while b"\n" not in self._said:
+                piece = await asyncio.get_running_loop().sock_recv(self._status, 65536)
+                if not piece or len(self._said) > _LINE_MAX:
+                    raise ConnectionResetError("the worker ended its answer in the middle, or it is too long")
+                self._said += piece
+            line, _, rest = bytes(self._said).partition(b"\n")
+            self._said = bytearray(rest)
+            self._owed -= 1
+        return line
 
     def release(self) -> None:
         """Close what is left of the sockets of a worker that has ended."""

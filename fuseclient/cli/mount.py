@@ -28,7 +28,7 @@ def mount(
         typer.Option(help="answer requests in the kernel: where possible, or fail, or not"),
     ] = "auto",
     profile: Annotated[
-        Literal["general", "dataset"], typer.Option(help="dataset: read-only, with the fewest requests")
+        Literal["general", "dataset"], typer.Option(help="dataset: mounted read-only")
     ] = "general",
     read_only: Annotated[bool, typer.Option("--read-only", help="refuse every change")] = False,
     kernel_cache_size: Annotated[str, typer.Option(metavar="SIZE", help="kernel memory for BPF maps")] = format_size(

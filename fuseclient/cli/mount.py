@@ -27,9 +27,7 @@ def mount(
         Literal["auto", "bpf", "off"],
         typer.Option(help="answer requests in the kernel: where possible, or fail, or not"),
     ] = "auto",
-    profile: Annotated[
-        Literal["general", "dataset"], typer.Option(help="dataset: mounted read-only")
-    ] = "general",
+    profile: Annotated[Literal["general", "dataset"], typer.Option(help="dataset: mounted read-only")] = "general",
     read_only: Annotated[bool, typer.Option("--read-only", help="refuse every change")] = False,
     kernel_cache_size: Annotated[str, typer.Option(metavar="SIZE", help="kernel memory for BPF maps")] = format_size(
         _DEFAULTS.kernel_cache_bytes

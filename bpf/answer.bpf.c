@@ -65,6 +65,18 @@ static void begin(struct request *request, const struct bpfuse_control *control,
 	request->error = 0;
 }
 
+/* There are no ioctls, and the worker would say so too. Python's open() makes one for each file: is it a terminal? */
+static enum bpfuse_outcome answer_ioctl(struct request *request)
+{
+	const struct fuse_ioctl_in *in = (const void *)request->entry->uring.op_in;
+	enum bpfuse_outcome outcome;
+
+	outcome = check_request(request, sizeof(*in), in->in_size, in->in_size);
+	if (outcome == BPFUSE_ANSWERED)
+		request->error = -ENOSYS;
+	return outcome;
+}
+
 static enum bpfuse_outcome dispatch(struct request *request, __u32 opcode)
 {
 	switch (opcode) {
@@ -91,6 +103,8 @@ static enum bpfuse_outcome dispatch(struct request *request, __u32 opcode)
 		return answer_flush(request);
 	case FUSE_STATFS:
 		return answer_statfs(request);
+	case FUSE_IOCTL:
+		return answer_ioctl(request);
 	default:
 		return BPFUSE_MISS_OPCODE;
 	}
@@ -118,7 +132,7 @@ static enum bpfuse_outcome answer(const struct bpfuse_control *control, struct b
 	outcome = dispatch(&request, opcode);
 	entry->outcome = outcome;
 	count(opcode, outcome);
-	if (outcome == BPFUSE_ANSWERED || outcome == BPFUSE_ANSWERED_ABSENT)
+	if (outcome == BPFUSE_ANSWERED || outcome == BPFUSE_ANSWERED_ABSENT || outcome == BPFUSE_ANSWERED_PASSTHROUGH)
 		finish(&request);
 	return outcome;
 }

@@ -2,6 +2,9 @@
 /*
  * OPEN for reading, OPENDIR, and RELEASE, RELEASEDIR and FLUSH of the handles they gave out: BPFUSE_FH_KERNEL_BIT and
  * the inode. Each such handle is counted in `opens` until its release, so that the worker knows which inodes are in use.
+ *
+ * The kernel refuses an open in passthrough of an inode that is open cached, and the other way round. The worker sees
+ * to it that an inode's value says the same as long as it is open.
  */
 #ifndef BPFUSE_HANDLES_BPF_H
 #define BPFUSE_HANDLES_BPF_H
@@ -17,6 +20,9 @@
 /* What may stand in the flags of an open that is answered here; all else is for the worker to see. */
 #define OPEN_HARMLESS \
 	(O_LARGEFILE | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | O_NOATIME | O_NOCTTY | O_SYNC | OPEN_FOR_EXEC)
+
+/* Of fuse_open_out.open_flags, since Linux 6.9; the backing id then stands in the last word. */
+#define OPEN_PASSTHROUGH (1 << 7)
 
 static enum bpfuse_outcome answer_any_open(struct request *request, __u32 type, __u32 allowed, __u32 reply_flags)
 {
@@ -35,7 +41,7 @@ static enum bpfuse_outcome answer_any_open(struct request *request, __u32 type, 
 	outcome = inode_peek(request, request->nodeid, &inode);
 	if (outcome != BPFUSE_ANSWERED)
 		return outcome;
-	if ((inode.mode & MODE_TYPE) != type)
+	if ((inode.mode & MODE_TYPE) != type || inode.flags & BPFUSE_INODE_WORKER_OPENS)
 		return BPFUSE_MISS_FLAGS;
 	count = bpf_map_lookup_elem(&opens, &slot);
 	if (!count)
@@ -47,10 +53,10 @@ static enum bpfuse_outcome answer_any_open(struct request *request, __u32 type, 
 		return BPFUSE_MISS_RACE;
 	}
 	out->fh = FH_KERNEL | request->nodeid;
-	out->open_flags = reply_flags;
-	out->padding = 0;
+	out->open_flags = inode.backing_id ? OPEN_PASSTHROUGH | FOPEN_NOFLUSH : reply_flags;
+	out->padding = inode.backing_id;
 	request->reply_size = sizeof(*out);
-	return BPFUSE_ANSWERED;
+	return inode.backing_id ? BPFUSE_ANSWERED_PASSTHROUGH : BPFUSE_ANSWERED;
 }
 
 static enum bpfuse_outcome answer_open(struct request *request)

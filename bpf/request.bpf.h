@@ -54,7 +54,8 @@ static bool inode_still(__u64 ino, __u64 version)
 	return value && READ_ONCE(value->version) == version;
 }
 
-static enum bpfuse_outcome inode_peek(const struct request *request, __u64 ino, struct bpfuse_inode_value *out)
+/* The value as it is: of an inode that is open for writing it has a mode of 0, and says only whether there are xattrs. */
+static enum bpfuse_outcome inode_peek_any(const struct request *request, __u64 ino, struct bpfuse_inode_value *out)
 {
 	const struct bpfuse_inode_value *value = bpf_map_lookup_elem(&inodes, &ino);
 	__u64 version;
@@ -67,6 +68,13 @@ static enum bpfuse_outcome inode_peek(const struct request *request, __u64 ino, 
 	barrier();
 	out->version = version;
 	return out->epoch == request->epoch ? BPFUSE_ANSWERED : BPFUSE_MISS_EPOCH;
+}
+
+static enum bpfuse_outcome inode_peek(const struct request *request, __u64 ino, struct bpfuse_inode_value *out)
+{
+	enum bpfuse_outcome outcome = inode_peek_any(request, ino, out);
+
+	return outcome == BPFUSE_ANSWERED && !out->mode ? BPFUSE_MISS_FLAGS : outcome;
 }
 
 static __u64 ttl_seconds(const struct request *request)

@@ -24,10 +24,16 @@ class MountOptions(msgspec.Struct, frozen=True, kw_only=True):
     kernel_cache_bytes: int = 256 * 1024 * 1024
     #: The longest time-to-live given to the kernel's own caches, in seconds; None: what is left of the lease.
     kernel_ttl_s: float | None = None
+    #: Where file content is kept, absolute, in a directory for each volume; None: below /var/cache/bpfuse.
+    cache_directory: str | None = None
+    #: The most that may lie there, 0: nothing; None: the default, and no second copy of objects of this machine.
+    cache_bytes: int | None = None
     #: Ring entries of each queue; None: by the number of CPUs.
     queue_depth: int | None = None
     #: Lease length that an embedded metaserver gives, in seconds.
     lease_s: float = 30.0
+    #: When an embedded metaserver's commits are durable: "commit" or "interval".
+    durability: str = "commit"
     #: Absolute; None: standard error.
     log_file: str | None = None
     log_level: str = "INFO"
@@ -58,6 +64,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     volume: str
     #: One end of the SOCK_SEQPACKET pair that carries FUSE messages.
     fuse_fd: int
+    #: One end of the SOCK_SEQPACKET pair that carries the FUSE requests that pyfuse3 has no method for.
+    extra_fd: int
     #: One end of the SOCK_SEQPACKET pair that carries notifications to the kernel and their results.
     notify_fd: int
     #: A pipe: the worker writes one JSON line, {"ready": true, "session": hex} or {"error": text}, and later figures.

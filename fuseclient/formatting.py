@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -9,22 +10,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fuseclient import servers
+from fuseclient.data.objects import StoreError, open_store, parse_store_url
 from fuseclient.errors import UserError, reason
 from fuseclient.volumes import Embedded, Remote, parse_store, parse_volume
 from metaserver import wire
 
 
-def format_volume(url: str, store: str | None, inline_limit: int) -> str:
+def format_volume(url: str, store: str | None, inline_limit: int, compression: str | None = None) -> str:
     """Make the volume and return its URL. ``inline_limit``: bytes up to which a file lies in the metadata engine.
+
+    ``compression``: none, lz4 or zstd, of the objects in the store.
 
     Raises :exc:`UserError`; nothing is left behind then.
     """
     if not 0 <= inline_limit <= wire.MAX_INLINE:
         raise UserError(f"the inline limit is from 0 to {wire.MAX_INLINE} bytes, not {inline_limit}")
     volume = parse_volume(url)
-    store_url = parse_store(store) if store is not None else None
+    store_url = parse_store(store, compression) if store is not None else None
+    if store_url is not None and not parse_store_url(store_url).is_local:
+        _check_store(store_url)
     if isinstance(volume, Embedded):
-        _format_embedded(volume, store_url or volume.store_url, inline_limit)
+        _format_embedded(volume, store_url or parse_store(f"file://{volume.blocks}", compression), inline_limit)
     else:
         _format_remote(volume, store_url, inline_limit)
     return volume.url
@@ -34,6 +40,22 @@ def _format_remote(volume: Remote, store: str | None, inline_limit: int) -> None
     if store is None:
         raise UserError(f"{volume.url} needs a store for its data: add --store file:///directory")
     servers.create_volume(volume.address, wire.CreateVolume(volume.name, store, inline_limit))
+
+
+def _check_store(url: str) -> None:
+    """Raise :exc:`UserError` unless the store answers."""
+
+    async def look() -> None:
+        store = open_store(url)
+        try:
+            await store.check()
+        finally:
+            store.close()
+
+    try:
+        asyncio.run(look())
+    except StoreError as error:
+        raise UserError(f"the store {url} cannot be used: {error}") from None
 
 
 def _format_embedded(volume: Embedded, store: str, inline_limit: int) -> None:

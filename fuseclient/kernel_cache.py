@@ -19,6 +19,7 @@ from fuseclient.config import MapFds
 from metaserver.wire import Attributes, DirectoryEntry, InodeFlag
 
 _FOREVER_NS: Final = 2**64 - 1
+_NO_SIZE: Final = 2**64 - 1
 _BATCH: Final[int] = lib.BPFUSE_BATCH
 _PAGE: Final[int] = lib.BPFUSE_PAGE
 _NO_DATA: Final[int] = lib.BPFUSE_NO_DATA
@@ -59,25 +60,32 @@ class Cache(Protocol):
     ) -> None: ...
     def drop_statfs(self) -> None: ...
     def is_open(self, ino: int) -> bool: ...
+    def opened(self, ino: int) -> None: ...
     def released(self, ino: int) -> None: ...
+    def set_backing(self, ino: int, backing_id: int) -> bool: ...
+    def forget_backing(self, ino: int) -> None: ...
     def figures(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
 
 
 class KernelCache:
     """The maps of an accelerated mount. ``kernel_ttl_s`` bounds the time-to-live in replies; ``None``: the lease does.
+    Files of ``worker_opens_bytes`` or more are opened by the worker unless they have a backing; ``None``: no files.
 
     Raises :exc:`native.NativeError` if the maps cannot be mapped, :exc:`ValueError` once it is closed. Filling and
     dropping never fail: see :file:`cache_fill.c`.
     """
 
-    def __init__(self, fds: MapFds, kernel_ttl_s: float | None = None) -> None:
+    def __init__(
+        self, fds: MapFds, kernel_ttl_s: float | None = None, worker_opens_bytes: int | None = None
+    ) -> None:
         self._fds = fds
         self._cache: Any = None
         options = ffi.new("struct bpfuse_cache_options *")
         options.control_fd, options.names_fd, options.inodes_fd = fds.control, fds.names, fds.inodes
         options.pages_fd, options.opens_fd, options.page_count = fds.pages, fds.opens, fds.page_count
         options.xattrs_flag = InodeFlag.HAS_XATTRS
+        options.worker_opens_size = _NO_SIZE if worker_opens_bytes is None else worker_opens_bytes
         out = ffi.new("struct bpfuse_cache **")
         native.check(lib.bpfuse_cache_open(out, options), "cannot map the kernel cache")
         self._cache = out[0]
@@ -182,12 +190,27 @@ class KernelCache:
         lib.bpfuse_cache_set_statfs(self._handle(), ffi.new("struct bpfuse_statfs *"))
 
     def is_open(self, ino: int) -> bool:
-        """Whether BPF may have given out a handle for this inode that is not released. False is certain."""
+        """Whether a handle of this inode, of BPF's or counted by :meth:`opened`, may be open. False is certain."""
         return bool(lib.bpfuse_cache_opens(self._handle(), ino))
 
+    def opened(self, ino: int) -> None:
+        """Count a handle that the worker gives out; it stays counted when this worker ends."""
+        lib.bpfuse_cache_opened(self._handle(), ino)
+
     def released(self, ino: int) -> None:
-        """Count the release, seen by the worker, of a handle that BPF gave out."""
+        """Count the release, seen by the worker, of a handle that BPF gave out or :meth:`opened` has counted."""
         lib.bpfuse_cache_released(self._handle(), ino)
+
+    def set_backing(self, ino: int, backing_id: int) -> bool:
+        """Have BPF open an inode with this backing, 0: have the worker open it, when it is put the next time.
+
+        False if the kernel cache knows of too many such inodes.
+        """
+        return int(lib.bpfuse_cache_set_backing(self._handle(), ino, backing_id)) == 0
+
+    def forget_backing(self, ino: int) -> None:
+        """Have an inode opened as its size says, when it is put the next time."""
+        lib.bpfuse_cache_forget_backing(self._handle(), ino)
 
     def figures(self) -> dict[str, Any]:
         """Return :func:`native.figures`, and what has gone wrong or been given up since this cache was made."""
@@ -257,7 +280,16 @@ class NoKernelCache:
     def is_open(self, ino: int) -> bool:
         return False
 
+    def opened(self, ino: int) -> None:
+        pass
+
     def released(self, ino: int) -> None:
+        pass
+
+    def set_backing(self, ino: int, backing_id: int) -> bool:
+        return False
+
+    def forget_backing(self, ino: int) -> None:
         pass
 
     def figures(self) -> dict[str, Any]:

@@ -86,6 +86,9 @@ def check(options: MountOptions) -> tuple[MountOptions, tuple[str, ...]]:
         raise UserError(f"this cannot be mounted here: {features.describe(missing)}; {missing[0].remedy}")
     mountpoint = _check_mountpoint(options.mountpoint)
     url = _check_volume(options.url, mountpoint)
+    if options.durability != "commit" and not isinstance(parse_volume(url), Embedded):
+        raise UserError("--durability is for embedded volumes; of others, it is an option of their metaserver")
+    _check_cache_directory(options.cache_directory, mountpoint)
     accel, notices = _check_acceleration(options.accel, found)
     if not _CACHE_MIN <= options.kernel_cache_bytes <= _CACHE_MAX:
         raise UserError(f"the kernel cache is from 1M to 64G, not {options.kernel_cache_bytes} bytes")
@@ -148,6 +151,17 @@ def _check_embedded(volume: Embedded, mountpoint: str) -> None:
     for record in runtime.live_records():
         if record.url == volume.url:
             raise UserError(f"{volume.url} is mounted already, at {record.mountpoint}")
+
+
+def _check_cache_directory(path: str | None, mountpoint: str) -> None:
+    if path is None:
+        return
+    if Path(os.path.realpath(path)).is_relative_to(mountpoint):
+        raise UserError(f"the cache directory {path} lies below the mount point {mountpoint}")
+    try:
+        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache directory {path} cannot be made: {reason(error)}") from None
 
 
 def _check_acceleration(accel: str, found: list[features.Feature]) -> tuple[str, tuple[str, ...]]:

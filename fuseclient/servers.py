@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -60,13 +60,13 @@ def check_volume(volume: Remote) -> None:
 
 
 @contextlib.contextmanager
-def embedded_server(volume: Embedded) -> Iterator[str]:
+def embedded_server(volume: Embedded, *options: str) -> Iterator[str]:
     """Run a metaserver on an embedded volume's metadata for as long as the body runs, and give its address."""
     with tempfile.TemporaryDirectory(prefix="bpfuse-") as directory:
         log = Path(directory) / "log"
         reading, writing = os.pipe()
         with open(reading, "rb", buffering=0) as ready:
-            server = _start(volume, log, writing)
+            server = _start(volume, log, writing, options)
             os.close(writing)
             try:
                 yield _wait_ready(server, ready.fileno(), log)
@@ -104,9 +104,9 @@ def _talk(address: str, body: Callable[[rpc.Connection], Awaitable[None]]) -> No
         raise UserError(f"no metaserver to talk to: {error}") from None
 
 
-def _start(volume: Embedded, log: Path, ready: int) -> subprocess.Popen[bytes]:
+def _start(volume: Embedded, log: Path, ready: int, options: Sequence[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-P", "-m", "metaserver", "--engine", volume.engine_url]
-    command += ["--listen", f"unix:{log.with_name('metaserver.sock')}", "--ready-fd", str(ready)]
+    command += ["--listen", f"unix:{log.with_name('metaserver.sock')}", "--ready-fd", str(ready), *options]
     with log.open("wb") as output:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=(ready,), start_new_session=True

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+from fuseclient.data.store_errors import StoreError
+from fuseclient.data.store_url import FORMS as STORE_FORMS
+from fuseclient.data.store_url import parse_store_url
 from fuseclient.errors import UserError, reason
 
 #: What the one volume of an embedded metaserver is called.
@@ -96,11 +99,23 @@ def parse_volume(url: str) -> Volume:
     raise UserError(f"not the URL of a volume: {url!r}; it is {_FORMS}")
 
 
-def parse_store(url: str) -> str:
-    """Return the encoded URL of the store that the user wrote as ``file:///directory``; raise :exc:`UserError`."""
-    if not url.startswith("file://"):
-        raise UserError(f"not the URL of a store: {url!r}; it is file:///directory")
-    return f"file://{quote(os.path.realpath(_absolute_path(url)))}"
+def parse_store(url: str, compression: str | None = None) -> str:
+    """Return the encoded URL of the store that the user wrote; raise :exc:`UserError`.
+
+    ``compression`` is an option of the URL, too. The path of a file URL is taken literally up to a question mark.
+    """
+    try:
+        if url.startswith("s3://"):
+            store = parse_store_url(url)
+        elif url.startswith("file://"):
+            place, _, query = url.partition("?")
+            encoded = f"file://{quote(os.path.realpath(_absolute_path(place)))}"
+            store = parse_store_url(f"{encoded}?{query}" if query else encoded)
+        else:
+            raise UserError(f"not the URL of a store: {url!r}; it is {STORE_FORMS}")
+        return str(store.compressed(compression) if compression is not None else store)
+    except StoreError as error:
+        raise UserError(str(error)) from None
 
 
 def _absolute_path(url: str) -> str:

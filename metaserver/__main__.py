@@ -1,4 +1,7 @@
-"""``python -m metaserver``: the command line of a metaserver."""
+"""``python -m metaserver``: the command line of a metaserver.
+
+``python -m metaserver [serve]`` serves volumes; ``fsck`` and ``gc`` work on one of an engine that nobody serves.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import os
 import sys
 from typing import NoReturn
 
-from metaserver import process, wire
+from metaserver import maintenance, process, wire
+from metaserver.engine import DURABILITIES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,18 +48,54 @@ def _descriptor(text: str) -> int:
     return number
 
 
+def main(arguments: list[str]) -> int:
+    """Run a command and return its exit code; a mistake prints one line and exits with 2."""
+    if arguments[:1] == ["fsck"]:
+        return maintenance.fsck(_parse_fsck(arguments[1:]))
+    if arguments[:1] == ["gc"]:
+        return maintenance.collect(_parse_gc(arguments[1:]))
+    return process.run(parse(arguments[arguments[:1] == ["serve"] :]))
+
+
+def _parse_fsck(arguments: list[str]) -> maintenance.Options:
+    parser = _Parser(prog="metaserver fsck", description="Check a volume that nobody serves.", allow_abbrev=False)
+    _add_volume(parser)
+    parser.add_argument("--repair", dest="change", action="store_true", help="repair what can be repaired")
+    parser.add_argument("--store", action="store_true", help="tell of slices, and ask which objects are lost")
+    return maintenance.Options(**vars(parser.parse_args(arguments)))
+
+
+def _parse_gc(arguments: list[str]) -> maintenance.Options:
+    parser = _Parser(prog="metaserver gc", description="Clear up a volume that nobody serves.", allow_abbrev=False)
+    _add_volume(parser)
+    parser.add_argument("--dry-run", dest="change", action="store_false", help="only count")
+    return maintenance.Options(**vars(parser.parse_args(arguments)))
+
+
+def _add_volume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", required=True, metavar="URL", help="lmdb:///directory")
+    parser.add_argument("--volume", required=True, metavar="NAME", help="the volume's name")
+
+
 def parse(arguments: list[str]) -> process.Options:
-    """Return the options; a mistake prints one line and exits with 2."""
+    """Return the options of a server; a mistake prints one line and exits with 2."""
     parser = _Parser(prog="metaserver", description="Serve bpfuse volumes.", allow_abbrev=False)
     parser.add_argument("--engine", required=True, metavar="URL", help="lmdb:///directory or memory://")
     parser.add_argument("--listen", required=True, type=_address, metavar="ADDRESS", help="unix:/path or tcp:host:port")
     parser.add_argument("--lease-s", type=_lease, default=30.0, metavar="SECONDS", help="lease length (default: 30)")
+    parser.add_argument(
+        "--durability",
+        choices=DURABILITIES,
+        default="commit",
+        help="interval: changes are acknowledged first and durable within 100 ms or at an fsync (default: commit)",
+    )
     parser.add_argument("--ready-fd", type=_descriptor, metavar="FD", help='gets "ready ADDRESS" and a newline')
     parser.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
     parser.add_argument("--insecure", action="store_true", help="allow plaintext TCP that other machines can reach")
     parser.add_argument("--die-with-parent", action="store_true", help="end when the starting process ends")
+    parser.add_argument("--no-janitor", dest="janitor", action="store_false", help="clear up nothing by itself")
     return process.Options(**vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":
-    sys.exit(process.run(parse(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

@@ -13,9 +13,10 @@ the rest in later ones. A file deleted leaves a rule by which all of its parts a
 
 from __future__ import annotations
 
+import hashlib
 import heapq
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 from typing import Final, NamedTuple
 
 from metaserver import keys, references
@@ -33,7 +34,7 @@ from metaserver.records import (
 )
 from metaserver.references import RESERVE
 from metaserver.volumes import Volume
-from metaserver.wire import ErrorCode, Slice
+from metaserver.wire import CompactSlices, ErrorCode, Slice
 
 CHUNK_BYTES: Final = 64 * 1024 * 1024
 
@@ -54,6 +55,11 @@ _SPARE_BYTES: Final = 256 * 1024
 #: Slices and parts that one GetContent may return and read.
 _MOST_READ: Final = 40_000
 _PARTS_READ: Final = 1024
+#: A hole of this part of a chunk is worth tidying for: whole objects may have become unused.
+_LARGE_HOLE: Final = 16
+#: Pieces, and chunks that have any, that :func:`seen` returns at once.
+_PIECES_SEEN: Final = 512
+_CHUNKS_SEEN: Final = 64
 #: Chunks that one sweep looks into, and rules that a file may have waiting for sweeps.
 _CHUNKS_SWEPT: Final = 64
 _MOST_RULES: Final = 64
@@ -120,6 +126,39 @@ def slices_of(snapshot: Snapshot, volume: Volume, ino: int, offset: int, length:
     return found
 
 
+def walk(snapshot: Snapshot, volume: Volume, ino: int, start: int, end: int) -> Iterator[tuple[int, list[Slice]]]:
+    """Yield the chunks in [start, end) that have parts, and what is seen there: pieces in order, without holes."""
+    rules = _rules(snapshot, volume, ino)
+    for chunk in _occupied(snapshot, volume, ino, start, end):
+        live = (part for part in _parts(snapshot, volume, ino, chunk, chunk) if not _is_void(part, rules))
+        whole = resolve([s for part in live for s in part.slices()])
+        within = [s for s in whole if s.offset < end and _end(s) > start]
+        yield chunk, [_piece(s, max(start, s.offset), min(end, _end(s))) for s in within]
+
+
+def _occupied(snapshot: Snapshot, volume: Volume, ino: int, start: int, end: int) -> Iterator[int]:
+    """Yield the chunks in [start, end) that have parts, be they void."""
+    chunk, last = start // CHUNK_BYTES, (end - 1) // CHUNK_BYTES
+    while start < end and chunk <= last and (found := _parts(snapshot, volume, ino, chunk, last, limit=1)):
+        yield found[0].chunk
+        chunk = found[0].chunk + 1
+
+
+def seen(snapshot: Snapshot, volume: Volume, ino: int, start: int, end: int) -> tuple[list[Slice], int]:
+    """Return what is seen from ``start`` on, as of :func:`walk`, no more than a commit takes, and where that ends."""
+    pieces: list[Slice] = []
+    ids: set[int] = set()
+    for count, (chunk, found) in enumerate(walk(snapshot, volume, ino, start, end)):
+        if count == _CHUNKS_SEEN:
+            return pieces, chunk * CHUNK_BYTES
+        for piece in found:
+            ids.add(piece.slice_id)
+            if len(ids) > MAX_SLICES or len(pieces) == _PIECES_SEEN:
+                return pieces, piece.offset
+            pieces.append(piece)
+    return pieces, end
+
+
 # Laying slices
 
 
@@ -134,6 +173,28 @@ def lay(txn: Transaction, volume: Volume, inode: Inode, slices: Sequence[Slice])
     rules = _rules(txn, volume, inode.ino)
     for done, (chunk, pieces) in enumerate(chunks.items(), start=1):
         _append(txn, volume, inode, chunk, pieces, rules, _SPARE + 2 * (len(chunks) - done))
+
+
+def replace(txn: Transaction, volume: Volume, inode: Inode, start: int, end: int, pieces: Sequence[Slice]) -> int:
+    """Make [start, end) of a file what these pieces say, and zeros elsewhere; return up to where that was done.
+
+    The inode must have its new version; the pieces, those of a commit at most, use slices that are in use. INVALID.
+    """
+    wanted = _by_chunk(pieces)
+    occupied = set(islice(_occupied(txn, volume, inode.ino, start, end), MAX_CHUNKS + 1))
+    touched = sorted(occupied.union(wanted))
+    end = touched[MAX_CHUNKS] * CHUNK_BYTES if len(touched) > MAX_CHUNKS else end
+    laid: dict[int, list[Slice]] = {}
+    for chunk in touched[:MAX_CHUNKS]:
+        first, behind = max(start, chunk * CHUNK_BYTES), min(end, (chunk + 1) * CHUNK_BYTES)
+        laid[chunk] = [Slice(first, behind - first, 0, 0)] * (chunk in occupied) + wanted.get(chunk, [])
+    for slice_id in sorted({s.slice_id for slices in laid.values() for s in slices} - {0}):
+        _take(txn, volume, inode.ino, slice_id, laid)
+    rules = _rules(txn, volume, inode.ino)
+    for done, (chunk, slices) in enumerate(laid.items(), start=1):
+        eager = not slices[0].slice_id and slices[0].length >= CHUNK_BYTES // _LARGE_HOLE
+        _append(txn, volume, inode, chunk, slices, rules, _SPARE + 2 * (len(laid) - done), eager=eager)
+    return end
 
 
 def _by_chunk(slices: Iterable[Slice]) -> dict[int, list[Slice]]:
@@ -164,12 +225,20 @@ def _take(txn: Transaction, volume: Volume, ino: int, slice_id: int, chunks: dic
 
 
 def _append(
-    txn: Transaction, volume: Volume, inode: Inode, chunk: int, slices: list[Slice], rules: list[Rule], spare: int
+    txn: Transaction,
+    volume: Volume,
+    inode: Inode,
+    chunk: int,
+    slices: list[Slice],
+    rules: list[Rule],
+    spare: int,
+    *,
+    eager: bool = False,
 ) -> None:
-    """Add slices to a chunk's list, or tidy it with them if it is time and that leaves ``spare`` writes."""
+    """Add slices to a chunk's list, or tidy it with them if it is time (or ``eager``) and leaves ``spare`` writes."""
     parts = _parts(txn, volume, inode.ino, chunk, chunk)
     live = [part for part in parts if not _is_void(part, rules)]
-    if _is_time(live, len(slices)):
+    if eager or _is_time(live, len(slices)):
         pieces = resolve([s for part in live for s in part.slices()] + slices)
         if _fits(txn, live, pieces, spare):
             before = _ids(parts).union(s.slice_id for s in slices) - {0}
@@ -182,6 +251,42 @@ def _append(
         txn.put(live[-1].key, live[-1].value + pack_slices(slices[:room]))
         slices = slices[room:]
     _put_parts(txn, volume, inode, chunk, slices, _PLAIN, _PART_SLICES)
+
+
+def compact(txn: Transaction, volume: Volume, inode: Inode, request: CompactSlices) -> None:
+    """Put slices in the place of those that somebody has seen in a chunk; BUSY, INVALID, TOO_LARGE.
+
+    What was laid since stays above. What lies beyond the file's end is dropped: a hole covers it, which may be one of
+    those that were seen.
+    """
+    chunk, within = divmod(request.offset, CHUNK_BYTES)
+    end = min(request.offset + CHUNK_BYTES, inode.size)
+    if within or not all(request.offset <= s.offset and _end(s) <= end and s.slice_id for s in request.slices):
+        raise Refused(ErrorCode.INVALID, "what is put into a chunk must lie within it, and within the file")
+    rules = _rules(txn, volume, inode.ino)
+    parts = _parts(txn, volume, inode.ino, chunk, chunk)
+    live = [part for part in parts if not _is_void(part, rules)]
+    since = _laid_since([s for part in live for s in part.slices()], request, end)
+    before = _ids(parts)
+    new = {s.slice_id for s in request.slices} - before
+    beyond = Slice(end, request.offset + CHUNK_BYTES - end, 0, 0)
+    pieces = resolve([*request.slices, *since, *([beyond] if beyond.length else [])])
+    if len(new) > MAX_SLICES or not _fits(txn, live, pieces, _SPARE + len(new)):
+        raise Refused(ErrorCode.TOO_LARGE, f"a chunk of {len(pieces)} pieces")
+    for slice_id in sorted(new):
+        _take(txn, volume, inode.ino, slice_id, {chunk: list(request.slices)})
+    after = _ids(part for part in parts if _is_void(part, rules)).union(s.slice_id for s in pieces)
+    _replace(txn, volume, inode, chunk, live, pieces)
+    references.release(txn, volume, before.union(new) - after)
+
+
+def _laid_since(slices: list[Slice], request: CompactSlices, end: int) -> list[Slice]:
+    """Return a chunk's slices after those seen, which must be the first of those before ``end``; else BUSY."""
+    before = [s for s in slices if s.offset < end]
+    seen = pack_slices(before[: request.seen])
+    if len(before) < request.seen or hashlib.blake2b(seen, digest_size=16).digest() != request.digest:
+        raise Refused(ErrorCode.BUSY, "the chunk has changed: look at it again")
+    return before[request.seen :]
 
 
 def _is_time(live: list[Part], more: int) -> bool:

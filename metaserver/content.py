@@ -40,8 +40,10 @@ def write_inline(txn: Transaction, context: Context, request: wire.WriteInline) 
         key = keys.content(context.volume.id, inode.ino)
         stored = txn.get(key) or b""
         txn.put(key, stored[: request.offset].ljust(request.offset, b"\0") + request.data + stored[end:])
-        edit.touch(inode, modified=True)
+        edit.touch(inode, modified=True, written_ns=request.written_ns)
         edit.resize(inode, max(inode.size, end))
+    if request.then is not None:
+        _set(edit, inode, request.then)
     return edit.changed(inode)
 
 
@@ -55,10 +57,19 @@ def commit_slices(txn: Transaction, context: Context, request: wire.CommitSlices
     elif request.replaces_inline:
         code = ErrorCode.INVALID if request.inline_version == inode.version else ErrorCode.BUSY
         raise Refused(code, f"inode {inode.ino} is not inline")
-    edit.touch(inode, modified=True)
+    edit.touch(inode, modified=True, written_ns=request.written_ns)
     edit.resize(inode, max(inode.size, request.size, end))
     chunks.lay(txn, context.volume, inode, request.slices)
     return edit.changed(inode)
+
+
+def compact_slices(txn: Transaction, context: Context, request: wire.CompactSlices) -> wire.Done:
+    """Replace slices of a chunk by others of the same content; BUSY, INVALID, TOO_LARGE. No version changes."""
+    inode = load_regular(txn, context.volume, request.ino)
+    if inode.is_inline:
+        raise Refused(ErrorCode.BUSY, f"inode {inode.ino} has no slices any more")
+    chunks.compact(txn, context.volume, inode, request)
+    return wire.Done()
 
 
 def _check_slices(request: wire.CommitSlices) -> int:
@@ -86,16 +97,21 @@ def set_attributes(txn: Transaction, context: Context, request: wire.SetAttribut
     """Change mode, owner, times and size; a size of what is not a regular file: IS_A_DIRECTORY, INVALID."""
     edit = Edit(txn, context)
     inode = edit.inode(request.ino) if request.size is None else edit.regular(request.ino)
-    edit.touch(inode)
     if request.size is not None:
         _set_size(edit, inode, request.size)
+    _set(edit, inode, request)
+    return edit.changed(inode)
+
+
+def _set(edit: Edit, inode: Inode, request: wire.SetAttributes) -> None:
+    """Change all but the size."""
+    edit.touch(inode, written_ns=request.changed_ns)
     if request.mode is not None:
         inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(request.mode)
     for field in ("uid", "gid", "atime_ns", "mtime_ns"):
         value = getattr(request, field)
         if value is not None:
             setattr(inode, field, value)
-    return edit.changed(inode)
 
 
 def _set_size(edit: Edit, inode: Inode, size: int) -> None:

@@ -80,13 +80,13 @@ def _reap(txn: Transaction, volume: Volume, session: bytes, inos: list[int]) -> 
             break
         if txn.get(keys.orphan(volume.id, session, ino)) is not None:
             txn.delete(keys.orphan(volume.id, session, ino))
-            _delete(edit, edit.inode(ino))
+            delete(edit, edit.inode(ino))
         done += 1
     edit.save()
     return inos[done:]
 
 
-def _delete(edit: Edit, inode: Inode) -> None:
+def delete(edit: Edit, inode: Inode) -> None:
     """Delete an inode and what it holds, or mark what it holds as garbage."""
     txn, volume = edit.txn, edit.volume
     edit.drop(inode)

@@ -19,7 +19,7 @@ from metaserver.volumes import Context, Volume
 from metaserver.wire import ErrorCode, InodeFlag
 
 #: The largest size of a file, in bytes.
-MAX_SIZE: Final = 2**56
+MAX_SIZE: Final = wire.MAX_FILE
 
 
 def check_name(name: bytes) -> None:
@@ -109,14 +109,20 @@ class Edit:
 
     # Changes
 
-    def touch(self, inode: Inode, *, modified: bool = False) -> None:
-        """The inode changes in this transaction; ``modified``: its content or its entries do."""
+    def touch(self, inode: Inode, *, modified: bool = False, written_ns: int | None = None) -> None:
+        """The inode changes in this transaction; ``modified``: its content or its entries do, at ``written_ns`` or now.
+
+        A change of content that was made known when it was written does not change the times again when it comes here.
+        """
         if inode.ino not in self._touched:
             self._touched[inode.ino] = inode
             inode.version += 1
-        inode.ctime_ns = self.context.now_ns
+        if written_ns is None:
+            inode.ctime_ns = self.context.now_ns
+        else:
+            inode.ctime_ns = max(inode.ctime_ns, written_ns)
         if modified:
-            inode.mtime_ns = self.context.now_ns
+            inode.mtime_ns = self.context.now_ns if written_ns is None else written_ns
 
     def make(self, parent: Inode, name: bytes, mode: int, uid: int, gid: int, rdev: int) -> Inode:
         """Return a new inode with a number that was never used before."""
@@ -166,7 +172,19 @@ class Edit:
         self.touch(inode)
         inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
         if inode.nlink == 0:
-            self.txn.put(keys.orphan(self.volume.id, self.context.session, inode.ino), b"")
+            self.hold(inode)
+
+    def hold(self, inode: Inode) -> None:
+        """An inode without links lives on for the sake of this session."""
+        self.txn.put(keys.orphan(self.volume.id, self.context.session, inode.ino), b"")
+
+    def let_be_named(self, inode: Inode) -> None:
+        """A nameless file of this session is to get its first link; NOT_FOUND for what is removed."""
+        orphan = keys.orphan(self.volume.id, self.context.session, inode.ino)
+        if not inode.flags & InodeFlag.NAMELESS or self.txn.get(orphan) is None:
+            raise Refused(ErrorCode.NOT_FOUND, f"inode {inode.ino} is removed")
+        self.txn.delete(orphan)
+        inode.flags &= ~InodeFlag.NAMELESS
 
     # The end
 
@@ -177,11 +195,11 @@ class Edit:
         for number, shard in self._shards.items():
             self.txn.put(keys.shard(self.volume.id, number), shard.pack())
 
-    def changed(self, *inodes: Inode, cookie: int = 0) -> wire.Changed:
+    def changed(self, *inodes: Inode, cookie: int = 0, done: int = 0) -> wire.Changed:
         """Save, and return the reply that tells of these inodes, each once."""
         self.save()
         unique = {inode.ino: inode for inode in inodes}
-        return wire.Changed([inode.attributes() for inode in unique.values()], cookie)
+        return wire.Changed([inode.attributes() for inode in unique.values()], cookie, done)
 
     def _shard(self, number: int) -> Shard:
         shard = self._shards.get(number)

@@ -35,15 +35,24 @@ class Janitor:
         self._ended: list[tuple[Volume, bytes]] = []
         self._changed: dict[int, Volume] = {}
         self._wake = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._settled.set()
 
     def ended(self, session: Session) -> None:
         """A session has ended: its orphans are to go."""
         self._ended.append((session.volume, session.id))
+        self._settled.clear()
         self._wake.set()
 
     def changed(self, volume: Volume) -> None:
         """Something was committed on a volume: in the next round it is looked at for garbage."""
         self._changed[volume.id] = volume
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until nothing of ended sessions is left, but no longer than ``timeout_s``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._settled.wait()
 
     async def run(self) -> None:
         """Work until cancelled. What the engine refuses is tried again in the next round."""
@@ -78,6 +87,7 @@ class Janitor:
             self.ended(session)
         while self._ended:
             await self._reap(*self._ended[-1])
+        self._settled.set()
         while self._changed:
             await self._sweep(next(iter(self._changed.values())))
 

@@ -6,6 +6,7 @@ Numbers are big-endian, so that they sort. ``V`` stands for ``01`` and the volum
 key                                     value                                what it is
 ======================================  ===================================  ===========================================
 00 'n'                                  u64                                  the next volume's number
+00 'u'                                  nothing                              a server runs, or ended without a farewell
 00 'v' name                             number, inline limit, store          a volume
 V 'c'                                   u64                                  the next slice id
 V 'd' ino                               bytes                                inline content, up to a tail of zeros that
@@ -35,6 +36,8 @@ from __future__ import annotations
 import struct
 from typing import Final
 
+#: The letters of all kinds of keys that a volume has, in their order.
+KINDS: Final = b"cdegilopqrsux"
 SHARDS: Final = 16
 #: Slice ids that share one block of the bitmap of unused slices.
 BLOCK_SLICES: Final = 4096
@@ -61,11 +64,35 @@ def _kind_range(volume: int, kind: bytes) -> Range:
     return _KIND.pack(1, volume, kind), _KIND.pack(1, volume, bytes((kind[0] + 1,)))
 
 
+def kind_range(volume: int, kind: bytes) -> Range:
+    """All keys of a kind, given by its letter."""
+    return _kind_range(volume, kind)
+
+
+def volume_range(volume: int) -> Range:
+    """All keys of a volume."""
+    return _KIND.pack(1, volume, b"\0")[:-1], _KIND.pack(1, volume + 1, b"\0")[:-1]
+
+
+def kind_of(key: bytes) -> bytes:
+    """Return the letter of a volume's key; nothing if it has none."""
+    return key[_KIND.size - 1 : _KIND.size]
+
+
+def number_of(key: bytes) -> int:
+    """Return the first number after a volume's key's letter: inode, directory, slice, block or task."""
+    return int.from_bytes(key[_KIND.size : _NUMBER.size])
+
+
 # The registry
 
 
 def next_volume() -> bytes:
     return b"\0n"
+
+
+def unclean() -> bytes:
+    return b"\0u"
 
 
 def volume(name: str) -> bytes:
@@ -117,6 +144,10 @@ def listing(volume: int, directory: int, cookie: int) -> bytes:
 def listing_from(volume: int, directory: int, cookie: int) -> Range:
     """The entries of a directory whose cookie is at least ``cookie``, in order."""
     return _PAIR.pack(1, volume, b"l", directory, cookie), _NUMBER.pack(1, volume, b"l", directory + 1)
+
+
+def entry_name(key: bytes) -> bytes:
+    return key[_NAME_AT:]
 
 
 def listing_cookie(key: bytes) -> int:

@@ -3,7 +3,7 @@
 A verb takes a snapshot or a transaction, the context it is called in, and a request of :mod:`metaserver.wire`, and
 returns a reply; it refuses with :exc:`~metaserver.errors.Refused`. It checks no permissions. It can run twice.
 
-The other verbs: renames.py, listing.py, content.py, xattrs.py, references.py (slice ids), garbage.py.
+The other verbs: renames.py, listing.py, content.py, ranges.py, xattrs.py, references.py (slice ids), garbage.py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import stat
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from metaserver import content, garbage, keys, listing, references, renames, wire, xattrs
+from metaserver import content, garbage, keys, listing, ranges, references, renames, wire, xattrs
 from metaserver.engine.base import Snapshot, Transaction
 from metaserver.errors import Refused
 from metaserver.garbage import has_garbage, reap_session, sessions_with_orphans, sweep
 from metaserver.inodes import Edit, check_name, find_entry, load, load_directory
 from metaserver.records import Inode, Shard, unpack_attributes
 from metaserver.volumes import Context, Volume, create_volume, list_volumes, open_volume
-from metaserver.wire import ErrorCode
+from metaserver.wire import ErrorCode, InodeFlag
 
 __all__ = [
     "READS",
@@ -113,7 +113,21 @@ def _check_absent(edit: Edit, parent: Inode, name: bytes) -> None:
         raise Refused(ErrorCode.EXISTS, f"directory {parent.ino} has {name!r} already")
 
 
-def _inherited(parent: Inode, request: wire.MakeNode) -> tuple[int, int]:
+def make_temporary(txn: Transaction, context: Context, request: wire.MakeTemporary) -> wire.Changed:
+    """Make a file without a name, held by the session; INVALID, NOT_FOUND, NOT_A_DIRECTORY."""
+    if not stat.S_ISREG(request.mode):
+        raise Refused(ErrorCode.INVALID, f"{request.mode:#o} is no regular file")
+    edit = Edit(txn, context)
+    parent = edit.directory(request.parent)
+    mode, gid = _inherited(parent, request)
+    inode = edit.make(parent, b"", mode, request.uid, gid, 0)
+    inode.nlink = 0
+    inode.flags |= InodeFlag.NAMELESS
+    edit.hold(inode)
+    return edit.changed(inode)
+
+
+def _inherited(parent: Inode, request: wire.MakeNode | wire.MakeTemporary) -> tuple[int, int]:
     """Return mode and group of a new node."""
     mode = stat.S_IFMT(request.mode) | stat.S_IMODE(request.mode)
     if not parent.mode & stat.S_ISGID:
@@ -122,7 +136,7 @@ def _inherited(parent: Inode, request: wire.MakeNode) -> tuple[int, int]:
 
 
 def link(txn: Transaction, context: Context, request: wire.Link) -> wire.Changed:
-    """Give an inode another entry; NOT_PERMITTED for a directory, TOO_MANY_LINKS, NOT_FOUND also for an orphan."""
+    """Give an inode another entry; NOT_PERMITTED for a directory, TOO_MANY_LINKS, NOT_FOUND also for a removed one."""
     check_name(request.name)
     edit = Edit(txn, context)
     inode = edit.inode(request.ino)
@@ -130,7 +144,7 @@ def link(txn: Transaction, context: Context, request: wire.Link) -> wire.Changed
     if stat.S_ISDIR(inode.mode):
         raise Refused(ErrorCode.NOT_PERMITTED, "a directory has one name only")
     if inode.nlink == 0:
-        raise Refused(ErrorCode.NOT_FOUND, f"inode {inode.ino} is removed")
+        edit.let_be_named(inode)
     _check_absent(edit, parent, request.name)
     if inode.nlink >= MAX_LINKS:
         raise Refused(ErrorCode.TOO_MANY_LINKS, f"inode {inode.ino} has {inode.nlink} links")
@@ -175,6 +189,8 @@ READS: Final[Mapping[type, Callable[[Snapshot, Context, Any], Any]]] = {
     wire.GetContent: content.get_content,
     wire.GetStatistics: get_statistics,
     wire.ListSlices: references.list_slices,
+    wire.InspectSlices: references.inspect_slices,
+    wire.Seek: ranges.seek,
 }
 
 #: Request type -> verb(transaction, context, request) -> reply.
@@ -191,4 +207,9 @@ WRITES: Final[Mapping[type, Callable[[Transaction, Context, Any], Any]]] = {
     wire.NewSlices: references.new_slices,
     wire.CommitSlices: content.commit_slices,
     wire.ForgetSlices: references.forget_slices,
+    wire.RetireSlices: references.retire_slices,
+    wire.CompactSlices: content.compact_slices,
+    wire.MakeTemporary: make_temporary,
+    wire.Allocate: ranges.allocate,
+    wire.CopyRange: ranges.copy_range,
 }

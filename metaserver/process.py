@@ -31,10 +31,12 @@ class Options:
     engine: str
     listen: str
     lease_s: float
+    durability: str
     ready_fd: int | None
     log_level: str
     insecure: bool
     die_with_parent: bool
+    janitor: bool = True
 
 
 def run(options: Options) -> int:
@@ -56,7 +58,7 @@ async def _serve(options: Options) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    engine = open_engine(options.engine)
+    engine = open_engine(options.engine, options.durability)
     try:
         await _serve_on(engine, options, stop)
     finally:
@@ -64,7 +66,7 @@ async def _serve(options: Options) -> None:
 
 
 async def _serve_on(engine: Engine, options: Options, stop: asyncio.Event) -> None:
-    server = Server(engine, lease_s=options.lease_s)
+    server = Server(engine, lease_s=options.lease_s, janitor=options.janitor)
     address = await server.start(options.listen, insecure=options.insecure)
     try:
         _log.info("serving %s on %s", options.engine, address)

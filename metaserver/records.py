@@ -17,7 +17,7 @@ from metaserver.wire import Attributes, InodeFlag, Slice
 _ATTRIBUTES: Final = struct.Struct(">5IQ3qIQ")
 _INODE: Final = struct.Struct(">5IQ3qIQQ")
 _NUMBER: Final = struct.Struct(">Q")
-_VOLUME: Final = struct.Struct(">II")
+_VOLUME: Final = struct.Struct(">II16s")
 _ENTRY: Final = struct.Struct(">QQ")
 _SHARD: Final = struct.Struct(">Qqq")
 _SLICE: Final = struct.Struct(">4Q")
@@ -158,10 +158,9 @@ def unpack_numbers(value: bytes) -> list[int]:
     return [fields[0] for fields in _NUMBER.iter_unpack(value)]
 
 
-def pack_volume(number: int, inline_limit: int, store: str) -> bytes:
-    return _VOLUME.pack(number, inline_limit) + store.encode()
+def pack_volume(number: int, inline_limit: int, identity: bytes, store: str) -> bytes:
+    return _VOLUME.pack(number, inline_limit, identity) + store.encode()
 
 
-def unpack_volume(value: bytes) -> tuple[int, int, str]:
-    number, inline_limit = _VOLUME.unpack_from(value)
-    return number, inline_limit, value[_VOLUME.size :].decode()
+def unpack_volume(value: bytes) -> tuple[int, int, bytes, str]:
+    return *_VOLUME.unpack_from(value), value[_VOLUME.size :].decode()

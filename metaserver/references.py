@@ -2,10 +2,16 @@
 
 A slice is taken by a chunk when it is first laid there and released when its last piece has gone from the chunk's
 list. Released by all, it is unused: its objects may be deleted, and it can never be taken again.
+
+An object is put into the store before its slice is committed. So an object that no chunk uses is either on its way
+into a file or will never get there. Whoever wants to delete it *retires* its slice first: puts it among the unused
+ones. A commit that comes after that is refused, and its writer stores the data anew; by one that came before the slice
+is in use, and is not retired.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -35,16 +41,17 @@ def new_slices(txn: Transaction, context: Context, request: wire.NewSlices) -> w
 
 def list_slices(snapshot: Snapshot, context: Context, request: wire.ListSlices) -> wire.SliceIds:
     """Return unused slices, the smallest ids first; never more than one ForgetSlices can take."""
-    rows = snapshot.range(*keys.all_unused(context.volume.id), limit=_MAX_BLOCKS)
-    ids = [keys.unused_first(key) + bit for key, bitmap in rows for bit in _bits(bitmap)]
-    return wire.SliceIds(ids[: request.limit])
+    _, end = keys.all_unused(context.volume.id)
+    rows = snapshot.range(keys.unused(context.volume.id, request.after + 1), end, limit=_MAX_BLOCKS)
+    ids = [keys.unused_first(key) + bit for key, bitmap in rows for bit in set_bits(bitmap)]
+    first = bisect_right(ids, request.after)
+    return wire.SliceIds(ids[first : first + request.limit])
 
 
 def forget_slices(txn: Transaction, context: Context, request: wire.ForgetSlices) -> wire.Done:
     """Drop slices from the unused ones; others are passed over. TOO_LARGE if they lie too far apart."""
     blocks = _by_block(context.volume, request.ids)
-    if len(blocks) > _MAX_BLOCKS:
-        raise Refused(ErrorCode.TOO_LARGE, f"slices of {len(blocks)} blocks; the limit is {_MAX_BLOCKS}")
+    _check_blocks(blocks)
     for key, bits in blocks.items():
         old = txn.get(key)
         left = int.from_bytes(old or b"") & ~bits
@@ -53,6 +60,31 @@ def forget_slices(txn: Transaction, context: Context, request: wire.ForgetSlices
         elif old is not None:
             txn.delete(key)
     return wire.Done()
+
+
+def inspect_slices(snapshot: Snapshot, context: Context, request: wire.InspectSlices) -> wire.SlicesInspected:
+    """Sort out the slices that are not in use: never committed, unused, and never given out."""
+    volume = context.volume
+    following = unpack_number(snapshot.get(keys.next_slice(volume.id)), 1)
+    idle, unused, foreign = [], [], []
+    for slice_id in request.ids:
+        if not 0 < slice_id < following:
+            foreign.append(slice_id)
+        elif _is_unused(snapshot, volume, slice_id):
+            unused.append(slice_id)
+        elif not count(snapshot, volume, slice_id):
+            idle.append(slice_id)
+    return wire.SlicesInspected(idle, unused, foreign)
+
+
+def retire_slices(txn: Transaction, context: Context, request: wire.RetireSlices) -> wire.SliceIds:
+    """Put slices that were given out and that no chunk uses on the unused list; return these. TOO_LARGE."""
+    _check_blocks(_by_block(context.volume, request.ids))
+    volume = context.volume
+    following = unpack_number(txn.get(keys.next_slice(volume.id)), 1)
+    idle = [each for each in request.ids if 0 < each < following and not count(txn, volume, each)]
+    _add_unused(txn, volume, idle)
+    return wire.SliceIds(idle)
 
 
 def count(snapshot: Snapshot, volume: Volume, slice_id: int) -> int:
@@ -64,10 +96,14 @@ def take(txn: Transaction, volume: Volume, slice_id: int, chunks: int) -> None:
     """So many more chunks use a slice; INVALID if its id was never given out, or was given up."""
     if slice_id >= unpack_number(txn.get(keys.next_slice(volume.id)), 1):
         raise Refused(ErrorCode.INVALID, f"slice {slice_id} was never reserved")
-    bitmap = int.from_bytes(txn.get(keys.unused(volume.id, slice_id)) or b"")
-    if bitmap >> slice_id % keys.BLOCK_SLICES & 1:
+    if _is_unused(txn, volume, slice_id):
         raise Refused(ErrorCode.INVALID, f"slice {slice_id} is unused and may be deleted by now")
     txn.put(keys.references(volume.id, slice_id), pack_number(count(txn, volume, slice_id) + chunks))
+
+
+def _is_unused(snapshot: Snapshot, volume: Volume, slice_id: int) -> bool:
+    bitmap = int.from_bytes(snapshot.get(keys.unused(volume.id, slice_id)) or b"")
+    return bool(bitmap >> slice_id % keys.BLOCK_SLICES & 1)
 
 
 def release(txn: Transaction, volume: Volume, ids: Iterable[int]) -> None:
@@ -95,8 +131,17 @@ def _release(txn: Transaction, volume: Volume, ids: list[int]) -> None:
         else:
             txn.delete(keys.references(volume.id, slice_id))
             unused.append(slice_id)
-    for key, bits in _by_block(volume, unused).items():
+    _add_unused(txn, volume, unused)
+
+
+def _add_unused(txn: Transaction, volume: Volume, ids: Iterable[int]) -> None:
+    for key, bits in _by_block(volume, ids).items():
         txn.put(key, (int.from_bytes(txn.get(key) or b"") | bits).to_bytes(_BITMAP_BYTES))
+
+
+def _check_blocks(blocks: dict[bytes, int]) -> None:
+    if len(blocks) > _MAX_BLOCKS:
+        raise Refused(ErrorCode.TOO_LARGE, f"slices of {len(blocks)} blocks; the limit is {_MAX_BLOCKS}")
 
 
 def _by_block(volume: Volume, ids: Iterable[int]) -> dict[bytes, int]:
@@ -108,7 +153,8 @@ def _by_block(volume: Volume, ids: Iterable[int]) -> dict[bytes, int]:
     return blocks
 
 
-def _bits(bitmap: bytes) -> Iterator[int]:
+def set_bits(bitmap: bytes) -> Iterator[int]:
+    """Yield the places of a bitmap's bits that are set, in ascending order."""
     bits = int.from_bytes(bitmap)
     while bits:
         lowest = bits & -bits

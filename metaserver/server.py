@@ -9,7 +9,7 @@ import asyncio
 import time
 from typing import Final
 
-from metaserver import listener, wire
+from metaserver import listener, recovery, wire
 from metaserver.connection import Connection, Limits
 from metaserver.engine.base import Engine
 from metaserver.janitor import Janitor
@@ -18,6 +18,8 @@ from metaserver.sessions import FEED_CHANGES, Sessions
 
 #: Seconds that requests in progress get to end when the server is closed.
 _CLOSE_S: Final = 5.0
+#: Seconds that the orphans of ended sessions get to be deleted then.
+_SETTLE_S: Final = 1.0
 
 
 def boottime_ns() -> int:
@@ -26,7 +28,10 @@ def boottime_ns() -> int:
 
 
 class Server:
-    """A metaserver on one address. ``lease_s`` is the length of the leases it gives, in seconds (0.1 to 3600)."""
+    """A metaserver on one address. ``lease_s`` is the length of the leases it gives, in seconds (0.1 to 3600).
+
+    Without ``janitor`` nothing is cleared up, and sessions do not end by themselves.
+    """
 
     def __init__(
         self,
@@ -35,12 +40,15 @@ class Server:
         lease_s: float = 30.0,
         limits: Limits = Limits(),  # noqa: B008 - immutable
         feed_changes: int = FEED_CHANGES,
+        janitor: bool = True,
     ) -> None:
         self.sessions = Sessions(int(lease_s * 1000) * 1_000_000, boottime_ns, feed_changes)
+        self._engine = engine
         self.janitor = Janitor(engine, self.sessions)
         self.connections: set[Connection] = set()
         self._service = Service(engine, self.sessions, self.janitor)
         self._limits = limits
+        self._has_janitor = janitor
         self._listening: asyncio.Server | None = None
         self._cleaning: asyncio.Task[None] | None = None
 
@@ -50,10 +58,12 @@ class Server:
         What an earlier run left is cleared up in the background. Raises :exc:`ValueError` for what is not an address
         and :exc:`~metaserver.listener.ListenError` for one that cannot be listened on.
         """
+        await recovery.prepare(self._engine)
         sock = listener.listen(wire.parse_address(address), insecure)
         self._socket = sock
         self._listening = await asyncio.get_running_loop().create_server(self._accept, sock=sock)
-        self._cleaning = asyncio.create_task(self.janitor.run(), name="janitor")
+        if self._has_janitor:
+            self._cleaning = asyncio.create_task(self.janitor.run(), name="janitor")
         return listener.address_of(sock)
 
     def _accept(self) -> Connection:
@@ -64,14 +74,17 @@ class Server:
 
         A second call does nothing.
         """
-        if self._listening is None or self._cleaning is None or not self._listening.is_serving():
+        if self._listening is None or not self._listening.is_serving():
             return
         listener.remove_socket(self._socket)
         self._listening.close()
-        self._cleaning.cancel()
-        await asyncio.wait({self._cleaning})
+        if self._cleaning is not None:
+            await self.janitor.settle(_SETTLE_S)
+            self._cleaning.cancel()
+            await asyncio.wait({self._cleaning})
         ends = [asyncio.create_task(connection.shut()) for connection in self.connections]
         if ends and (late := (await asyncio.wait(ends, timeout=_CLOSE_S))[1]):
             for connection in list(self.connections):
                 connection.cut("the server is closing")
             await asyncio.wait(late)
+        await recovery.finish(self._engine)

@@ -30,6 +30,7 @@ class Service:
         self._engine = engine
         self._sessions = sessions
         self._janitor = janitor
+        self._losses = engine.losses
         self._welcome = wire.Welcome(wire.PROTOCOL_VERSION, _SOFTWARE, secrets.randbits(63))
 
     def welcome(self) -> wire.Welcome:
@@ -38,6 +39,7 @@ class Service:
 
     async def answer(self, caller: Caller, request: wire.Request) -> wire.Reply:
         """Answer any request but a Hello or a FetchDirectory; raise :exc:`~metaserver.errors.Refused`."""
+        self._notice_losses()
         if (verb := namespace.READS.get(type(request))) is not None:
             reply: wire.Reply = await self._read(caller, verb, request)
             return reply
@@ -45,6 +47,8 @@ class Service:
             return await self._write(caller, change, request)
         if isinstance(request, wire.Renew):
             return self._sessions.renew(caller.session(), request.seen)
+        if isinstance(request, wire.Sync):
+            return await self._sync(caller)
         if isinstance(request, wire.OpenSession):
             return await self._open_session(caller, request)
         if isinstance(request, wire.CloseSession):
@@ -75,7 +79,7 @@ class Service:
             return reply
 
         try:
-            reply = await self._engine.write(body)
+            reply = await self._engine.write(body, lazy=getattr(request, "lazy", False))
         except Unknown:
             self._sessions.feed(session.volume).forget_all()
             raise
@@ -83,11 +87,28 @@ class Service:
         self._janitor.changed(session.volume)
         return reply
 
+    def _notice_losses(self) -> None:
+        if self._losses != self._engine.losses:
+            self._losses = self._engine.losses
+            self._sessions.forget_everything()
+
+    async def _sync(self, caller: Caller) -> wire.Done:
+        session = caller.session()
+        try:
+            await self._engine.sync()
+        finally:
+            lost, session.losses = session.losses != self._engine.losses, self._engine.losses
+        if lost:
+            raise Refused(wire.ErrorCode.INTERNAL, "changes that were acknowledged could not be made durable")
+        return wire.Done()
+
     async def _open_session(self, caller: Caller, request: wire.OpenSession) -> wire.SessionOpened:
         volume = await self._engine.read(lambda snapshot: namespace.open_volume(snapshot, request.volume))
         caller.must_be_free()
         session, resumed = self._sessions.open(volume, request.client, request.resume)
         caller.bind(session)
+        if not resumed:
+            session.losses = self._engine.losses
         return wire.SessionOpened(
             session.id,
             self._sessions.lease_ns // 1_000_000,
@@ -95,6 +116,8 @@ class Service:
             volume.store,
             volume.inline_limit,
             resumed,
+            volume.identity,
+            self._engine.is_lazy,
         )
 
     def _close_session(self, caller: Caller) -> wire.Done:
@@ -105,4 +128,5 @@ class Service:
 
     async def _create_volume(self, request: wire.CreateVolume) -> wire.Done:
         await self._engine.write(lambda txn: namespace.create_volume(txn, request, time.time_ns()))
+        await self._engine.sync()
         return wire.Done()

@@ -90,6 +90,8 @@ class Session:
         self.incarnation = 0
         self.deadline_ns = 0
         self.ended = False
+        #: The engine's losses that this client knows of.
+        self.losses = 0
         self._clock = clock
 
     @property
@@ -127,6 +129,11 @@ class Sessions:
         if feed is None:
             feed = self._feeds[volume.id] = Feed(self._feed_changes)
         return feed
+
+    def forget_everything(self) -> None:
+        """It is not known what changed, on any volume: everybody is told to drop everything."""
+        for feed in self._feeds.values():
+            feed.forget_all()
 
     def open(self, volume: Volume, client: str, resume: bytes | None) -> tuple[Session, bool]:
         """Return a session with a full lease, and whether it is the one to be resumed.

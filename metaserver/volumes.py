@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ class Volume:
     inline_limit: int
     #: URL of the object store that holds the slices.
     store: str
+    #: 16 random bytes, made with the volume: what is cached of another volume of this name is not this one's.
+    identity: bytes = bytes(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,9 @@ def create_volume(txn: Transaction, request: wire.CreateVolume, now_ns: int) -> 
         raise Refused(ErrorCode.VOLUME_EXISTS, f"there is a volume {request.name!r} already")
     number = records.unpack_number(txn.get(keys.next_volume()), 1)
     txn.put(keys.next_volume(), records.pack_number(number + 1))
-    volume = Volume(number, request.name, request.inline_limit, request.store)
-    txn.put(keys.volume(request.name), records.pack_volume(number, request.inline_limit, request.store))
+    volume = Volume(number, request.name, request.inline_limit, request.store, os.urandom(16))
+    record = records.pack_volume(number, request.inline_limit, volume.identity, request.store)
+    txn.put(keys.volume(request.name), record)
     root = records.Inode.made(wire.ROOT_INO, stat.S_IFDIR | 0o755, 0, 0, 0, now_ns, parent=wire.ROOT_INO)
     txn.put(keys.inode(number, root.ino), root.pack())
     txn.put(keys.shard(number, keys.shard_of(root.ino)), records.Shard(inodes=1).pack())
@@ -61,5 +65,5 @@ def list_volumes(snapshot: Snapshot) -> list[Volume]:
 
 
 def _volume(name: str, record: bytes) -> Volume:
-    number, inline_limit, store = records.unpack_volume(record)
-    return Volume(number, name, inline_limit, store)
+    number, inline_limit, identity, store = records.unpack_volume(record)
+    return Volume(number, name, inline_limit, store, identity)

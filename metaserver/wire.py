@@ -33,6 +33,8 @@ PAGE_BYTES: Final = 256 * 1024
 #: The most entries that one fetch may ask for.
 MAX_FETCH: Final = 4096
 MAX_NAME: Final = 255
+#: The largest size of a file, in bytes.
+MAX_FILE: Final = 2**56
 MAX_TARGET: Final = 4095
 MAX_XATTR_NAME: Final = 255
 MAX_XATTR_VALUE: Final = 60 * 1024
@@ -90,6 +92,8 @@ class InodeFlag(enum.IntFlag):
     HAS_XATTRS = 1
     #: The content, if any, is held by the metadata engine; without it, in slices.
     INLINE = 2
+    #: A file that never had a name, and may be given one.
+    NAMELESS = 4
 
 
 class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -199,7 +203,8 @@ class GetAttributes(_Message, tag=8):
 
 
 class SetAttributes(_Message, tag=9):
-    """Change what is not ``None``; ctime becomes now. A new size cuts the content or extends it by a hole."""
+    """Change what is not ``None``; ctime becomes ``changed_ns``, or now. A new size cuts the content or extends it by a
+    hole."""
 
     ino: Ino
     mode: U32 | None = None
@@ -208,6 +213,10 @@ class SetAttributes(_Message, tag=9):
     size: U63 | None = None
     atime_ns: Nanoseconds | None = None
     mtime_ns: Nanoseconds | None = None
+    #: As in :class:`MakeNode`.
+    lazy: bool = False
+    #: When a program made the change, and was told so by stat.
+    changed_ns: Nanoseconds | None = None
 
 
 class MakeNode(_Message, tag=10):
@@ -223,6 +232,8 @@ class MakeNode(_Message, tag=10):
     gid: U32
     rdev: U32 = 0
     target: Target | None = None
+    #: The reply may come before the change is durable: Sync, and every later change that is not lazy, makes it so.
+    lazy: bool = False
 
 
 class Link(_Message, tag=11):
@@ -289,11 +300,19 @@ class GetContent(_Message, tag=20):
 
 
 class WriteInline(_Message, tag=21):
-    """Write bytes of an inline file. TOO_LARGE if it would pass the volume's inline limit, or is not inline."""
+    """Write bytes of an inline file. TOO_LARGE if it would pass the volume's inline limit, or is not inline.
+
+    ``written_ns`` becomes its mtime: when a program wrote it, and was told so by stat; None: now.
+    """
 
     ino: Ino
     offset: U63
     data: Inline
+    written_ns: Nanoseconds | None = None
+    #: As in :class:`MakeNode`.
+    lazy: bool = False
+    #: What else is changed of the same file, after the writing; its size is not.
+    then: SetAttributes | None = None
 
 
 class NewSlices(_Message, tag=22):
@@ -307,7 +326,7 @@ class CommitSlices(_Message, tag=23):
 
     ``replaces_inline``: the slices hold all that was inline, and the inline content is dropped. Without it, a commit
     to an inline file that is not empty is refused as INVALID, and a commit with it whose ``inline_version`` is not
-    the inode's version as BUSY (somebody wrote meanwhile; read again).
+    the inode's version as BUSY (somebody wrote meanwhile; read again). ``written_ns`` as in :class:`WriteInline`.
     """
 
     ino: Ino
@@ -315,6 +334,7 @@ class CommitSlices(_Message, tag=23):
     size: U63
     replaces_inline: bool = False
     inline_version: U63 = 0
+    written_ns: Nanoseconds | None = None
 
 
 class GetStatistics(_Message, tag=24):
@@ -322,13 +342,95 @@ class GetStatistics(_Message, tag=24):
 
 
 class ListSlices(_Message, tag=25):
-    """The slice ids that no inode uses any more and whose objects are to be deleted (at most ``limit``)."""
+    """The slice ids above ``after`` that no inode uses any more and whose objects are to be deleted.
+
+    At most ``limit``, by rising id; none: there are no more.
+    """
 
     limit: Annotated[int, Meta(ge=1, le=4096)]
+    after: U63 = 0
 
 
 class ForgetSlices(_Message, tag=26):
     """The objects of these unused slices are deleted."""
+
+    ids: Annotated[list[U63], Meta(max_length=4096)]
+
+
+class MakeTemporary(_Message, tag=27):
+    """Create a file without a name in a directory: an orphan, to which Link gives its first name. As MakeNode else."""
+
+    parent: Ino
+    mode: U32
+    uid: U32
+    gid: U32
+
+
+class Allocate(_Message, tag=28):
+    """Change a range of a file: ``zero``: it reads as zeros; unless ``keep_size``, the size becomes at least its end.
+
+    Nothing is reserved. The reply's ``done`` may be less than ``length``: send another for the rest.
+    """
+
+    ino: Ino
+    offset: U63
+    length: U63
+    keep_size: bool
+    zero: bool
+
+
+class CopyRange(_Message, tag=29):
+    """Make a range of a file the same as one of another, or of the same that does not overlap (else INVALID).
+
+    What the source does not have is left out; the reply's ``done`` may be less than that: send another for the rest.
+    UNSUPPORTED: the next bytes cannot be shared by the two, and have to be read and written.
+    """
+
+    source: Ino
+    source_offset: U63
+    ino: Ino
+    offset: U63
+    length: U63
+
+
+class Seek(_Message, tag=30):
+    """Find the first byte at or after ``offset`` that is stored, or, with ``hole``, that is not; the end is a hole."""
+
+    ino: Ino
+    offset: U63
+    hole: bool
+
+
+class Sync(_Message, tag=40):
+    """Make durable every change of this session that was replied to. INTERNAL, once: some of them are lost."""
+
+
+class CompactSlices(_Message, tag=41):
+    """Replace what makes up a chunk by fewer slices that hold the same content.
+
+    ``seen`` and ``digest`` say what GetContent gave for the chunk that begins at ``offset``: how many slices, and the
+    BLAKE2b (16 bytes) of them, each as four big-endian u64. Slices laid since stay above the new ones. BUSY: what was
+    seen is not there any more, so that nothing was done.
+    """
+
+    ino: Ino
+    offset: U63
+    seen: U63
+    digest: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    slices: Annotated[list[Slice], Meta(max_length=1024)]
+
+
+class InspectSlices(_Message, tag=50):
+    """Tell which of these slices are not in use."""
+
+    ids: Annotated[list[U63], Meta(max_length=4096)]
+
+
+class RetireSlices(_Message, tag=51):
+    """Put those of these slices that were given out, and that no inode uses, among the unused ones: the reply has them.
+
+    From then on they cannot be committed, and their objects may be deleted.
+    """
 
     ids: Annotated[list[U63], Meta(max_length=4096)]
 
@@ -361,6 +463,10 @@ class SessionOpened(_Message, tag=67):
     inline_limit: Annotated[int, Meta(ge=0, le=MAX_INLINE)]
     #: Whether ``resume`` was honoured; if not, nothing cached before may be used.
     resumed: bool
+    #: Random, of the volume: names what a client keeps of it beyond its sessions.
+    volume: Annotated[bytes, Meta(min_length=16, max_length=16)] = bytes(16)
+    #: Replies to changes come before these are durable; :class:`Sync` makes them so.
+    lazy: bool = False
 
 
 class Renewed(_Message, tag=68):
@@ -403,10 +509,12 @@ class Changed(_Message, tag=71):
 
     For Rename: the moved inode, both parents, then the replaced or exchanged inode if any. For Remove: the removed
     inode (``nlink`` 0: an orphan now), the parent. For MakeNode and Link: the inode, the parent.
+    ``done``: for requests that change a range, how many of its bytes have been dealt with.
     """
 
     attributes: list[Attributes]
     cookie: U63 = 0
+    done: U63 = 0
 
 
 class TargetIs(_Message, tag=72):
@@ -443,14 +551,33 @@ class Statistics(_Message, tag=77):
     free_bytes: U63
 
 
+class Sought(_Message, tag=78):
+    """Where what was looked for is; ``None``: there is none up to the file's end, or the file ends before.
+
+    ``further``: it is not before ``offset``: look again from there.
+    """
+
+    offset: U63 | None
+    further: bool = False
+
+
+class SlicesInspected(_Message, tag=90):
+    """Of the slices asked about: those never committed, those unused, and those never given out."""
+
+    idle: list[U63]
+    unused: list[U63]
+    foreign: list[U63]
+
+
 Request = (
     Hello | CreateVolume | OpenSession | Renew | CloseSession | Lookup | FetchDirectory | GetAttributes | SetAttributes
     | MakeNode | Link | Remove | Rename | Reap | ReadLink | GetXattr | ListXattrs | SetXattr | RemoveXattr | GetContent
-    | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices
+    | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
+    | CopyRange | Seek | Sync | CompactSlices | InspectSlices | RetireSlices
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
-    | XattrNames | Content | SliceIds | Statistics
+    | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected
 )
 
 _T = TypeVar("_T")

@@ -52,7 +52,7 @@ class Step(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What can be compared of a stat. Sizes and links of directories are 0, and the times of pipes, which FUSE keeps."""
+    """What can be compared of a stat. Sizes and links of directories are 0, and times of pipes, which only some set."""
 
     mode: int
     links: int

@@ -212,3 +212,7 @@ def listxattr(ino: int, size: int) -> Request:
 
 def statfs(ino: int = 1) -> Request:
     return Request(OPCODE["STATFS"], ino)
+
+
+def ioctl(ino: int, data: bytes = b"") -> Request:
+    return Request(OPCODE["IOCTL"], ino, struct.pack("<QIIQII", 0, 0, 0x5401, 0, len(data), 36), data)

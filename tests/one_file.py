@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 
+from fuseclient.data.cached_objects import CachedObjects
+from fuseclient.data.layouts import Layouts, visible
 from fuseclient.data.objects import ObjectMissing
-from fuseclient.data.reader import visible
+from fuseclient.data.reader import Reader
 from fuseclient.worker.rpc import Refused
 from metaserver import wire
 
@@ -116,9 +119,13 @@ class OneFile:
         self.slices += request.slices
         return self.touch(size=max(self.attributes.size, request.size))
 
+    def Sync(self, request: wire.Sync) -> wire.Done:
+        return wire.Done()
+
     def SetAttributes(self, request: wire.SetAttributes) -> wire.Changed:
-        """Only sizes, and only those that extend."""
-        assert request.size is not None
+        """Only sizes, and only those that extend; other changes are noted."""
+        if request.size is None:
+            return self.touch()
         assert request.size >= self.attributes.size
         return self.touch(size=request.size)
 
@@ -132,3 +139,18 @@ class OneFile:
             part = self.store.objects[piece.slice_id][piece.start : piece.start + piece.length]
             data[piece.offset : piece.offset + piece.length] = part
         return bytes(data)
+
+
+class NothingKept:
+    """The freshness of what is never kept."""
+
+    def begin(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def unchanged(self, token: None, ino: int) -> bool:
+        return False
+
+
+def plain_reader(caller: Any, store: Any) -> Reader:
+    """Return a reader without caches, that does not read ahead of small files."""
+    return Reader(Layouts(caller, NothingKept(), lambda: 0.0), CachedObjects(store, None))

@@ -97,7 +97,8 @@ class Sandbox:
     @property
     def environment(self) -> dict[str, str]:
         path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return {**os.environ, "BPFUSE_RUNTIME_DIR": str(self.runtime), "PYTHONPATH": path, "COLUMNS": "200"}
+        own = {"BPFUSE_RUNTIME_DIR": str(self.runtime), "BPFUSE_CACHE_DIR": str(self.path / "cache")}
+        return {**os.environ, **own, "PYTHONPATH": path, "COLUMNS": "200"}
 
     def directory(self, name: str) -> Path:
         """Return a directory of this name, made if it is not there."""
@@ -245,22 +246,30 @@ class Mount:
 
 
 @contextlib.contextmanager
-def watched(mount: Mount) -> Iterator[Mount]:
-    """Have the mount for the body: mounted before, unmounted after, under a watchdog, and nothing left of it."""
+def guarded(mount: Mount) -> Iterator[None]:
+    """Put the body under a watchdog, which ends the mount if it hangs."""
     watchdog = threading.Timer(WATCHDOG_S, _bite, (mount,))
     watchdog.daemon = True
     watchdog.start()
     try:
-        mount.mount()
-        yield mount
-        if mounts.find_mount(str(mount.path)) is not None:
-            mount.unmount()
-        assert_log_is_clean(mount)
-    except BaseException:
-        print(f"--- log of {mount.path}\n{mount.read_log()}", file=sys.stderr)
-        raise
+        yield
     finally:
         watchdog.cancel()
+
+
+@contextlib.contextmanager
+def watched(mount: Mount) -> Iterator[Mount]:
+    """Have the mount for the body: mounted before, unmounted after, under a watchdog, and nothing left of it."""
+    with guarded(mount):
+        try:
+            mount.mount()
+            yield mount
+            if mounts.find_mount(str(mount.path)) is not None:
+                mount.unmount()
+            assert_log_is_clean(mount)
+        except BaseException:
+            print(f"--- log of {mount.path}\n{mount.read_log()}", file=sys.stderr)
+            raise
 
 
 def assert_gone(record: runtime.MountRecord, objects: set[tuple[str, int]]) -> None:

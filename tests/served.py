@@ -65,12 +65,24 @@ class Held(Engine):
         await self._pass()
         return await self.engine.read(body)
 
-    async def write(self, body: Callable[[Transaction], T]) -> T:
+    async def write(self, body: Callable[[Transaction], T], *, lazy: bool = False) -> T:
         await self._pass()
-        return await self.engine.write(body)
+        return await self.engine.write(body, lazy=lazy)
 
-    async def _attempt(self, body: Callable[[Transaction], T]) -> T:
-        return await self.engine._attempt(body)
+    async def _attempt(self, body: Callable[[Transaction], T], lazy: bool) -> T:
+        return await self.engine._attempt(body, lazy)
+
+    @property
+    def is_lazy(self) -> bool:
+        return self.engine.is_lazy
+
+    @property
+    def losses(self) -> int:
+        return self.engine.losses
+
+    async def sync(self) -> None:
+        await self._pass()
+        await self.engine.sync()
 
     async def close(self) -> None:
         await self.engine.close()

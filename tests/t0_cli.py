@@ -115,7 +115,19 @@ def test_any_text_is_a_volume_or_a_user_error(url: str) -> None:
         assert parse_volume(volume.url) == volume
 
 
-@pytest.mark.parametrize("url", ["", "s3://bucket", "file://x", "file:///"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "gs://bucket",
+        "s3://",
+        "s3://key:secret@bucket/x",
+        "file:///x?compression=rar",
+        "s3://b?endpoint=ftp://x",
+        "file://x",
+        "file:///",
+    ],
+)
 def test_what_is_no_store_is_refused(url: str) -> None:
     with pytest.raises(UserError):
         parse_store(url)
@@ -242,7 +254,8 @@ def test_format_refuses_what_is_not_its_own(sandbox: rig.Sandbox) -> None:
         ("file://{}/none/v", [], ["cannot be made", "no such file"]),
         ("file://{}/file", [], ["not a directory"]),
         ("file://{}/v", ["--inline-limit", "65K"], ["inline limit"]),
-        ("file://{}/v", ["--store", "s3://bucket"], ["store"]),
+        ("file://{}/v", ["--store", "gs://bucket"], ["store"]),
+        ("file://{}/v", ["--store", "s3://bucket?endpoint=http://127.0.0.1:1&timeout=0.3"], ["cannot be used"]),
         ("bpfuse://127.0.0.1:1/v", [], ["--store"]),
         ("bpfuse://127.0.0.1:1/v", ["--store", "file:///x"], ["127.0.0.1:1"]),
         ("nonsense", [], ["nonsense"]),

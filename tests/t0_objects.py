@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_file import INO, OneFile, Store
+from one_file import INO, OneFile, Store, plain_reader
 
+from fuseclient.data.layouts import visible
 from fuseclient.data.objects import NoSpace, ObjectMissing, ObjectStore, StoreError, object_name, open_store
-from fuseclient.data.reader import Reader, visible
 from fuseclient.data.unused import UnusedObjects
 from metaserver import wire
 
@@ -67,21 +67,21 @@ async def test_an_object_is_durable_before_put_returns(
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         log.append(f"fsync {path.relative_to(blocks)}")
 
-    def rename(source: Path, target: Path) -> None:
-        log.append(f"rename to {target.relative_to(blocks)}")
+    def link(source: Path, target: Path) -> None:
+        log.append(f"link {target.relative_to(blocks)}")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "link", link)
     await store.put(1, b"data")
     await store.put(2, b"data")
     assert log == [
         "fsync .",
         "fsync 00000",
         "fsync 00000/000/000000000001.new",
-        "rename to 00000/000/000000000001",
+        "link 00000/000/000000000001",
         "fsync 00000/000",
         "fsync 00000/000/000000000002.new",
-        "rename to 00000/000/000000000002",
+        "link 00000/000/000000000002",
         "fsync 00000/000",
     ]
 
@@ -98,7 +98,7 @@ async def test_a_full_store_says_so_and_keeps_nothing(
     assert files_below(tmp_path) == []
 
 
-@pytest.mark.parametrize("url", ["s3://bucket", "file://host/dir", "file:dir", "/dir", ""])
+@pytest.mark.parametrize("url", ["gs://bucket", "file://host/dir", "file:dir", "/dir", "s3:///x", ""])
 def test_other_urls_are_refused_in_one_line(url: str) -> None:
     with pytest.raises(StoreError, match="file:///directory"):
         open_store(url)
@@ -141,20 +141,20 @@ async def test_a_read_asks_again_when_an_object_was_deleted_meanwhile() -> None:
 
     del store.objects[1]
     server.before = overwritten
-    assert (await Reader(server, store).read(INO, 10, 5)).data == b"xxxxx"
+    assert (await plain_reader(server, store).read(INO, 10, 5)).data == b"xxxxx"
     store.objects.clear()
     with pytest.raises(ObjectMissing):
-        await Reader(server, store).read(INO, 10, 5)
+        await plain_reader(server, store).read(INO, 10, 5)
 
 
 async def test_a_small_file_is_read_whole() -> None:
     server = OneFile(Store(), 100)
     await server.call(wire.WriteInline(INO, 3, b"abc"), wire.Changed)
     await server.call(wire.SetAttributes(INO, size=10), wire.Changed)
-    reading = await Reader(server, Store()).read(INO, 4, 3)
+    reading = await plain_reader(server, Store()).read(INO, 4, 3)
     assert reading.data == b"bc\0"
     assert reading.content == b"\0\0\0abc\0\0\0\0"
-    assert (await Reader(server, Store()).read(INO, 100, 3)).data == b""
+    assert (await plain_reader(server, Store()).read(INO, 100, 3)).data == b""
 
 
 class Unused:

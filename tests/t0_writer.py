@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import stat
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_file import INO, OneFile, Store
+from one_file import INO, OneFile, Store, plain_reader
 from served import until
 
-from fuseclient.data import writer as writer_module
 from fuseclient.data.extents import Extents
-from fuseclient.data.objects import StoreError
-from fuseclient.data.reader import Reader
-from fuseclient.data.writer import FLUSH_BYTES, Writer
+from fuseclient.data.objects import NoSpace, StoreError
+from fuseclient.data.uploads import ID_BLOCK
+from fuseclient.data.writer import FLUSH_BYTES, STAGED, Writer
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
 
@@ -37,7 +38,9 @@ def _over(model: bytearray, offset: int, data: bytes) -> None:
 class Rig:
     """A writer with the doubles around it, and its file open once."""
 
-    def __init__(self, *, limit: int = _LIMIT, flush_age_s: float = 3600.0, total_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, *, limit: int = _LIMIT, flush_age_s: float = 3600.0, total_bytes: int = 1 << 30, is_lazy: bool = False
+    ) -> None:
         self.store = Store()
         self.server = OneFile(self.store, limit)
         self.committed: list[wire.Attributes] = []
@@ -46,10 +49,12 @@ class Rig:
             self.store,
             limit,
             lambda changed: self.committed.append(changed.attributes[0]),
+            is_lazy=lambda: is_lazy,
+            changes=itertools.count().__next__,
             flush_age_s=flush_age_s,
             total_bytes=total_bytes,
         )
-        self.reader = Reader(self.server, self.store)
+        self.reader = plain_reader(self.server, self.store)
         self.writer.open(self.server.attributes)
 
     async def read(self, offset: int, length: int) -> bytes:
@@ -144,7 +149,9 @@ async def test_a_small_file_is_written_inline_in_one_request() -> None:
     await rig.writer.write(INO, 6, b"world")
     assert rig.writer.overlay(rig.server.attributes).size == 11
     closed = await rig.writer.close(INO)
-    assert rig.server.requests == [wire.WriteInline(INO, 0, b"hello world")]
+    (written,) = rig.server.requests
+    assert isinstance(written, wire.WriteInline)
+    assert written == wire.WriteInline(INO, 0, b"hello world", written.written_ns)
     assert closed is not None
     assert closed.content == b"hello world"
     assert closed.attributes == rig.committed[-1]
@@ -190,7 +197,7 @@ async def test_a_sequential_writer_makes_whole_objects() -> None:
     block = bytes(100_000)
     for offset in range(0, size, len(block)):
         await rig.writer.write(INO, offset, block[: size - offset])
-    assert rig.writer.bytes < 3 * FLUSH_BYTES
+    assert rig.writer.bytes < (STAGED + 2) * FLUSH_BYTES
     await rig.writer.flush(INO)
     assert sorted(len(data) for data in rig.store.objects.values()) == [1000] + [FLUSH_BYTES] * 10
     assert rig.writer.bytes == 0
@@ -201,8 +208,8 @@ async def test_a_writer_waits_when_all_files_hold_too_much() -> None:
     await rig.writer.write(INO, 0, b"x" * 100)
     assert rig.writer.bytes == 100
     await rig.writer.write(INO, 100, b"y")
-    assert rig.writer.bytes == 0
-    assert rig.server.content() == b"x" * 100 + b"y"
+    assert rig.writer.bytes == 1
+    assert rig.server.content() == b"x" * 100
 
 
 async def test_what_has_waited_long_is_flushed() -> None:
@@ -211,21 +218,137 @@ async def test_what_has_waited_long_is_flushed() -> None:
     await until(lambda: rig.server.content() == b"late")
 
 
-@pytest.mark.parametrize("report", ["flush", "write"])
-async def test_an_error_is_reported_once_and_never_lost(report: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_cannot_be_stored_is_kept_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
     rig = Rig()
-    rig.store.fail = StoreError("no store")
+    rig.store.fail = NoSpace("no store")
     await rig.writer.write(INO, 0, b"x" * 100)
-    with pytest.raises(StoreError):
+    for _ in range(2):
+        with pytest.raises(NoSpace):
+            await rig.writer.flush(INO)
+    with pytest.raises(NoSpace):
         await rig.read(0, 10)
-    with pytest.raises(StoreError):
-        await (rig.writer.flush(INO) if report == "flush" else rig.writer.write(INO, 0, b"y"))
+    with pytest.raises(NoSpace):
+        await rig.writer.write(INO, 0, b"refused, for nobody was told of the read's failure but the reader")
+    await rig.writer.write(INO, 0, b"y")
     rig.store.fail = None
     await rig.writer.flush(INO)
-    await rig.writer.write(INO, 0, b"z" * 100)
-    await rig.writer.flush(INO)
-    assert rig.server.content() == b"z" * 100
+    assert rig.server.content() == b"y" + b"x" * 99
+    assert rig.writer.bytes == 0
+    await rig.writer.flush_all()
+    assert len(rig.store.objects) == 1
     assert "writing to inode 7 failed: no store" in caplog.text
+
+
+async def test_a_failure_in_the_background_is_told_once_and_mended_by_time(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    rig = Rig(flush_age_s=0.01)
+    rig.store.fail = StoreError("no store")
+    data = bytes(range(256)) * (FLUSH_BYTES // 256)
+    await rig.writer.write(INO, 0, data)
+    await until(lambda: rig.writer._files[INO].error)
+    with pytest.raises(StoreError):
+        await rig.writer.write(INO, 5, b"refused")
+    rig.store.fail = None
+    await until(lambda: rig.server.content() == data)
+    await rig.writer.flush(INO)
+    await rig.writer.write(INO, 0, b"taken")
+
+
+async def test_memory_is_bounded_while_the_store_is_full(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    rig = Rig(total_bytes=100)
+    rig.store.fail = NoSpace("full")
+    await rig.writer.write(INO, 0, b"x" * 100)
+    for _ in range(3):
+        with pytest.raises(NoSpace):
+            await rig.writer.write(INO, 100, b"y")
+    assert rig.writer.bytes == 100
+    rig.store.fail = None
+    await rig.writer.write(INO, 100, b"y")
+    await rig.writer.flush(INO)
+    assert rig.server.content() == b"x" * 100 + b"y"
+
+
+async def test_a_cut_gives_up_what_cannot_be_stored_beyond_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    rig = Rig()
+    rig.store.fail = NoSpace("full")
+    await rig.writer.write(INO, 0, b"x" * 100)
+    with pytest.raises(NoSpace):
+        async with rig.writer.settled(INO):
+            pass
+    async with rig.writer.settled(INO, 70):
+        rig.writer.cut(INO, 70)
+    assert rig.writer.bytes == 70
+    assert rig.writer.overlay(rig.server.attributes).size == 70
+    async with rig.writer.settled(INO, 0):
+        rig.writer.cut(INO, 0)
+    assert rig.writer.bytes == 0
+    await rig.writer.flush(INO)
+
+
+async def test_several_objects_are_on_their_way_and_committed_in_order() -> None:
+    rig = Rig()
+    rig.store.gate.clear()
+    blocks = [bytes([number]) * FLUSH_BYTES for number in range(STAGED)]
+    for block in blocks:
+        await rig.writer.write(INO, 0, block)
+    await until(lambda: rig.store.waiting == STAGED)
+    assert rig.server.attributes.size == 0
+    rig.store.gate.set()
+    await rig.writer.flush(INO)
+    assert rig.server.content() == blocks[-1]
+    commits = [each for each in rig.server.requests if isinstance(each, wire.CommitSlices)]
+    assert len(commits) < STAGED, "what is stored is committed together"
+    ids = [each.slice_id for commit in commits for each in commit.slices]
+    assert ids == sorted(ids)
+
+
+async def test_a_writer_waits_for_the_store() -> None:
+    rig = Rig()
+    rig.store.gate.clear()
+
+    async def write_much() -> None:
+        for number in range(3 * STAGED):
+            await rig.writer.write(INO, number * FLUSH_BYTES, bytes(FLUSH_BYTES))
+
+    writing = asyncio.create_task(write_much())
+    await until(lambda: rig.store.waiting == STAGED)
+    assert rig.writer.bytes <= (STAGED + 1) * FLUSH_BYTES
+    rig.store.gate.set()
+    await writing
+    await rig.writer.flush(INO)
+    assert rig.server.attributes.size == 3 * STAGED * FLUSH_BYTES
+    assert rig.writer.bytes == 0
+
+
+async def test_nothing_is_kept_of_a_file_that_is_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    rig = Rig()
+    rig.server.before = _refuse(wire.ErrorCode.NOT_FOUND)
+    await rig.writer.write(INO, 0, b"x")
+    with pytest.raises(Refused):
+        await rig.writer.flush(INO)
+    assert rig.writer.bytes == 0
+    rig.server.before = lambda request: None
+    await rig.writer.flush(INO)
+
+
+async def test_a_sync_asks_a_lazy_metaserver_and_tells_of_its_losses() -> None:
+    rig = Rig(is_lazy=True)
+    await rig.writer.write(INO, 0, b"x")
+    await rig.writer.flush(INO)
+    assert wire.Sync() not in rig.server.requests
+    await rig.writer.sync(INO)
+    await rig.writer.sync(None)
+    assert rig.server.requests[-2:] == [wire.Sync(), wire.Sync()]
+    await rig.writer.write(INO, 0, b"y")
+    await rig.writer.flush(INO)
+    rig.writer.session_lost()
+    for ino in (INO, None):
+        with pytest.raises(StoreError, match="may have lost"):
+            await rig.writer.sync(ino)
+        await rig.writer.sync(ino)
 
 
 async def test_an_error_of_the_last_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -247,7 +370,10 @@ async def test_a_lost_reply_is_an_error(caplog: pytest.LogCaptureFixture) -> Non
     await rig.writer.write(INO, 0, b"x")
     with pytest.raises(Disconnected):
         await rig.writer.flush(INO)
-    assert rig.writer.overlay(rig.server.attributes).size == 0
+    assert rig.writer.overlay(rig.server.attributes).size == 1, "it is kept, to be tried again"
+    rig.server.before = lambda request: None
+    await rig.writer.flush(INO)
+    assert rig.server.content() == b"x"
 
 
 def _refuse(code: wire.ErrorCode) -> Callable[[Any], None]:
@@ -280,12 +406,13 @@ async def test_others_inline_writes_survive_the_change_to_slices() -> None:
     await rig.writer.write(INO, 50, b"x" * 100)
     await rig.writer.flush(INO)
     assert rig.server.content() == b"theirs".ljust(50, b"\0") + b"x" * 100
-    assert len(rig.store.objects) == 1, "objects of the refused commit stay"
+    await rig.writer.flush_all()
+    assert sorted(rig.store.objects.values()) == [b"theirs", b"x" * 100], "objects of the refused commit stay"
 
 
 async def test_slice_ids_are_reserved_in_blocks() -> None:
     rig = Rig(limit=0)
-    for index in range(writer_module.ID_BLOCK):
+    for index in range(ID_BLOCK):
         await rig.writer.write(INO, index, b"x")
         await rig.writer.flush(INO)
     assert [each for each in rig.server.requests if isinstance(each, wire.NewSlices)] == [wire.NewSlices(64)]
@@ -299,3 +426,71 @@ async def test_two_writers_close_one_after_the_other() -> None:
     assert rig.writer.is_open(INO)
     assert rig.server.content() == b"both"
     assert await rig.writer.close(INO) is not None
+
+
+def _new(rig: Rig) -> None:
+    """Have the rig's file be one that was made by this mount."""
+    rig.writer._files.clear()
+    rig.writer.open(rig.server.attributes, is_new=True)
+
+
+async def test_changes_of_a_new_files_attributes_go_with_its_content() -> None:
+    rig = Rig()
+    _new(rig)
+    await rig.writer.write(INO, 0, b"abc")
+    rig.writer._single_writes = 0
+    first = rig.writer.defer(wire.SetAttributes(INO, mode=0o600))
+    assert first is not None
+    assert first.mode == stat.S_IFREG | 0o600
+    shown = rig.writer.defer(wire.SetAttributes(INO, mtime_ns=5, uid=7))
+    assert shown is not None
+    assert (shown.mode, shown.mtime_ns, shown.uid, shown.size) == (stat.S_IFREG | 0o600, 5, 7, 3)
+    assert shown.ctime_ns > first.ctime_ns
+    assert rig.writer.defer(wire.SetAttributes(INO, size=1)) is None
+    await rig.writer.flush(INO)
+    (request,) = [each for each in rig.server.requests if isinstance(each, wire.WriteInline)][-1:]
+    then = wire.SetAttributes(INO, mode=0o600, uid=7, mtime_ns=5, changed_ns=shown.ctime_ns)
+    assert request.then == then or then in rig.server.requests
+    assert rig.writer.defer(wire.SetAttributes(INO, mode=0o644)) is None, "it is flushed, and new no more"
+
+
+async def test_a_write_after_a_time_was_set_sets_it_anew() -> None:
+    rig = Rig()
+    _new(rig)
+    assert rig.writer.defer(wire.SetAttributes(INO, mtime_ns=5, atime_ns=6)) is not None
+    await rig.writer.write(INO, 0, b"abc")
+    shown = rig.writer.overlay(rig.server.attributes)
+    assert shown.mtime_ns > 1_000_000
+    assert shown.atime_ns == 6
+
+
+async def test_changes_that_wait_survive_a_failure(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    rig = Rig()
+    _new(rig)
+    assert rig.writer.defer(wire.SetAttributes(INO, mode=0o600)) is not None
+    rig.server.before = _refuse(wire.ErrorCode.NO_SPACE)
+    with pytest.raises(Refused):
+        await rig.writer.flush(INO)
+    rig.server.before = lambda request: None
+    await rig.writer.flush(INO)
+    assert [each.mode for each in rig.server.requests if isinstance(each, wire.SetAttributes)] == [0o600, 0o600]
+
+
+async def test_small_files_are_written_ahead_while_that_is_right() -> None:
+    rig = Rig()
+    for _ in range(3):
+        _new(rig)
+        await rig.writer.write(INO, 0, b"abc")
+        await until(lambda: not rig.writer.bytes)
+        await rig.writer.flush(INO)
+    for _ in range(4):
+        _new(rig)
+        await rig.writer.write(INO, 0, b"abc")
+        await rig.writer.write(INO, 3, b"def")
+        await rig.writer.flush(INO)
+    before = len(rig.server.requests)
+    _new(rig)
+    await rig.writer.write(INO, 0, b"abc")
+    await asyncio.sleep(0)
+    assert len(rig.server.requests) == before, "files are written to twice here"

@@ -20,11 +20,12 @@ from kernel import DIRECTORY, FH_KERNEL, FIFO, OPCODE, REGULAR, SYMLINK, Answer,
 from t0_siphash import KEY, VECTORS, words
 
 from fuseclient._native import ffi, lib
+from fuseclient.kernel_cache import KernelCache
 from fuseclient.native import NativeError, hash_name
 from fuseclient.observe.opcodes import OPCODES
 from metaserver.wire import DirectoryEntry
 
-ROOT, FILE, EMPTY, BARE, LINK, LOOSE_LINK, DIR, PIPE, TAGGED, GONE = 1, 10, 11, 12, 13, 14, 15, 16, 17, 99
+ROOT, FILE, EMPTY, BARE, LINK, LOOSE_LINK, DIR, PIPE, TAGGED, WRITTEN, GONE = 1, 10, 11, 12, 13, 14, 15, 16, 17, 18, 99
 LONG = b"n" * 255
 CONTENT = bytes(range(256)) * 20
 TARGET = b"../a/target"
@@ -71,6 +72,8 @@ def bpf(shared: Kernel) -> Kernel:
     shared.cache.put_inode(attributes(ROOT, DIRECTORY, 9, nlink=3))
     shared.cache.put(ROOT, TREE)
     shared.cache.put_absent(ROOT, b"absent")
+    shared.cache.put_inode(kernel.attributes(WRITTEN, mode=0))
+    shared.cache.put_name(ROOT, b"written", WRITTEN)
     shared.cache.put_name(ROOT, b"dangling", GONE)
     shared.cache.drop_statfs()
     return shared
@@ -160,10 +163,20 @@ ANSWERED = [
     Case("RELEASEDIR", kernel.release(DIR, FH_KERNEL | DIR, directory=True), "ANSWERED"),
     Case("FLUSH", kernel.flush(FILE, FH_KERNEL | FILE), "ANSWERED"),
     Case("GETXATTR", kernel.getxattr(FILE, b"user.a", 100), "ANSWERED_ABSENT", error=-errno.ENODATA),
+    Case(
+        "GETXATTR of a file being written",
+        kernel.getxattr(WRITTEN, b"security.capability"),
+        "ANSWERED_ABSENT",
+        error=-errno.ENODATA,
+    ),
     Case("GETXATTR of size 0", kernel.getxattr(FILE, b"security.capability"), "ANSWERED_ABSENT", error=-errno.ENODATA),
-    Case("GETXATTR, 255 bytes", kernel.getxattr(FILE, b"u" * 255), "ANSWERED_ABSENT", error=-errno.ENODATA),
+    Case("GETXATTR, 255 bytes", kernel.getxattr(FILE, b"user." + b"u" * 250), "ANSWERED_ABSENT", error=-errno.ENODATA),
+    Case("GETXATTR trusted", kernel.getxattr(FILE, b"trusted.a"), "ANSWERED_ABSENT", error=-errno.ENODATA),
+    Case("GETXATTR ACL", kernel.getxattr(FILE, b"system.posix_acl_access"), "ANSWERED_ABSENT", error=-errno.ENODATA),
     Case("LISTXATTR", kernel.listxattr(FILE, 100), "ANSWERED"),
     Case("LISTXATTR of size 0", kernel.listxattr(FILE, 0), "ANSWERED", bytes(8)),
+    Case("IOCTL", kernel.ioctl(FILE), "ANSWERED", error=-errno.ENOSYS),
+    Case("IOCTL with data", kernel.ioctl(GONE, bytes(64)), "ANSWERED", error=-errno.ENOSYS),
 ]
 
 MISSED = [
@@ -172,6 +185,10 @@ MISSED = [
         for opcode in (0, 2, 4, 9, 16, 28, 35, 44, 52, 63, 64, 4096, 2**32 - 1)
     ),
     Case("LOOKUP of an unknown name", kernel.lookup(ROOT, b"unknown"), "MISS_NAME"),
+    Case("LOOKUP of a file being written", kernel.lookup(ROOT, b"written"), "MISS_FLAGS"),
+    Case("GETATTR of a file being written", kernel.getattr_(WRITTEN), "MISS_FLAGS"),
+    Case("OPEN of a file being written", kernel.open_(WRITTEN), "MISS_FLAGS"),
+    Case("READ of a file being written", kernel.read(WRITTEN, 0, 4096), "MISS_FLAGS"),
     Case("LOOKUP in another directory", kernel.lookup(DIR, b"file"), "MISS_NAME"),
     Case("LOOKUP of an unknown inode", kernel.lookup(ROOT, b"dangling"), "MISS_INODE"),
     Case("GETATTR of an unknown inode", kernel.getattr_(GONE), "MISS_INODE"),
@@ -220,6 +237,9 @@ MISSED = [
     Case("LOOKUP without payload", Request(OPCODE["LOOKUP"], ROOT), "MISS_MALFORMED"),
     Case("LOOKUP of 256 bytes", kernel.lookup(ROOT, b"n" * 256), "MISS_MALFORMED"),
     Case("LOOKUP without NUL", Request(OPCODE["LOOKUP"], ROOT, b"", b"file"), "MISS_MALFORMED"),
+    Case("GETXATTR of another kind", kernel.getxattr(FILE, b"system.a"), "MISS_FLAGS"),
+    Case("GETXATTR of a prefix", kernel.getxattr(FILE, b"user."), "MISS_FLAGS"),
+    Case("GETXATTR of a short name", kernel.getxattr(FILE, b"u"), "MISS_FLAGS"),
     Case("GETXATTR of no name", kernel.getxattr(FILE, b""), "MISS_MALFORMED"),
     Case("GETXATTR of 256 bytes", kernel.getxattr(FILE, b"n" * 256), "MISS_MALFORMED"),
 ]
@@ -237,8 +257,9 @@ EVERY_KIND = [
     kernel.getxattr(FILE, b"user.a"),
     kernel.listxattr(FILE, 0),
     kernel.statfs(),
+    kernel.ioctl(FILE),
 ]
-FROM_MAPS = [request for request in EVERY_KIND if request.opcode not in (17, 18, 25, 29)]
+FROM_MAPS = [request for request in EVERY_KIND if request.opcode not in (17, 18, 25, 29, 39)]
 
 
 def kind(request: Request) -> str:
@@ -356,6 +377,51 @@ def test_a_release_too_many_does_not_turn_the_count_over(bpf: Kernel) -> None:
     bpf.ask(kernel.release(FILE, FH_KERNEL | FILE))
     bpf.cache.released(FILE)
     assert bpf.open_count(FILE) == 0
+
+
+def test_an_open_in_passthrough_has_its_backing(bpf: Kernel) -> None:
+    assert bpf.cache.set_backing(BARE, 7)
+    bpf.cache.put_inode(attributes(BARE, size=1 << 30))
+    reply = struct.pack("<QII", FH_KERNEL | BARE, 1 << 7 | 1 << 5, 7)
+    assert bpf.ask(kernel.open_(BARE)) == Answer("ANSWERED_PASSTHROUGH", 0, reply)
+    assert bpf.open_count(BARE) == 1
+    assert bpf.ask(kernel.open_(BARE, os.O_RDWR)).outcome == "MISS_FLAGS"
+    assert bpf.ask(kernel.release(BARE, FH_KERNEL | BARE)).outcome == "ANSWERED"
+    assert bpf.open_count(BARE) == 0
+
+
+def test_what_the_worker_opens_is_missed(bpf: Kernel) -> None:
+    assert bpf.cache.set_backing(BARE, 0)
+    bpf.cache.put_inode(attributes(BARE, size=10))
+    assert bpf.ask(kernel.open_(BARE)).outcome == "MISS_FLAGS"
+    assert bpf.ask(kernel.getattr_(BARE)).outcome == "ANSWERED"
+    bpf.cache.forget_backing(BARE)
+    bpf.cache.put_inode(attributes(BARE, size=10))
+    assert bpf.ask(kernel.open_(BARE)).outcome == "ANSWERED"
+    large = KernelCache(bpf.fds, worker_opens_bytes=1000)
+    for size, outcome in ((999, "ANSWERED"), (1000, "MISS_FLAGS")):
+        large.put_inode(attributes(BARE, size=size))
+        assert bpf.ask(kernel.open_(BARE)).outcome == outcome
+    large.put_inode(attributes(DIR, DIRECTORY, size=5000))
+    assert bpf.ask(kernel.opendir(DIR)).outcome == "ANSWERED"
+    large.close()
+
+
+def test_backings_are_bounded(bpf: Kernel) -> None:
+    inos = range(1000, 1001 + lib.BPFUSE_BACKINGS)
+    assert [bpf.cache.set_backing(ino, 1) for ino in inos].count(False) == 1
+    assert bpf.cache.set_backing(1000, 2)
+    bpf.cache.forget_backing(1001)
+    assert bpf.cache.set_backing(inos[-1], 3)
+    for ino in inos:
+        bpf.cache.forget_backing(ino)
+
+
+def test_handles_of_the_worker_are_counted_too(bpf: Kernel) -> None:
+    bpf.cache.opened(FILE)
+    assert bpf.cache.is_open(FILE)
+    bpf.cache.released(FILE)
+    assert not bpf.cache.is_open(FILE)
 
 
 def test_an_open_that_is_missed_is_not_counted(bpf: Kernel) -> None:

@@ -58,7 +58,7 @@ async def test_root(fs: Files) -> None:
 
 
 async def test_tables_cover_the_protocol() -> None:
-    server = {wire.Hello, wire.CreateVolume, wire.OpenSession, wire.Renew, wire.CloseSession}
+    server = {wire.Hello, wire.CreateVolume, wire.OpenSession, wire.Renew, wire.CloseSession, wire.Sync}
     assert {*namespace.READS, *namespace.WRITES, *server} == set(wire.Request.__args__)
     assert not namespace.READS.keys() & namespace.WRITES.keys()
 
@@ -653,3 +653,16 @@ async def test_concurrent_creates(fs: Files) -> None:
     assert cookies == sorted(cookies)
     outcomes = await asyncio.gather(*(fs.make(b"same") for _ in range(5)), return_exceptions=True)
     assert sum(isinstance(outcome, Refused) for outcome in outcomes) == 4
+
+
+async def test_a_commit_keeps_the_time_at_which_a_program_wrote(fs: Files) -> None:
+    ino = await fs.make(b"file")
+    await fs.change(wire.WriteInline(ino, 0, b"inline", 1_500))
+    written = await fs.stat(ino)
+    assert (written.mtime_ns, written.ctime_ns) == (1_500, 1_500)
+    (first,) = await fs.slices(1)
+    await fs.change(wire.CommitSlices(ino, [wire.Slice(6, 10, first, 0)], 16, True, written.version, 1_400))
+    written = await fs.stat(ino)
+    assert (written.mtime_ns, written.ctime_ns) == (1_400, 1_500), "what the inode changed last stays"
+    changed = await fs.change(wire.SetAttributes(ino, mode=0o600))
+    assert changed.attributes[0].ctime_ns == fs.now

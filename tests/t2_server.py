@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served import DIRECTORY, FILE, VOLUME, Client, Metaserver, fake_server, serving, until
 
+from fuseclient.data.compaction import digest
 from fuseclient.worker import rpc
 from fuseclient.worker.session import Session
 from metaserver import wire
@@ -180,6 +181,13 @@ async def _every_request(client: Client) -> None:
     laid = wire.Slice(0, 5000, ids[0], 0)
     await change(wire.CommitSlices(file.ino, [laid], 5000, True, written.version))
     assert (await call(wire.GetContent(file.ino, 0, 5000), wire.Content)).slices == [laid]
+    await call(wire.CompactSlices(file.ino, 0, 1, digest([laid]), [laid]), wire.Done)
+    await call(wire.Sync(), wire.Done)
+    copy = (await change(wire.MakeTemporary(wire.ROOT_INO, 0o100600, 0, 0))).attributes[0]
+    assert (await change(wire.Allocate(copy.ino, 0, 100_000, False, False))).attributes[0].size == 100_000
+    assert (await change(wire.CopyRange(file.ino, 0, copy.ino, 0, 5000))).done == 5000
+    assert (await call(wire.Seek(copy.ino, 0, True), wire.Sought)).offset == 5000
+    await call(wire.Reap([copy.ino]), wire.Done)
     assert (await call(wire.GetStatistics(), wire.Statistics)).inodes >= 4
     await change(wire.Remove(wire.ROOT_INO, b"linked", False))
     removed = await change(wire.Remove(wire.ROOT_INO, b"moved", False))
@@ -188,6 +196,8 @@ async def _every_request(client: Client) -> None:
     await call(wire.Reap([file.ino]), wire.Done)
     assert await refused(client.attributes(file.ino)) is ErrorCode.NOT_FOUND
     await _slices_become_unused(client, ids[0])
+    assert (await call(wire.InspectSlices(ids), wire.SlicesInspected)).idle == ids
+    assert (await call(wire.RetireSlices(ids), wire.SliceIds)).ids == ids
     await change(wire.Remove(wire.ROOT_INO, b"directory", True))
     pages = [page async for page in client.connection.stream(wire.FetchDirectory(1, 0, 100, 0, 0))]
     assert [entry.name for page in pages for entry in page.entries] == [b"symlink"]

@@ -36,16 +36,21 @@ class Channel:
 
     def __init__(self, directory: Path, address: str, *, maps: bool = False) -> None:
         self.fuse, fuse = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.extra, extra = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.notify, notify = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.status, status = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         config_fd, config_writer = os.pipe()
         self.log = directory / "worker.log"
         given = msgspec.structs.replace(
-            config(address, maps=maps), fuse_fd=fuse.fileno(), notify_fd=notify.fileno(), status_fd=status.fileno()
+            config(address, maps=maps),
+            fuse_fd=fuse.fileno(),
+            extra_fd=extra.fileno(),
+            notify_fd=notify.fileno(),
+            status_fd=status.fileno(),
         )
         os.write(config_writer, msgspec.json.encode(given))
         os.close(config_writer)
-        inherited = (config_fd, fuse.fileno(), notify.fileno(), status.fileno())
+        inherited = (config_fd, *(each.fileno() for each in (fuse, extra, notify, status)))
         with self.log.open("wb") as log:
             self.worker = subprocess.Popen(
                 [sys.executable, "-m", "fuseclient.worker", str(config_fd)],
@@ -54,9 +59,9 @@ class Channel:
                 stderr=log,
             )
         os.close(config_fd)
-        for theirs in (fuse, notify, status):
+        for theirs in (fuse, extra, notify, status):
             theirs.close()
-        for mine in (self.fuse, self.notify, self.status):
+        for mine in (self.fuse, self.extra, self.notify, self.status):
             mine.settimeout(DEADLINE_S)
         self._lines = self.status.makefile("rb")
         self._unique = 0
@@ -79,18 +84,20 @@ class Channel:
         return reply[_OUT.size :]
 
     async def write_a_file(self) -> None:
-        """Go as far as a WRITE, which nobody flushes."""
+        """Go as far as two WRITEs that nobody flushes: the worker commits the first itself, and perhaps the second."""
         await self.request(_INIT, 0, struct.pack("=4I", 7, 38, 1 << 17, _READDIRPLUS) + bytes(48))
         made = await self.request(_CREATE, 1, struct.pack("=4I", os.O_RDWR, 0o100644, 0, 0) + b"file\0")
         ino, handle = struct.unpack_from("=Q", made)[0], struct.unpack_from("=Q", made, 128)[0]
-        await self.request(_WRITE, ino, struct.pack("=QQIIQII", handle, 0, 7, 0, 0, 0, 0) + b"content")
+        for offset, data in ((0, b"con"), (3, b"tent")):
+            write = struct.pack("=QQIIQII", handle, offset, len(data), 0, 0, 0, 0)
+            await self.request(_WRITE, ino, write + data)
 
     async def exit_code(self) -> int:
         async with asyncio.timeout(DEADLINE_S):
             return await asyncio.to_thread(self.worker.wait)
 
     def close(self) -> None:
-        for each in (self._lines, self.fuse, self.notify, self.status):
+        for each in (self._lines, self.fuse, self.extra, self.notify, self.status):
             each.close()
         if self.worker.poll() is None:
             self.worker.kill()
@@ -121,7 +128,7 @@ async def test_a_clean_end_commits_what_was_written(metaserver: Metaserver, tmp_
         assert len(metaserver.server.sessions) == 2
         await channel.write_a_file()
         found = await client.connection.call(wire.Lookup(1, b"file"), wire.Found)
-        assert found.attributes.size == 0
+        assert found.attributes.size in (0, 3, 7)
         if how == "hang-up":
             channel.fuse.close()
         else:
@@ -148,7 +155,8 @@ async def test_figures_are_given_when_they_are_asked_for(metaserver: Metaserver,
             channel.status.send(b"figures\n")
             figures = await channel.said()
         assert figures["session"] == ready["session"]
-        assert (figures["uncommitted_bytes"], figures["files_being_written"]) == (7, 1)
+        assert figures["uncommitted_bytes"] in (0, 4, 7)
+        assert figures["files_being_written"] == 1
         assert 25 < figures["lease_remaining_s"] <= 30
     finally:
         channel.close()
@@ -156,7 +164,7 @@ async def test_figures_are_given_when_they_are_asked_for(metaserver: Metaserver,
 
 
 async def test_a_store_that_cannot_be_used_is_said_in_one_line(metaserver: Metaserver, tmp_path: Path) -> None:
-    client = await _client(metaserver, "s3://bucket")
+    client = await _client(metaserver, "gs://bucket")
     await _assert_refused(tmp_path, metaserver.address, "file:///directory")
     client.connection.abort()
 

@@ -23,6 +23,8 @@ import pytest
 import rig
 from conftest import MountFactory
 
+from fuseclient.observe.figures import Answers
+
 pytestmark = pytest.mark.usefixtures("needs_mounts")
 
 NO_TTL: Final = ("--kernel-ttl", "0")
@@ -95,8 +97,15 @@ ACCESSES: Final[list[tuple[str, str, Callable[[Path], Any]]]] = [
     ("LISTXATTR", "no xattrs", lambda top: os.listxattr(top / "file")),
     ("OPENDIR", "a directory", lambda top: _open_and_close(top / "directory", os.O_RDONLY | os.O_DIRECTORY)),
     ("RELEASEDIR", "a directory", lambda top: _open_and_close(top / "directory", os.O_RDONLY | os.O_DIRECTORY)),
+    ("IOCTL", "a file that Python opens, which asks whether it is a terminal", lambda top: (top / "file").read_bytes()),
     ("STATFS", "figures just asked for", lambda top: (os.statvfs(top), os.statvfs(top))),
 ]
+
+
+def _until_answered(mounted: rig.Mount, opcode: str, before: Answers) -> Answers:
+    """Wait for one more answer: a release is asked for after close has returned."""
+    rig.wait_for(lambda: figures.answers(mounted, opcode).total > before.total, f"{opcode} is asked")
+    return figures.answers(mounted, opcode)
 
 
 def test_who_answers_each_kind_of_request(mount: MountFactory, accel: str, subtests: pytest.Subtests) -> None:
@@ -114,8 +123,7 @@ def test_who_answers_each_kind_of_request(mount: MountFactory, accel: str, subte
         with subtests.test(opcode=opcode, of_what=of_what):
             before = figures.answers(mounted, opcode)
             access(top)
-            rig.wait_for(lambda o=opcode, b=before: figures.answers(mounted, o).total > b.total, opcode)
-            kernel = figures.answers(mounted, opcode).kernel - before.kernel
+            kernel = _until_answered(mounted, opcode, before).kernel - before.kernel
             assert kernel >= 1 if accel == "bpf" else kernel == 0
 
 
@@ -134,17 +142,26 @@ def _look(top: Path) -> dict[str, Any]:
     """Return all that is asked of the names a change may concern."""
     seen: dict[str, Any] = {"names": _answer(lambda: sorted(os.listdir(top)))}
     for name in ("file", "other", "link", "directory", "new"):
-        path = top / name
-        status = _answer(path.lstat)
-        kept = status if isinstance(status, str) else (status.st_mode, status.st_nlink, status.st_size, status.st_uid)
-        content = _answer(path.readlink if path.is_symlink() else path.read_bytes)
-        seen[name] = (kept, content, _answer(lambda path=path: sorted(os.listxattr(path, follow_symlinks=False))))
+        seen[name] = _look_at(top / name)
     return seen
+
+
+def _look_at(path: Path) -> tuple[Any, Any, Any]:
+    """Return attributes, content or target, and the names of xattrs."""
+    status = _answer(path.lstat)
+    kept = status if isinstance(status, str) else (status.st_mode, status.st_nlink, status.st_size, status.st_uid)
+    content = _answer(path.readlink if path.is_symlink() else path.read_bytes)
+    return kept, content, _answer(lambda: sorted(os.listxattr(path, follow_symlinks=False)))
 
 
 def _replace_symlink(top: Path) -> None:
     (top / "new").symlink_to("other")
     (top / "new").rename(top / "link")
+
+
+def _make_it_a_directory(top: Path) -> None:
+    (top / "file").unlink()
+    (top / "file").mkdir()
 
 
 def _write_in_place(path: Path, offset: int, data: bytes) -> None:
@@ -175,7 +192,10 @@ CHANGES: Final[dict[str, tuple[Callable[[Path], Any], dict[tuple[str, int], Any]
         lambda top: (top / "file").rename(top / "new"),
         {("file", 0): "ENOENT", ("new", 0): (0o100644, 1, 5, 0), ("new", 1): b"file\n"},
     ),
-    "rename over": (lambda top: (top / "other").rename(top / "file"), {("file", 1): b"other\n", ("other", 0): "ENOENT"}),
+    "rename over": (
+        lambda top: (top / "other").rename(top / "file"),
+        {("file", 1): b"other\n", ("other", 0): "ENOENT"},
+    ),
     "link": (
         lambda top: os.link(top / "file", top / "new"),
         {("file", 0): (0o100644, 2, 5, 0), ("new", 0): (0o100644, 2, 5, 0), ("new", 1): b"file\n"},
@@ -185,7 +205,7 @@ CHANGES: Final[dict[str, tuple[Callable[[Path], Any], dict[tuple[str, int], Any]
     "mkdir": (lambda top: (top / "new").mkdir(), {("new", 0): (0o040755, 2, 0, 0), ("new", 1): "EISDIR"}),
     "rmdir": (lambda top: (top / "directory").rmdir(), {("directory", 0): "ENOENT"}),
     "a directory for a file": (
-        lambda top: ((top / "file").unlink(), (top / "file").mkdir()),
+        _make_it_a_directory,
         {("file", 0): (0o040755, 2, 0, 0), ("file", 1): "EISDIR"},
     ),
 }

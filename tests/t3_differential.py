@@ -6,6 +6,7 @@ Both ways to mount are compared with the plain directory, each with the kernel's
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -75,3 +76,29 @@ def test_like_a_plain_directory(sandbox: rig.Sandbox, mount: MountFactory, accel
 
 def fail(seed: int, steps: list[Step], difference: Difference) -> NoReturn:
     pytest.fail(f"seed {seed}: {difference.what}\nThese steps repeat it:\n{file_steps.script_of(steps)}")
+
+
+def test_special_files(mount: MountFactory, accel: str) -> None:
+    mounted = mount(accel)
+    device = os.makedev(4095, 1048575)
+    kinds = {stat.S_IFCHR: device, stat.S_IFBLK: device, stat.S_IFIFO: 0, stat.S_IFSOCK: 0}
+    for kind, number in kinds.items():
+        os.mknod(mounted.path / str(kind), kind | 0o640, number)
+    mounted.remount()
+    for kind, number in kinds.items():
+        status = (mounted.path / str(kind)).lstat()
+        assert (status.st_mode, status.st_rdev, status.st_size, status.st_nlink) == (kind | 0o640, number, 0, 1)
+
+
+def test_times_are_kept_to_the_nanosecond(mount: MountFactory, accel: str) -> None:
+    """Those of the most distant years that are kept, too."""
+    mounted = mount(accel)
+    times = [0, 1, -1, 1_999_999_999, -1_500_000_000, 2**31 * 10**9, -(2**63), 2**63 - 1]
+    for number, time_ns in enumerate(times):
+        (mounted.path / f"f{number}").touch()
+        os.utime(mounted.path / f"f{number}", ns=(time_ns, -1 - time_ns))
+    for _ in range(2):
+        for number, time_ns in enumerate(times):
+            status = (mounted.path / f"f{number}").stat()
+            assert (status.st_atime_ns, status.st_mtime_ns) == (time_ns, -1 - time_ns)
+        mounted.remount()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import stat
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from served import VOLUME, Client, Metaserver, serving
 from fuseclient.config import MapFds, MountOptions, WorkerConfig
 from fuseclient.worker.mount import Mount
 from fuseclient.worker.operations import Operations
+from fuseclient.worker.rpc import Refused
 from metaserver import wire
 
 ROOT: Final = wire.ROOT_INO
@@ -46,8 +48,11 @@ class Maps:
     def __init__(self) -> None:
         self.names: dict[tuple[int, bytes], int] = {}
         self.inodes: dict[int, wire.Attributes] = {}
+        #: Inodes of which it is known only that they have no xattrs.
+        self.written: set[int] = set()
         self.data: dict[int, bytes] = {}
         self.opens: dict[int, int] = {}
+        self.backings: dict[int, int] = {}
         self.deadline_ns = 0
         self.epoch = 0
         self.statfs: dict[str, int] = {}
@@ -59,6 +64,9 @@ class Maps:
 
     def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
         self.drop_inode(attributes.ino)
+        if not attributes.mode:
+            self.written.add(attributes.ino)
+            return
         self.inodes[attributes.ino] = attributes
         if data is not None:
             self.data[attributes.ino] = data
@@ -74,6 +82,7 @@ class Maps:
 
     def drop_inode(self, ino: int) -> None:
         self.inodes.pop(ino, None)
+        self.written.discard(ino)
         self.data.pop(ino, None)
 
     def renew(self, deadline_ns: int) -> None:
@@ -81,7 +90,7 @@ class Maps:
 
     def bump_epoch(self) -> None:
         self.epoch += 1
-        for each in (self.names, self.inodes, self.data):
+        for each in (self.names, self.inodes, self.data, self.written):
             each.clear()
 
     def put_statfs(self, **figures: int) -> None:
@@ -93,8 +102,18 @@ class Maps:
     def is_open(self, ino: int) -> bool:
         return self.opens.get(ino, 0) > 0
 
+    def opened(self, ino: int) -> None:
+        self.opens[ino] = self.opens.get(ino, 0) + 1
+
     def released(self, ino: int) -> None:
         self.opens[ino] -= 1
+
+    def set_backing(self, ino: int, backing_id: int) -> bool:
+        self.backings[ino] = backing_id
+        return True
+
+    def forget_backing(self, ino: int) -> None:
+        self.backings.pop(ino, None)
 
     def figures(self) -> dict[str, Any]:
         return {}
@@ -126,6 +145,8 @@ class Kernel:
         self.log: list[tuple[Any, ...]] = []
         self.has_epochs = True
         self.gate: Any = None
+        #: The files of backing ids that are given out.
+        self.backings: dict[int, str] = {}
 
     async def _pass(self, *what: Any) -> None:
         if self.gate is not None:
@@ -141,6 +162,15 @@ class Kernel:
     async def increment_epoch(self) -> bool:
         await self._pass("epoch")
         return self.has_epochs
+
+    async def open_backing(self, descriptor: int) -> int:
+        self.backings[len(self.log) + 1] = os.readlink(f"/proc/self/fd/{descriptor}")
+        await self._pass("open backing")
+        return len(self.log)
+
+    async def close_backing(self, backing_id: int) -> None:
+        await self._pass("close backing", backing_id)
+        del self.backings[backing_id]
 
 
 class Rig:
@@ -236,6 +266,9 @@ class Rig:
             assert ino == actual, f"{name!r} in {parent} is {ino} in the maps and {actual} in fact"
         for ino, attributes in self.maps.inodes.items():
             assert attributes == await self.other.attributes(ino)
+        for ino in self.maps.written:
+            with contextlib.suppress(Refused):
+                assert not (await self.other.attributes(ino)).flags & wire.InodeFlag.HAS_XATTRS
         for ino, data in self.maps.data.items():
             if stat.S_ISREG(self.maps.inodes[ino].mode):
                 content = await self.other.connection.call(wire.GetContent(ino, 0, wire.MAX_INLINE), wire.Content)
@@ -280,10 +313,11 @@ async def rigged(
 
 def config(address: str, *, maps: bool = True, generation: int = 1, session: str | None = None) -> WorkerConfig:
     return WorkerConfig(
-        options=MountOptions(url="file:///volume", mountpoint="/mnt"),
+        options=MountOptions(url="file:///volume", mountpoint="/mnt", cache_bytes=0),
         address=address,
         volume=VOLUME,
         fuse_fd=-1,
+        extra_fd=-1,
         notify_fd=-1,
         status_fd=-1,
         generation=generation,

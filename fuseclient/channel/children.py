@@ -79,6 +79,7 @@ class Metaserver(Child):
         reading, writing = os.pipe()
         arguments = ["-m", "metaserver", "--engine", volume.engine_url, "--listen", f"unix:{path}"]
         arguments += ["--ready-fd", str(writing), "--lease-s", str(options.lease_s), "--log-level", options.log_level]
+        arguments += ["--durability", options.durability]
         try:
             try:
                 server = cls("metaserver", await _spawn([*arguments, "--die-with-parent"], [writing]))
@@ -100,6 +101,7 @@ class Worker(Child):
 
     session: str
     fuse_socket: socket.socket
+    extra_socket: socket.socket
     notify_socket: socket.socket
     _status: socket.socket
     _asking: asyncio.Lock
@@ -117,14 +119,16 @@ class Worker(Child):
     ) -> Worker:
         """Start a worker and wait until it has its session; raise :exc:`StartError`."""
         fuse, fuse_theirs = _message_pair()
+        extra, extra_theirs = _message_pair()
         notify, notify_theirs = _message_pair()
         status, status_theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        theirs = (fuse_theirs, notify_theirs, status_theirs)
+        theirs = (fuse_theirs, extra_theirs, notify_theirs, status_theirs)
         config = WorkerConfig(
             options=options,
             address=address,
             volume=volume,
             fuse_fd=fuse_theirs.fileno(),
+            extra_fd=extra_theirs.fileno(),
             notify_fd=notify_theirs.fileno(),
             status_fd=status_theirs.fileno(),
             generation=generation,
@@ -132,7 +136,7 @@ class Worker(Child):
             session=session,
         )
         with contextlib.ExitStack() as ours:
-            for mine in (fuse, notify, status):
+            for mine in (fuse, extra, notify, status):
                 ours.callback(mine.close)
             try:
                 worker = cls("worker", await _spawn_worker(config, theirs))
@@ -141,7 +145,7 @@ class Worker(Child):
                     end.close()
             await worker._take_ready(status)
             ours.pop_all()
-        worker.fuse_socket, worker.notify_socket = fuse, notify
+        worker.fuse_socket, worker.extra_socket, worker.notify_socket = fuse, extra, notify
         return worker
 
     async def _take_ready(self, status: socket.socket) -> None:
@@ -177,7 +181,7 @@ class Worker(Child):
 
     def release(self) -> None:
         """Close what is left of the sockets of a worker that has ended."""
-        for end in (self.fuse_socket, self.notify_socket, self._status):
+        for end in (self.fuse_socket, self.extra_socket, self.notify_socket, self._status):
             end.close()
 
 

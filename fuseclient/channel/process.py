@@ -147,7 +147,7 @@ class Mount:
     async def _attach(self, worker: Worker) -> None:
         """Give requests to a worker, and wait until it has answered INIT."""
         assert self._transport is not None
-        self._transport.attach_worker(worker.fuse_socket, worker.notify_socket)
+        self._transport.attach_worker(worker.fuse_socket, worker.extra_socket, worker.notify_socket)
         try:
             async with asyncio.timeout(_WORKER_INIT_S):
                 while not self._transport.figures().worker_ready:

@@ -83,9 +83,12 @@ class Transport:
         if result:
             raise TransportError(f"the request queues cannot be started: {os.strerror(-result)}")
 
-    def attach_worker(self, fuse_socket: socket.socket, notify_socket: socket.socket) -> None:
-        """Give requests to the worker at the other end of these sockets from now on; both become the transport's."""
-        result = lib.bpfuse_channel_attach_worker(self._channel, fuse_socket.detach(), notify_socket.detach())
+    def attach_worker(
+        self, fuse_socket: socket.socket, extra_socket: socket.socket, notify_socket: socket.socket
+    ) -> None:
+        """Give requests to the worker at the other end of these sockets from now on; they become the transport's."""
+        sockets = [each.detach() for each in (fuse_socket, extra_socket, notify_socket)]
+        result = lib.bpfuse_channel_attach_worker(self._channel, *sockets)
         if result:
             raise TransportError(f"the worker cannot be attached: {os.strerror(-result)}")
 

@@ -19,6 +19,10 @@ def metaserver(
     lease: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, max=3600, help="how long clients may rely on what they hold")
     ] = 30.0,
+    durability: Annotated[
+        Literal["commit", "interval"],
+        typer.Option(help="commits are durable before they are acknowledged, or within 100 ms and at each fsync"),
+    ] = "commit",
     insecure: Annotated[
         bool, typer.Option("--insecure", help="allow plaintext TCP that other machines can reach")
     ] = False,
@@ -27,6 +31,7 @@ def metaserver(
     """Serve the volumes of one engine, in the foreground, until SIGTERM or SIGINT."""
     address = listen if listen.startswith(("unix:", "tcp:")) else f"tcp:{listen}"
     arguments = ["--engine", engine, "--listen", address, "--lease-s", str(lease), "--log-level", log_level]
+    arguments += ["--durability", durability]
     if insecure:
         arguments.append("--insecure")
     os.execv(sys.executable, [sys.executable, "-P", "-m", "metaserver", *arguments])

@@ -37,12 +37,26 @@ def mount(
     kernel_ttl: Annotated[
         float | None, typer.Option(metavar="SECONDS", min=0, help="how long the kernel's own caches may answer at most")
     ] = None,
+    cache_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="where file content is kept; default: /var/cache/bpfuse")
+    ] = None,
+    cache_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="the most that is kept, 0: nothing; default: 10G, and of a volume on this machine only whole files",
+        ),
+    ] = None,
     queue_depth: Annotated[
         int | None, typer.Option(min=1, max=1024, help="requests of each CPU that can wait for the daemon at once")
     ] = None,
     lease: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, max=3600, help="the lease that an embedded metaserver gives")
     ] = _DEFAULTS.lease_s,
+    durability: Annotated[
+        Literal["commit", "interval"],
+        typer.Option(help="of an embedded volume's commits: durable at once, or within 100 ms and at each fsync"),
+    ] = "commit",
     foreground: Annotated[bool, typer.Option("--foreground", help="stay, with the log on standard error")] = False,
     log_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="default: /var/log/bpfuse/, named by a hash of the mount point")
@@ -58,8 +72,11 @@ def mount(
         read_only=read_only or profile == "dataset",
         kernel_cache_bytes=parse_size(kernel_cache_size),
         kernel_ttl_s=kernel_ttl,
+        cache_directory=None if cache_dir is None else os.path.abspath(cache_dir),
+        cache_bytes=None if cache_size is None else parse_size(cache_size),
         queue_depth=queue_depth,
         lease_s=lease,
+        durability=durability,
         log_file=None if foreground else os.path.abspath(log_file or mounting.default_log_file(directory)),
         log_level=log_level,
     )

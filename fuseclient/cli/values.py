@@ -10,6 +10,7 @@ from rich.console import Console
 from fuseclient.errors import UserError
 
 _UNITS: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_LARGE_UNITS: Final = ("KiB", "MiB", "GiB", "TiB", "PiB")
 _SIZE: Final = re.compile(r"([0-9]{1,15})([KMGT]?)(?:I?B)?", re.IGNORECASE)
 #: Columns of a table where the output is no terminal.
 _PIPE_COLUMNS: Final = 110
@@ -29,6 +30,14 @@ def format_size(count: int) -> str:
         if count >= 1 << shift and count % (1 << shift) == 0:
             return f"{count >> shift}{unit}"
     return str(count)
+
+
+def format_bytes(count: int) -> str:
+    """Return bytes for people: exactly below 1 KiB, else with one decimal."""
+    if count < 1024:
+        return f"{count} bytes"
+    power = min((count.bit_length() - 1) // 10, len(_LARGE_UNITS))
+    return f"{count / (1 << 10 * power):,.1f} {_LARGE_UNITS[power - 1]}"
 
 
 def console() -> Console:

@@ -1,152 +1,227 @@
 """The store of immutable objects, one for each slice, named by the slice's id.
 
-Owns the naming, and durability: when :meth:`ObjectStore.put` has returned, the object survives a power failure. In a
-local directory that takes an fsync of the file, of its directory, and of each directory that was made for it, done in
-threads of this module; an object appears under its name only when it is whole. Ids are handed out by the metaserver
-in rising order and never twice, so neighbours share a directory and nothing is ever overwritten.
+When :meth:`ObjectStore.put` has returned, the object survives a power failure and is whole, or there is none; what
+:meth:`ObjectStore.read` returns is what was put, or it raises. The bytes of an object are object_format.py's, where
+they lie local_store.py's and s3_store.py's. This module has what is the same for both: the format, limits of time and
+of accesses at once, and that nothing is ever overwritten. An object that is there already is the work of a put whose
+answer was lost if it is the same, and otherwise a second volume's in the same place.
+
+Headers are kept, so that a range costs one access; the first access to an object reads its header together with what
+is wanted when that lies near.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Final
-from urllib.parse import unquote, urlsplit
+from typing import Final, Protocol, TypeVar
 
-import obstore
-import obstore.exceptions
-import obstore.store
+from fuseclient.data.local_store import LocalBackend
+from fuseclient.data.object_format import MAX_HEADER, MAX_OBJECT, Buffer, Codec, Header, encode, parse_header
+from fuseclient.data.object_names import Listed, object_name
+from fuseclient.data.store_errors import (
+    NoSpace,
+    ObjectDamaged,
+    ObjectExists,
+    ObjectMissing,
+    StoreError,
+    StoreTimeout,
+)
+from fuseclient.data.store_url import StoreUrl, parse_store_url
 
-#: The largest object, in bytes.
-MAX_OBJECT: Final = 4 * 1024 * 1024
-_THREADS: Final = 4
-#: Directories known to be durable are remembered up to this many.
-_KNOWN_DIRECTORIES: Final = 4096
+__all__ = [
+    "MAX_OBJECT",
+    "Listed",
+    "NoSpace",
+    "ObjectDamaged",
+    "ObjectExists",
+    "ObjectMissing",
+    "ObjectStore",
+    "StoreError",
+    "StoreTimeout",
+    "StoreUrl",
+    "object_name",
+    "open_store",
+    "parse_store_url",
+]
+
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+#: Headers kept, of at most 1 KiB each.
+_HEADERS: Final = 16384
+#: How far from an object's beginning a range may end to be read together with the header, in bytes.
+_NEAR: Final = 256 * 1024
 
 
-class StoreError(Exception):
-    """The object store failed, or holds less than it should."""
+class Backend(Protocol):
+    """Where the bytes of objects lie."""
 
-
-class ObjectMissing(StoreError):
-    """There is no object of that id."""
-
-
-class NoSpace(StoreError):
-    """The store is full."""
-
-
-def object_name(slice_id: int) -> str:
-    """Return the path of a slice's object: 1024 to a directory, 1024 of those to a directory above."""
-    return f"{slice_id >> 20:05x}/{slice_id >> 10 & 0x3FF:03x}/{slice_id:012x}"
+    def where(self, slice_id: int) -> str: ...
+    async def create(self, slice_id: int, parts: Callable[[], Sequence[Buffer]]) -> None: ...
+    async def read(self, slice_id: int, start: int, length: int) -> memoryview: ...
+    async def delete(self, slice_ids: Iterable[int]) -> None: ...
+    def list(self) -> AsyncIterator[Sequence[Listed]]: ...
+    def close(self) -> None: ...
 
 
 class ObjectStore:
-    """Objects in one local directory, which is made when it does not exist."""
+    """Objects in one place. Errors name the object."""
 
-    def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        self._root = root
-        self._reader = obstore.store.LocalStore(prefix=root)
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="objects")
-        self._durable: set[Path] = {root}
+    def __init__(self, url: StoreUrl) -> None:
+        self._codec = Codec[url.compression.upper()]
+        self._timeout_s = url.timeout_s
+        self._backend = _backend(url)
+        self._puts = asyncio.Semaphore(url.concurrency)
+        self._reads = asyncio.Semaphore(url.concurrency)
+        self._headers: OrderedDict[int, Header] = OrderedDict()
 
-    async def put(self, slice_id: int, data: bytes | bytearray | memoryview) -> None:
+    async def put(self, slice_id: int, data: Buffer) -> None:
         """Store an object; it is durable on return. ``data`` must not change meanwhile.
 
-        Raises :exc:`StoreError`, or :exc:`NoSpace`.
+        Raises :exc:`StoreError`, :exc:`NoSpace` among them.
         """
-        loop = asyncio.get_running_loop()
+        async with self._puts:
+            try:
+                await self._access(self._backend.create(slice_id, lambda: encode(slice_id, data, self._codec)))
+            except ObjectExists:
+                await self._check_same(slice_id, data)
+            except StoreError as error:
+                raise type(error)(f"object {slice_id} cannot be stored: {error}") from error
+
+    async def _check_same(self, slice_id: int, data: Buffer) -> None:
+        begin = memoryview(encode(slice_id, data, self._codec)[0])
         try:
-            await loop.run_in_executor(self._threads, self._put, object_name(slice_id), data)
-        except OSError as error:
-            kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
-            raise kind(f"object {slice_id} cannot be stored: {error}") from error
+            same = await self.header(slice_id) == parse_header(slice_id, begin)
+        except ObjectDamaged:
+            same = False
+        if not same:
+            where = self._backend.where(slice_id)
+            raise ObjectExists(f"object {slice_id} is there already with other content: do two volumes share {where}?")
 
     async def read(self, slice_id: int, start: int, length: int) -> memoryview:
-        """Return ``length`` bytes of an object from byte ``start`` on.
+        """Return ``length`` bytes of an object's content from byte ``start`` on.
 
-        Raises :exc:`ObjectMissing`, or :exc:`StoreError` (an object shorter than that, too).
+        Raises :exc:`ObjectMissing`, :exc:`ObjectDamaged` (an object shorter than that, too) or :exc:`StoreError`.
         """
-        name = object_name(slice_id)
-        try:
-            data = memoryview(await obstore.get_range_async(self._reader, name, start=start, length=length))
-        except (obstore.exceptions.NotFoundError, FileNotFoundError) as error:
-            raise ObjectMissing(f"object {slice_id} is missing") from error
-        except (obstore.exceptions.BaseError, OSError) as error:
-            raise StoreError(f"object {slice_id} cannot be read: {error}") from error
-        if len(data) != length:
-            raise StoreError(f"object {slice_id} ends at byte {start + len(data)}, before {start + length}")
-        return data
+        async with self._reads:
+            try:
+                return await self._read(slice_id, start, length)
+            except ObjectDamaged as error:
+                raise self._damaged(slice_id, error) from None
+            except ObjectMissing:
+                raise ObjectMissing(f"object {slice_id} is missing: {self._backend.where(slice_id)}") from None
+            except StoreError as error:
+                raise type(error)(f"object {slice_id} cannot be read: {error}") from error
+
+    async def _read(self, slice_id: int, start: int, length: int) -> memoryview:
+        header, begin = self._headers.get(slice_id), memoryview(b"")
+        if header is None:
+            near = start + length <= _NEAR
+            begin = await self._fetch(slice_id, 0, MAX_HEADER + (_NEAR if near else 0))
+            header = self._keep(slice_id, begin)
+        if start + length > header.length:
+            raise ObjectDamaged(f"it ends at byte {header.length}, before {start + length}")
+        at, size = header.place(start, length)
+        if at + size <= len(begin):
+            stored = begin[at : at + size]
+        else:
+            stored = await self._fetch(slice_id, at, size)
+        if header.codec:  # unpacking takes long enough to be felt by everybody else
+            return await asyncio.to_thread(header.content, stored, start, length)
+        return header.content(stored, start, length)
+
+    async def header(self, slice_id: int) -> Header:
+        """Return an object's checked header. Raises as :meth:`read` does, without the object's name."""
+        return self._headers.get(slice_id) or self._keep(slice_id, await self._fetch(slice_id, 0, MAX_HEADER))
+
+    def _keep(self, slice_id: int, begin: memoryview) -> Header:
+        header = self._headers[slice_id] = parse_header(slice_id, begin)
+        if len(self._headers) > _HEADERS:
+            self._headers.popitem(last=False)
+        return header
+
+    async def verify(self, slice_id: int) -> int:
+        """Read and check a whole object; return the length of its content. Raises as :meth:`read` does."""
+        return (await self.whole(slice_id))[0].length
+
+    async def whole(self, slice_id: int) -> tuple[Header, memoryview]:
+        """Return an object's header and all of its stored bytes, read and checked. Raises as :meth:`read` does."""
+        self._headers.pop(slice_id, None)
+        async with self._reads:
+            try:
+                whole = await self._fetch(slice_id, 0, MAX_HEADER + 2 * MAX_OBJECT)
+                header = parse_header(slice_id, whole)
+                if header.stored != len(whole):
+                    raise ObjectDamaged(f"it is of {len(whole)} bytes instead of {header.stored}")
+                await asyncio.to_thread(header.content, whole[header.size :], 0, header.length)
+            except ObjectDamaged as error:
+                raise self._damaged(slice_id, error) from None
+            except StoreError as error:
+                raise type(error)(f"object {slice_id}: {error}") from error
+        return header, whole
 
     async def delete(self, slice_ids: Iterable[int]) -> None:
         """Delete objects; those that are not there are passed over. Raises :exc:`StoreError`."""
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.run_in_executor(self._threads, self._delete, [object_name(each) for each in slice_ids])
-        except OSError as error:
-            raise StoreError(f"objects cannot be deleted: {error}") from error
+        ids = list(slice_ids)
+        for each in ids:
+            self._headers.pop(each, None)
+        if ids:
+            await self._access(self._backend.delete(ids))
+
+    async def check(self) -> None:
+        """Raise :exc:`StoreError` unless the store can be reached and looked into."""
+
+        async def look() -> None:
+            async for _ in self._backend.list():
+                return
+
+        await self._access(look())
+
+    def list(self) -> AsyncIterator[Sequence[Listed]]:
+        """Yield all objects, and those whose upload was broken off, some at a time. Raises :exc:`StoreError`."""
+        return self._backend.list()
+
+    def where(self, slice_id: int) -> str:
+        """Return an object's place, for messages."""
+        return self._backend.where(slice_id)
 
     def close(self) -> None:
-        """End the threads after what they have begun."""
-        self._threads.shutdown(wait=True)
+        """Give the store's threads back."""
+        self._backend.close()
 
-    def _put(self, name: str, data: bytes | bytearray | memoryview) -> None:
-        path = self._root / name
-        self._make_directory(path.parent)
-        unfinished = path.with_suffix(".new")
+    async def _fetch(self, slice_id: int, start: int, length: int) -> memoryview:
+        return await self._access(self._backend.read(slice_id, start, length))
+
+    async def _access(self, access: Awaitable[_T]) -> _T:
         try:
-            _write_durably(unfinished, data)
-            os.rename(unfinished, path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
-            raise
-        _sync_directory(path.parent)
+            async with asyncio.timeout(self._timeout_s):
+                return await access
+        except TimeoutError:
+            raise StoreTimeout(f"the store did not answer within {self._timeout_s:g} s") from None
 
-    def _make_directory(self, directory: Path) -> None:
-        if directory in self._durable:
-            return
-        self._make_directory(directory.parent)
-        directory.mkdir(exist_ok=True)
-        _sync_directory(directory.parent)
-        if len(self._durable) >= _KNOWN_DIRECTORIES:
-            self._durable = {self._root}
-        self._durable.add(directory)
-
-    def _delete(self, names: list[str]) -> None:
-        for name in names:
-            (self._root / name).unlink(missing_ok=True)
+    def _damaged(self, slice_id: int, error: ObjectDamaged) -> ObjectDamaged:
+        self._headers.pop(slice_id, None)
+        text = f"object {slice_id} is damaged: {error} ({self._backend.where(slice_id)})"
+        _log.error("%s", text)
+        return ObjectDamaged(text)
 
 
 def open_store(url: str) -> ObjectStore:
-    """Return the store at a ``file:///directory`` URL; raise :exc:`StoreError` with one line for the user."""
-    parts = urlsplit(url)
-    if parts.scheme != "file" or parts.netloc or not parts.path.startswith("/"):
-        raise StoreError(f"{url} is not a store this client knows; it must be file:///directory")
+    """Return the store at a URL; raise :exc:`StoreError` with one line for the user."""
+    return ObjectStore(parse_store_url(url))
+
+
+def _backend(url: StoreUrl) -> Backend:
     try:
-        return ObjectStore(Path(unquote(parts.path)))
-    except OSError as error:
+        if url.is_local:
+            return LocalBackend(Path(url.path), url.concurrency)
+        from fuseclient.data.s3_store import S3Backend
+
+        return S3Backend(url)
+    except (OSError, ValueError) as error:
         raise StoreError(f"the store {url} cannot be opened: {error}") from error
-
-
-def _write_durably(path: Path, data: bytes | bytearray | memoryview) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

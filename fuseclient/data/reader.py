@@ -1,29 +1,32 @@
-"""Reading of file content: asks the metaserver where the bytes are and puts them together.
+"""Reading of file content: puts together what the layouts say and the objects hold, and looks ahead.
 
-Nothing is kept between two reads: the kernel's page cache is above this, and small files lie in the BPF maps. Slices
-are immutable, so the objects of one answer belong together; an object that has been deleted since, because its slice
-was overwritten, is found missing, and the answer is then asked for again.
+Objects are immutable and a layout's belong together. One that has been deleted since, because its slice was
+overwritten and the news is on its way, is found missing: the layout is then asked for again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
-from fuseclient.data.caller import Caller
-from fuseclient.data.objects import ObjectMissing
+from fuseclient.data.layouts import CHUNK_BYTES, Layout, Layouts, Piece, visible
+from fuseclient.data.read_ahead import ReadAhead
+from fuseclient.data.store_errors import ObjectMissing
+from fuseclient.worker.rpc import Refused
 from metaserver import wire
 
+__all__ = ["Objects", "Piece", "Reader", "Reading", "visible"]
+
 _ATTEMPTS: Final = 3
-_READS_AT_ONCE: Final = 8
+_READS_AT_ONCE: Final = 16
 
 
 class Objects(Protocol):
-    """What the reader needs of :class:`~fuseclient.data.objects.ObjectStore`."""
+    """What the reader needs of :class:`~fuseclient.data.cached_objects.CachedObjects`."""
 
     async def read(self, slice_id: int, start: int, length: int, /) -> memoryview: ...
+    async def prefetch(self, slice_id: int, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -35,80 +38,89 @@ class Reading:
     content: bytes | None
 
 
-class Piece(NamedTuple):
-    """``length`` bytes at ``offset`` of the file, from byte ``start`` of an object."""
-
-    offset: int
-    length: int
-    slice_id: int
-    start: int
-
-
 class Reader:
     """Reads files as the metaserver knows them."""
 
-    def __init__(self, caller: Caller, store: Objects) -> None:
-        self._caller = caller
-        self._store = store
+    def __init__(self, layouts: Layouts, objects: Objects) -> None:
+        self._layouts = layouts
+        self._objects = objects
         self._reads = asyncio.Semaphore(_READS_AT_ONCE)
+        self._ahead = ReadAhead(self._look_ahead)
 
     async def read(self, ino: int, offset: int, length: int) -> Reading:
         """Read up to ``length`` bytes.
 
         Raises :exc:`~fuseclient.worker.rpc.Refused`, :exc:`~fuseclient.worker.rpc.Disconnected` and
-        :exc:`~fuseclient.data.objects.StoreError`.
+        :exc:`~fuseclient.data.store_errors.StoreError`.
         """
         for _ in range(_ATTEMPTS - 1):
             try:
                 return await self._read(ino, offset, length)
             except ObjectMissing:
-                continue
+                self._layouts.drop(ino)
         return await self._read(ino, offset, length)
 
-    async def _read(self, ino: int, offset: int, length: int) -> Reading:
-        """One attempt. The first bytes of a file are asked for with all that a small file has."""
-        near = offset < wire.MAX_INLINE
-        begin, end = (0, max(offset + length, wire.MAX_INLINE)) if near else (offset, offset + length)
-        content = await self._caller.call(wire.GetContent(ino, begin, end - begin), wire.Content)
-        size = content.attributes.size
-        if near and size <= wire.MAX_INLINE:
-            whole = await self._assemble(content, 0, 0, size)
-            return Reading(whole[offset : offset + length], content.attributes, whole)
-        data = await self._assemble(content, begin, offset, min(offset + length, size))
-        return Reading(data, content.attributes, None)
+    def closed(self, ino: int) -> None:
+        """Nobody has the file open any more: what was begun to be read ahead is given up."""
+        self._ahead.stop(ino)
 
-    async def _assemble(self, content: wire.Content, inline_begin: int, begin: int, end: int) -> bytes:
-        """Return the bytes [begin, end) of a file; its inline bytes, if any, begin at ``inline_begin``."""
+    def figures(self) -> dict[str, Any]:
+        """Return what ``stats`` shows."""
+        return {"layouts": self._layouts.figures(), "read_ahead": self._ahead.figures()}
+
+    async def close(self) -> None:
+        """Stop reading ahead."""
+        await self._ahead.close()
+
+    async def _read(self, ino: int, offset: int, length: int) -> Reading:
+        """One attempt. Where the first bytes of a small file are wanted, all of it is read."""
+        layout = await self._layout(ino, offset, length)
+        attributes = layout.attributes
+        if offset < wire.MAX_INLINE and attributes.size <= wire.MAX_INLINE:
+            whole = bytes(await self._assemble(layout, 0, attributes.size))
+            return Reading(whole[offset : offset + length], attributes, whole)
+        end = min(offset + length, attributes.size)
+        self._ahead.read(ino, offset, end, attributes.size)
+        data = bytes(await self._assemble(layout, offset, min(end, layout.end)))
+        while len(data) < end - offset and layout.end < end:  # it goes on in the next chunk
+            layout = await self._layout(ino, layout.end, end - layout.end)
+            end = min(end, layout.attributes.size)
+            data += await self._assemble(layout, layout.begin, min(end, layout.end))
+        return Reading(data, attributes, None)
+
+    async def _layout(self, ino: int, offset: int, length: int) -> Layout:
+        """Return a layout in which ``offset`` lies: the chunk's, or if that is too long the range's."""
+        try:
+            return await self._layouts.chunk(ino, offset // CHUNK_BYTES)
+        except Refused as error:
+            if error.code != wire.ErrorCode.TOO_LARGE:
+                raise
+        begin = 0 if offset < wire.MAX_INLINE else offset
+        return await self._layouts.range(ino, begin, max(offset + length, wire.MAX_INLINE))
+
+    async def _assemble(self, layout: Layout, begin: int, end: int) -> bytes | memoryview:
+        """Return the bytes [begin, end) of a file, which lie in the layout."""
         if end <= begin:
             return b""
-        if content.inline is not None:
-            return content.inline[begin - inline_begin : end - inline_begin].ljust(end - begin, b"\0")
-        pieces = visible(content.slices, begin, end)
+        if layout.inline is not None:
+            return layout.inline[begin - layout.begin : end - layout.begin].ljust(end - begin, b"\0")
+        pieces = layout.within(begin, end)
+        if len(pieces) == 1 and pieces[0].length == end - begin:
+            return await self._fetch(pieces[0])
         parts = await asyncio.gather(*(self._fetch(piece) for piece in pieces))
-        if len(parts) == 1 and len(parts[0]) == end - begin:
-            return bytes(parts[0])
         buffer = bytearray(end - begin)
         for piece, part in zip(pieces, parts, strict=True):
-            buffer[piece.offset - begin : piece.offset - begin + piece.length] = part
-        return bytes(buffer)
+            buffer[piece.offset - begin : piece.end - begin] = part
+        return memoryview(buffer)
 
     async def _fetch(self, piece: Piece) -> memoryview:
         async with self._reads:
-            return await self._store.read(piece.slice_id, piece.start, piece.length)
+            return await self._objects.read(piece.slice_id, piece.start, piece.length)
 
-
-def visible(slices: Sequence[wire.Slice], begin: int, end: int) -> list[Piece]:
-    """Return what of the slices is seen in [begin, end): later ones lie over earlier ones; holes are left out."""
-    gaps, pieces = [(begin, end)], []
-    for each in reversed(slices):
-        left = []
-        for gap_begin, gap_end in gaps:
-            first, behind = max(gap_begin, each.offset), min(gap_end, each.offset + each.length)
-            if first >= behind:
-                left.append((gap_begin, gap_end))
-                continue
-            if each.slice_id:
-                pieces.append(Piece(first, behind - first, each.slice_id, each.start + first - each.offset))
-            left += [gap for gap in ((gap_begin, first), (behind, gap_end)) if gap[0] < gap[1]]
-        gaps = left
-    return sorted(pieces)
+    async def _look_ahead(self, ino: int, begin: int, end: int) -> None:
+        """Bring the objects of a range near."""
+        while begin < end:
+            layout = await self._layout(ino, begin, end - begin)
+            for slice_id in dict.fromkeys(piece.slice_id for piece in layout.within(begin, min(end, layout.end))):
+                await self._objects.prefetch(slice_id)
+            begin = layout.end

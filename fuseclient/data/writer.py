@@ -1,16 +1,23 @@
-"""Gathering of writes: what is written stays in memory until it is flushed to the metaserver and the object store.
+"""Gathering of writes: what is written stays in memory until it is in the object store and committed.
 
-One :class:`_File` for each inode that is open for writing. A flush takes all of a file's extents at once; while they
-are on their way they still count in the file's size, and what is written meanwhile gathers anew. A file that stays
-within the inline limit is written to the metaserver itself; a larger one becomes slices whose objects are durable
-before the metaserver is told of them. Extents that lie apart share an object.
+One :class:`_File` for each inode that is open for writing. What is written gathers in ``dirty``. As soon as that has a
+whole object, the object is *staged*: its upload begins, and several run at once. Objects are committed in the order
+of the writes, as many at a time as are stored by then, so each one is durable before the metaserver is told of it. A
+file that stays within the inline limit is written to the metaserver itself. Extents that lie apart share an object.
 
-Concurrency: everything runs on the event loop. A file's ``lock`` is held while its data is on the way, so flushes of
-one file follow each other in the order of the writes, and :meth:`Writer.settled` keeps them away from a change of its
-size or times. ``dirty``, ``flushing`` and ``bytes`` change without an await between them.
+Memory is what bounds it: a file may have ``STAGED`` objects on their way and all files together ``TOTAL_BYTES``;
+beyond that writers wait. (A staging file was measured and left out: the bytes are read once, minutes at most after
+they came, and a file would make nothing durable that an acknowledged fsync does not.)
 
-Errors: a flush that fails gives its data up, as the kernel's own write-back does, and its error is kept until a flush,
-fsync or write on that file reports it. So data is never reported safe that is not.
+Concurrency: everything runs on the event loop. A file's ``lock`` is held while something is committed, so commits of
+one file follow each other, and :meth:`Writer.settled` keeps them away from a change of its size or times. ``dirty``,
+``flushing``, ``staged`` and ``bytes`` change without an await between them.
+
+Errors: what cannot be stored or committed is kept, below what is written meanwhile, and tried again: after
+``flush_age_s``, and by each flush, fsync and close, which so either makes everything safe or says what is in the way.
+A failure in the background is told by the next write, too. Nothing more is taken than memory allows, so a writer that
+goes on is refused with the same error. Only when the last handle is closed in spite of the error is the data given
+up, and the log says so.
 """
 
 from __future__ import annotations
@@ -18,48 +25,46 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import stat
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
 from fuseclient.data.caller import Caller
 from fuseclient.data.extents import Extents
 from fuseclient.data.objects import MAX_OBJECT, StoreError
+from fuseclient.data.uploads import COMMIT_CHUNKS, Objects, Upload, Uploads, pack
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
 
 _log = logging.getLogger(__name__)
 
-#: A file's extents are flushed in the background from so many bytes or extents on; at twice that its writers wait.
-FLUSH_BYTES: Final = 4 * 1024 * 1024
+#: From so many bytes or extents on, a file's are staged.
+FLUSH_BYTES: Final = MAX_OBJECT
 FLUSH_EXTENTS: Final = 256
+#: Objects of one file that may be staged; with so many its writers wait.
+STAGED: Final = 8
 #: All files together, in bytes; beyond it writers wait.
 TOTAL_BYTES: Final = 64 * 1024 * 1024
 #: What has waited this long, in seconds, is flushed.
 FLUSH_AGE_S: Final = 5.0
-#: Slice ids are reserved in blocks of this many.
-ID_BLOCK: Final = 64
-_PUTS_AT_ONCE: Final = 4
 _ATTEMPTS: Final = 8
+#: Attributes of which a change may wait.
+_DEFERRED: Final = ("mode", "uid", "gid", "atime_ns", "mtime_ns")
 #: Refusals that mean somebody else changed the file meanwhile: look again.
-_OVERTAKEN_INLINE: Final[tuple[wire.ErrorCode, ...]] = (wire.ErrorCode.TOO_LARGE,)
-_OVERTAKEN_SLICES: Final[tuple[wire.ErrorCode, ...]] = (wire.ErrorCode.BUSY, wire.ErrorCode.INVALID)
-#: The metaserver keeps slices by chunks of so many bytes, and takes a commit to so many of them.
-_CHUNK: Final = 64 * 1024 * 1024
-_COMMIT_CHUNKS: Final = 16
-
-#: What goes into one object: (offset in the file, bytes), by rising offset.
-_Pieces = list[tuple[int, memoryview]]
-
-
-class Objects(Protocol):
-    """What the writer needs of :class:`~fuseclient.data.objects.ObjectStore`."""
-
-    async def put(self, slice_id: int, data: bytes | bytearray | memoryview, /) -> None: ...
-    async def delete(self, slice_ids: list[int], /) -> None: ...
+_OVERTAKEN: Final = (wire.ErrorCode.BUSY, wire.ErrorCode.INVALID)
+#: Refusals after which it is not known whether the commit was made.
+_UNKNOWN: Final = (wire.ErrorCode.INTERNAL,)
+#: The most that experience with new files counts.
+_SURE: Final = 8
+_LOST: Final = StoreError("the metaserver may have lost changes that it had acknowledged")
+#: Objects, and slices, of one commit.
+_COMMIT_OBJECTS: Final = 16
+_COMMIT_SLICES: Final = 512
 
 
 @dataclass(eq=False, slots=True)
@@ -68,14 +73,30 @@ class _File:
     attributes: wire.Attributes
     #: Others changed the file: ``attributes`` are to be asked for again before they decide anything.
     stale: bool = False
+    #: The metaserver may have lost changes: an older version than the one known can be the newest.
+    reset: bool = False
     writers: int = 0
     dirty: Extents = field(default_factory=Extents)
+    #: What is being written inline.
     flushing: Extents | None = None
+    staged: deque[Upload] = field(default_factory=deque)
     #: When the newest byte not yet committed was written, in ns since 1970.
     written_ns: int = 0
+    #: Of a failure in the background that nobody was told of yet.
     error: Exception | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     timer: asyncio.TimerHandle | None = None
+    #: The task that commits what is staged.
+    work: asyncio.Task[None] | None = None
+    #: It was made here and not flushed since: changes of its attributes wait for that, too.
+    is_new: bool = False
+    #: Those that wait.
+    pending: wire.SetAttributes | None = None
+    #: How often it was written to since it was made,.
+    writes: int = 0
+    #: Changes of it were acknowledged that may not be durable yet / that may be lost.
+    unsynced: bool = False
+    lost: bool = False
     #: The whole content, when the last flush happened to hold it.
     content: bytes | None = None
 
@@ -89,7 +110,10 @@ class Closed:
 
 
 class Writer:
-    """The files open for writing. ``committed`` is told of each reply that changed a file, before a flush returns."""
+    """The files open for writing. ``committed`` is told of each reply that changed a file, before a flush returns.
+
+    ``is_lazy`` says whether the metaserver acknowledges before it is durable; ``changes`` counts what it acknowledged.
+    """
 
     def __init__(
         self,
@@ -98,21 +122,31 @@ class Writer:
         inline_limit: int,
         committed: Callable[[wire.Changed], None],
         *,
+        is_lazy: Callable[[], bool] = lambda: False,
+        changes: Callable[[], int] = lambda: 1,
         flush_age_s: float = FLUSH_AGE_S,
         total_bytes: int = TOTAL_BYTES,
     ) -> None:
         self._caller = caller
-        self._store = store
         self._inline_limit = inline_limit
         self._committed = committed
+        self._is_lazy = is_lazy
+        self._changes = changes
         self._flush_age_s = flush_age_s
         self._total_bytes = total_bytes
         self._files: dict[int, _File] = {}
-        self._ids = _SliceIds(caller)
-        self._puts = asyncio.Semaphore(_PUTS_AT_ONCE)
+        self._uploads = Uploads(caller, store)
         self._tasks: set[asyncio.Task[None]] = set()
+        #: A lazy metaserver may have lost changes of which no open file knows.
+        self._lost = False
+        #: Positive: most new files were written to once of late.
+        self._single_writes = 1
+        #: How many changes are known to be durable.
+        self._durable_changes = 0
         #: Bytes written and not yet committed, of all files.
         self.bytes = 0
+        #: Called with the inode of each commit of slices, and how many they were.
+        self.when_laid: Callable[[int, list[wire.Slice]], None] = lambda ino, slices: None
 
     @property
     def count(self) -> int:
@@ -123,70 +157,198 @@ class Writer:
         """Whether a file is open for writing."""
         return ino in self._files
 
-    def open(self, attributes: wire.Attributes) -> None:
-        """Count one more writer of a file; each is to be ended by :meth:`close`."""
+    def open(self, attributes: wire.Attributes, *, is_new: bool = False) -> None:
+        """Count one more writer of a file; each is to be ended by :meth:`close`.
+
+        ``is_new``: it was just made, lazily, so it is durable only after a flush.
+        """
         file = self._files.get(attributes.ino)
         if file is None:
-            file = self._files[attributes.ino] = _File(attributes)
+            file = self._files[attributes.ino] = _File(attributes, is_new=is_new, unsynced=is_new)
         self._observe(file, attributes)
         file.writers += 1
+
+    def will_sync(self, ino: int) -> bool:
+        """Say whether a file is open for writing. A change of it may be lazy then: its closing makes it durable."""
+        file = self._files.get(ino)
+        if file is not None:
+            file.unsynced = True
+        return file is not None
+
+    def defer(self, request: wire.SetAttributes) -> wire.Attributes | None:
+        """Have a change of attributes wait for the flush of a file that is new; None: the file is not, or its size is
+        to be changed. Others see the file empty, as it was made, until then."""
+        file = self._files.get(request.ino)
+        if file is None or not file.is_new or request.size is not None:
+            return None
+        changed_ns = max(time.time_ns(), self.overlay(file.attributes).ctime_ns + 1)
+        given = {name: getattr(request, name) for name in _DEFERRED if getattr(request, name) is not None}
+        before = file.pending or wire.SetAttributes(request.ino)
+        file.pending = msgspec.structs.replace(before, changed_ns=changed_ns, **given)
+        self._start_timer(file)
+        return self.overlay(file.attributes)
 
     async def close(self, ino: int) -> Closed | None:
         """Flush, and count one writer less. What is known of the file if this was the last one, else None."""
         file = self._files[ino]
-        await self._drain(file)
+        drained = await self._drain_quietly(file)
         file.writers -= 1
-        while file.writers == 0 and file.dirty:
-            await self._drain(file)
+        while file.writers == 0 and drained and (_uncommitted(file) or file.pending):
+            drained = await self._drain_quietly(file)
         if file.writers or self._files.get(ino) is not file:
             return None
         del self._files[ino]
-        if file.error is not None:
-            _log.error("data written to inode %d was lost: %s", ino, file.error)
+        self._give_up(file)
         return None if file.stale else Closed(file.attributes, file.content)
 
+    def _give_up(self, file: _File) -> None:
+        """Forget a file that nobody has open; what could not be committed is lost."""
+        self._stop_timer(file)
+        if file.dirty or file.staged:
+            _log.error("data written to inode %d was lost: %s", file.attributes.ino, file.error)
+            self._uploads.discard(file.staged)
+            self.bytes -= _held(file)
+            file.stale = True
+
+    # Writing
+
     async def write(self, ino: int, offset: int, data: bytes) -> None:
-        """Gather a write; raises an error that an earlier flush left, instead."""
+        """Gather a write; raises an error of the background, once, or one that leaves no room, instead."""
         file = self._files[ino]
         _raise_error(file)
+        await self._make_room(file, len(data))
         self._gather(file, offset, data)
-        if _is_full(file, 2):
-            await self._relieve(file)
-        elif _is_full(file, 1) and not file.lock.locked():
-            self._in_background(self._relieve(file))
-        while self.bytes > self._total_bytes:
-            await self._drain(max(self._files.values(), key=_held))
-        _raise_error(file)
+        self._stage_whole(file)
+        if file.is_new:
+            file.writes += 1
+            self._write_ahead(file)
+
+    async def _make_room(self, file: _File, length: int) -> None:
+        while self.bytes and self.bytes + length > self._total_bytes:
+            largest = max(self._files.values(), key=_held)
+            if not await self._drain_quietly(largest):
+                assert largest.error is not None
+                error = largest.error
+                if largest is file:
+                    file.error = None
+                raise error
+        while len(file.staged) >= STAGED and _is_full(file) and file.work is not None:
+            await asyncio.wait({file.work})
+            _raise_error(file)
+
+    def _write_ahead(self, file: _File) -> None:
+        """Commit the first bytes of a new small file at once, if such files were written once and closed of late."""
+        if file.writes == 1 and file.dirty.end <= self._inline_limit and self._single_writes > 0:
+            self._in_background(self._drain_old(file))
+
+    def _learn(self, file: _File) -> None:
+        """A new file is flushed for the first time: remember whether writing it ahead was right, or would have been."""
+        if file.is_new and file.writes:
+            single = file.writes == 1 and file.pending is None
+            self._single_writes = (
+                min(_SURE, self._single_writes + 1) if single else max(-_SURE, self._single_writes - 2)
+            )
+        file.is_new = False
 
     def _gather(self, file: _File, offset: int, data: bytes) -> None:
         before = file.dirty.bytes
         file.dirty.write(offset, data)
         self.bytes += file.dirty.bytes - before
-        file.written_ns = time.time_ns()
+        file.written_ns = max(time.time_ns(), file.attributes.ctime_ns + 1)
+        if file.pending is not None:
+            file.written_ns = max(file.written_ns, (file.pending.changed_ns or 0) + 1)
+            file.pending = msgspec.structs.replace(file.pending, mtime_ns=None)
         file.content = None
+        self._start_timer(file)
+
+    def _start_timer(self, file: _File) -> None:
         if file.timer is None:
             loop = asyncio.get_running_loop()
             file.timer = loop.call_later(self._flush_age_s, self._grown_old, file)
 
+    def _stop_timer(self, file: _File) -> None:
+        if file.timer is not None:
+            file.timer.cancel()
+            file.timer = None
+
     def _grown_old(self, file: _File) -> None:
         file.timer = None
-        self._in_background(self._drain(file))
+        self._in_background(self._drain_old(file))
 
-    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+    async def _drain_old(self, file: _File) -> None:
+        await self._drain_quietly(file)
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    # Flushing
 
     async def flush(self, ino: int) -> None:
-        """Return when all that was written is durable; raise the error of what could not be, once."""
+        """Return when all that was written is committed; raise what is in the way, each time it is.
+
+        It is durable then, unless the metaserver is lazy.
+        """
         file = self._files.get(ino)
-        if file is not None:
+        if file is None:
+            return
+        self._learn(file)
+        try:
             await self._drain(file)
-            _raise_error(file)
+        finally:
+            file.error = None
+        if file.unsynced and not self._is_lazy():
+            await self._make_durable(file)
+        self._tell_loss(file)
+
+    async def sync(self, ino: int | None) -> None:
+        """Return when all that was written to a file, or changed anywhere, is durable: fsync. Raises as ``flush``.
+
+        What the metaserver acknowledged and may have lost is told of once.
+        """
+        file = self._files.get(ino) if ino is not None else None
+        if file is None:
+            await self._call_sync()
+            lost, self._lost = self._lost, False
+            if lost:
+                raise _LOST
+            return
+        await self.flush(file.attributes.ino)
+        if file.unsynced:
+            await self._make_durable(file)
+            self._tell_loss(file)
+
+    async def _make_durable(self, file: _File) -> None:
+        file.unsynced = False
+        try:
+            await self._call_sync()
+        except BaseException:
+            file.unsynced = True
+            raise
+
+    async def _call_sync(self) -> None:
+        changes = self._changes()
+        await self._caller.call(wire.Sync(), wire.Done)
+        self._durable_changes = changes
+
+    def _tell_loss(self, file: _File) -> None:
+        lost, file.lost = file.lost, False
+        if lost:
+            raise _LOST
+
+    def session_lost(self) -> None:
+        """The session has ended, perhaps with the metaserver: what that had acknowledged lazily may be lost."""
+        self._lost |= self._is_lazy() and self._changes() != self._durable_changes
+        self._durable_changes = self._changes()
+        for file in self._files.values():
+            file.lost |= file.unsynced
 
     async def flush_all(self) -> None:
         """Flush every file; errors stay with their files."""
-        await asyncio.gather(*(self._drain(file) for file in self._files.values()))
+        await asyncio.gather(*(self._drain_quietly(file) for file in self._files.values()))
+        await self._uploads.settle()
 
     async def before_read(self, ino: int, offset: int, length: int) -> None:
         """Return when the metaserver knows of all that was written to the range, and of the size that a read of it
@@ -194,19 +356,36 @@ class Writer:
         file = self._files.get(ino)
         if file is not None and any(_concerns(each, offset, length, file) for each in _uncommitted(file)):
             await self._drain(file)
-            if file.error is not None:
-                raise file.error
 
     @contextlib.asynccontextmanager
-    async def settled(self, ino: int) -> AsyncIterator[None]:
-        """A context in which nothing written before is uncommitted and nothing written since is committed."""
+    async def settled(self, ino: int, size: int | None = None) -> AsyncIterator[None]:
+        """A context in which nothing written before is uncommitted and nothing written since is committed.
+
+        If that cannot be it raises; but for a change to ``size``, after which :meth:`cut` is to be called.
+        """
         file = self._files.get(ino)
         if file is None:
             yield
             return
         async with file.lock:
-            await self._drain_locked(file)
+            try:
+                await self._drain_locked(file, lazy=True)
+            except (Refused, Disconnected, StoreError):
+                if size is None:
+                    raise
             yield
+
+    def cut(self, ino: int, size: int) -> None:
+        """The file has been cut, in a settled context: what was gathered and not committed beyond its size goes."""
+        file = self._files.get(ino)
+        if file is not None and file.dirty.end > size:
+            self._cut(file, size)
+
+    def observe(self, attributes: wire.Attributes) -> None:
+        """An inode has been changed by this client."""
+        file = self._files.get(attributes.ino)
+        if file is not None:
+            self._observe(file, attributes)
 
     def overlay(self, attributes: wire.Attributes) -> wire.Attributes:
         """Return a file's attributes as they will be when all that is written is committed."""
@@ -214,16 +393,21 @@ class Writer:
         if file is None:
             return attributes
         self._observe(file, attributes)
-        ends = [each.end for each in _uncommitted(file)]
-        if not ends:
-            return file.attributes
-        size = max(file.attributes.size, *ends)
-        return msgspec.structs.replace(file.attributes, size=size, mtime_ns=file.written_ns, ctime_ns=file.written_ns)
+        shown = file.attributes
+        if ends := [each.end for each in _uncommitted(file)]:
+            size, ctime_ns = max(shown.size, *ends), max(shown.ctime_ns, file.written_ns)
+            shown = msgspec.structs.replace(shown, size=size, mtime_ns=file.written_ns, ctime_ns=ctime_ns)
+        return shown if file.pending is None else _with(shown, file.pending)
 
     def known(self, ino: int) -> wire.Attributes | None:
         """Return the attributes last heard of a file that is open for writing, unless others changed it since."""
         file = self._files.get(ino)
         return file.attributes if file is not None and not file.stale else None
+
+    def known_new(self, ino: int) -> wire.Attributes | None:
+        """Return what is known of a file that was made here and not flushed since, unless others changed it."""
+        file = self._files.get(ino)
+        return file.attributes if file is not None and file.is_new and not file.stale else None
 
     def changed_elsewhere(self, ino: int) -> None:
         """Another client changed this inode."""
@@ -234,67 +418,102 @@ class Writer:
 
     def everything_changed(self) -> None:
         """Other clients may have changed anything."""
-        for ino in self._files:
+        for ino, file in self._files.items():
             self.changed_elsewhere(ino)
+            file.reset = True
 
     def _observe(self, file: _File, attributes: wire.Attributes) -> None:
-        if attributes.version >= file.attributes.version:
-            if attributes.version > file.attributes.version:
+        if attributes.version >= file.attributes.version or file.reset:
+            if attributes.version != file.attributes.version:
                 file.content = None
-            file.attributes, file.stale = attributes, False
+            file.attributes, file.stale, file.reset = attributes, False, False
+
+    # Committing
 
     async def _drain(self, file: _File) -> None:
-        """Commit what is gathered; an error is left in the file."""
+        """Commit all that is gathered; an error is left in the file, too."""
         async with file.lock:
-            await self._drain_locked(file)
+            await self._drain_locked(file, lazy=False)
 
-    async def _drain_locked(self, file: _File) -> None:
-        while file.dirty:
-            batch, file.dirty = file.dirty, Extents()
-            await self._send(file, batch)
-
-    async def _relieve(self, file: _File) -> None:
-        """Commit the most of what is gathered, in whole objects, and leave the rest to grow."""
-        async with file.lock:
-            while _is_full(file, 1):
-                await self._send(file, file.dirty.take_units(MAX_OBJECT))
-
-    async def _send(self, file: _File, batch: Extents) -> None:
-        """Commit a batch that was just taken out of ``dirty``; an error is left in the file."""
-        file.flushing = batch
-        if file.timer is not None and not file.dirty:
-            file.timer.cancel()
-            file.timer = None
+    async def _drain_quietly(self, file: _File) -> bool:
+        """Commit all that is gathered; False if that failed, with the error left in the file."""
         try:
-            await self._commit(file, batch)
+            await self._drain(file)
+        except Exception:
+            return False
+        return True
+
+    async def _drain_locked(self, file: _File, *, lazy: bool) -> None:
+        self._stop_timer(file)
+        try:
+            while file.dirty or file.staged or file.pending:
+                if not (file.dirty or file.staged):
+                    await self._commit_pending(file, lazy)
+                elif not file.staged and await self._is_inline(file):
+                    await self._commit_inline(file, lazy)
+                else:
+                    self._stage(file, file.dirty)
+                    await self._commit_staged(file)
+        except Exception as error:
+            self._failed(file, error)
+            raise
+
+    def _stage_whole(self, file: _File) -> None:
+        """Stage whole objects, as many as may be, and have them committed; the rest goes on growing."""
+        while _is_full(file) and len(file.staged) < STAGED:
+            self._stage(file, file.dirty.take_units(MAX_OBJECT))
+        if file.staged and file.work is None:
+            file.work = self._in_background(self._commit_some(file))
+
+    def _stage(self, file: _File, batch: Extents) -> None:
+        """Stage a batch, which was taken out of ``dirty`` or is all of it."""
+        if batch is file.dirty:
+            file.dirty = Extents()
+        file.staged += [self._uploads.start(pieces) for pieces in pack(batch)]
+
+    async def _commit_some(self, file: _File) -> None:
+        """Commit what is staged up to now, then have the next do so. An error is left in the file."""
+        try:
+            async with file.lock:
+                if file.staged:
+                    await self._commit_staged(file)
         except Exception as error:
             self._failed(file, error)
         finally:
-            file.flushing = None
-            self.bytes -= batch.bytes
+            file.work = None
+        if file.error is None and file.attributes.ino in self._files:
+            self._stage_whole(file)
 
     def _failed(self, file: _File, error: Exception) -> None:
+        """Take back what is on its way, below what was written since; all of it is tried again later.
+
+        But if the file is no more: then there is nowhere to write it to.
+        """
         expected = isinstance(error, Refused | Disconnected | StoreError)
         _log.error("writing to inode %d failed: %s", file.attributes.ino, error, exc_info=None if expected else error)
-        file.error = error
-        file.stale = True
-        file.content = None
+        before = _held(file)
+        unknown = isinstance(error, Disconnected) or (isinstance(error, Refused) and error.code in _UNKNOWN)
+        (self._uploads.abandon if unknown else self._uploads.discard)(file.staged)
+        batches = _uncommitted(file)
+        file.dirty, file.flushing, file.staged = Extents(), None, deque()
+        gone = isinstance(error, Refused) and error.code == wire.ErrorCode.NOT_FOUND
+        for offset, data in (piece for each in batches for piece in _pieces(each)):
+            if not gone:
+                file.dirty.write(offset, data)
+        self.bytes += file.dirty.bytes - before
+        file.error, file.stale, file.content = error, True, None
+        if gone:
+            file.pending = None
+        if file.dirty or file.pending:
+            self._start_timer(file)
 
-    async def _commit(self, file: _File, batch: Extents) -> None:
-        for _ in range(_ATTEMPTS):
-            attributes = await self._current(file)
-            if attributes.flags & wire.InodeFlag.INLINE and batch.end <= self._inline_limit:
-                attempt, overtaken = self._commit_inline, _OVERTAKEN_INLINE
-            else:
-                attempt, overtaken = self._commit_slices, _OVERTAKEN_SLICES
-            try:
-                await attempt(file, batch)
-                return
-            except Refused as error:
-                if error.code not in overtaken:
-                    raise
-                refusal, file.stale = error, True
-        raise refusal
+    def _cut(self, file: _File, size: int) -> None:
+        """Give up what was gathered beyond a size that the file has been cut to."""
+        kept, dropped = Extents(), file.dirty
+        for offset, data in dropped:
+            kept.write(offset, memoryview(data)[: max(0, size - offset)])
+        file.dirty = kept
+        self.bytes += kept.bytes - dropped.bytes
 
     async def _current(self, file: _File) -> wire.Attributes:
         if file.stale:
@@ -303,137 +522,144 @@ class Writer:
             file.stale = False
         return file.attributes
 
-    def _changed(self, file: _File, changed: wire.Changed) -> None:
+    def _changed(self, file: _File, changed: wire.Changed, lazy: bool = False) -> None:
+        file.unsynced = lazy or self._is_lazy()
         self._observe(file, changed.attributes[0])
         self._committed(changed)
 
-    async def _commit_inline(self, file: _File, batch: Extents) -> None:
-        for offset, buffer in batch:
+    async def _is_inline(self, file: _File) -> bool:
+        attributes = await self._current(file)
+        return bool(attributes.flags & wire.InodeFlag.INLINE) and file.dirty.end <= self._inline_limit
+
+    async def _commit_inline(self, file: _File, lazy: bool) -> None:
+        """Write what is gathered to the metaserver; if the file is not inline any more, leave it as it was."""
+        file.flushing, file.dirty = file.dirty, Extents()
+        for offset, buffer in file.flushing:
             data = bytes(buffer)
-            request = wire.WriteInline(file.attributes.ino, offset, data)
-            self._changed(file, await self._caller.call(request, wire.Changed))
+            then = file.pending if len(file.flushing) == 1 else None
+            request = wire.WriteInline(file.attributes.ino, offset, data, file.written_ns, lazy, then)
+            try:
+                changed = await self._caller.call(request, wire.Changed)
+            except Refused as error:
+                if error.code != wire.ErrorCode.TOO_LARGE:
+                    raise
+                self._regather(file)
+                return
+            if then is not None and file.pending is then:
+                file.pending = None
+            self._changed(file, changed, lazy)
             if offset == 0 and file.attributes.size == len(data) and not file.dirty:
                 file.content = data
+        self.bytes -= file.flushing.bytes
+        file.flushing = None
 
-    async def _commit_slices(self, file: _File, batch: Extents) -> None:
-        ino, version = file.attributes.ino, 0
-        replaces = bool(file.attributes.flags & wire.InodeFlag.INLINE and file.attributes.size)
+    async def _commit_pending(self, file: _File, lazy: bool) -> None:
+        """Make the changes of attributes that waited."""
+        pending = file.pending
+        assert pending is not None
+        changed = await self._caller.call(msgspec.structs.replace(pending, lazy=lazy), wire.Changed)
+        if file.pending is pending:
+            file.pending = None
+        self._changed(file, changed, lazy)
+
+    def _regather(self, file: _File) -> None:
+        """Put what was being written inline back below what was written since."""
+        assert file.flushing is not None
+        before, below, above = _held(file), file.flushing, file.dirty
+        for offset, data in above:
+            below.write(offset, data)
+        file.dirty, file.flushing, file.stale = below, None, True
+        self.bytes += file.dirty.bytes - before
+
+    async def _commit_staged(self, file: _File) -> None:
+        """Wait for the first of the staged objects to be stored, and commit it with those that are by then."""
+        await asyncio.shield(file.staged[0].task)
+        group = _group(file.staged)
+        for _ in range(_ATTEMPTS):
+            try:
+                await self._commit(file, group)
+                break
+            except Refused as error:
+                if error.code not in _OVERTAKEN:
+                    raise
+                refusal, file.stale = error, True
+        else:
+            raise refusal
+        for each in group:
+            file.staged.popleft()
+            self.bytes -= each.bytes
+
+    async def _commit(self, file: _File, group: list[Upload]) -> None:
+        """Commit objects that are stored, over what is inline, if anything is."""
+        attributes = await self._current(file)
+        ino, version, below = attributes.ino, 0, list[Upload]()
+        replaces = bool(attributes.flags & wire.InodeFlag.INLINE and attributes.size)
         if replaces:
             content = await self._caller.call(wire.GetContent(ino, 0, wire.MAX_INLINE), wire.Content)
             if content.inline is None:
                 raise Refused(wire.ErrorCode.BUSY, "the file is inline no more")
-            batch, version = _laid_over(content.inline, batch), content.attributes.version
-        objects = list(_objects(batch))
-        ids = await self._store_objects(objects)
-        for done, (slice_id, pieces) in enumerate(zip(ids, objects, strict=True)):
-            request = wire.CommitSlices(
-                ino, _slices(slice_id, pieces), _end(pieces), replaces and not done, 0 if done else version
-            )
-            try:
-                self._changed(file, await self._caller.call(request, wire.Changed))
-            except Refused as error:
-                if error.code != wire.ErrorCode.INTERNAL:
-                    await self._delete_quietly(ids[done:])
-                raise
-
-    async def _store_objects(self, objects: list[_Pieces]) -> list[int]:
-        """Store objects under new slice ids; return these. If one fails, none is kept."""
-        ids = await self._ids.take(len(objects))
-        puts = (self._put(slice_id, pieces) for slice_id, pieces in zip(ids, objects, strict=True))
-        results = await asyncio.gather(*puts, return_exceptions=True)
-        for result in results:
-            if result is not None:
-                await self._delete_quietly(ids)
-                raise result
-        return ids
-
-    async def _put(self, slice_id: int, pieces: _Pieces) -> None:
-        async with self._puts:
-            views = [view for _, view in pieces]
-            await self._store.put(slice_id, views[0] if len(views) == 1 else b"".join(views))
-
-    async def _delete_quietly(self, slice_ids: list[int]) -> None:
-        """Delete objects that nothing refers to. If that fails they are garbage, and nothing worse."""
-        with contextlib.suppress(StoreError):
-            await self._store.delete(slice_ids)
+            version = content.attributes.version
+            if content.inline:
+                below.append(self._uploads.start([(0, memoryview(content.inline))]))
+                await below[0].task
+        slices = [each for upload in (*below, *group) for each in upload.slices()]
+        end = max(each.end for each in group)
+        request = wire.CommitSlices(ino, slices, end, replaces, version, file.written_ns)
+        try:
+            self._changed(file, await self._caller.call(request, wire.Changed))
+        except Refused as error:
+            if error.code not in _UNKNOWN:
+                self._uploads.discard(below)
+            raise
+        self.when_laid(ino, slices)
 
 
-class _SliceIds:
-    """Reserved slice ids."""
-
-    def __init__(self, caller: Caller) -> None:
-        self._caller = caller
-        self._free: list[int] = []
-
-    async def take(self, count: int) -> list[int]:
-        """Return ``count`` ids, by rising value within a block."""
-        while len(self._free) < count:
-            request = wire.NewSlices(max(ID_BLOCK, count - len(self._free)))
-            self._free += (await self._caller.call(request, wire.SliceIds)).ids
-        taken, self._free = self._free[:count], self._free[count:]
-        return taken
+def _group(staged: deque[Upload]) -> list[Upload]:
+    """Return the first of what is staged, and those after it that are stored and fit into one commit with it."""
+    group, chunks, slices = list[Upload](), set[int](), 0
+    for each in staged:
+        chunks |= each.chunks
+        slices += len(each.pieces)
+        full = len(chunks) > COMMIT_CHUNKS or slices > _COMMIT_SLICES or len(group) == _COMMIT_OBJECTS
+        if group and (full or not each.is_stored):
+            break
+        group.append(each)
+    return group
 
 
-def _concerns(extents: Extents, offset: int, length: int, file: _File) -> bool:
+def _pieces(batch: Extents | Upload) -> Iterator[tuple[int, bytearray | memoryview]]:
+    return iter(batch) if isinstance(batch, Extents) else iter(batch.pieces)
+
+
+def _concerns(batch: Extents | Upload, offset: int, length: int, file: _File) -> bool:
     """Say whether a read sees something of what is not committed: bytes, or a hole that they make."""
-    behind = offset + length > file.attributes.size and extents.end > file.attributes.size
-    return behind or extents.overlaps(offset, length)
+    behind = offset + length > file.attributes.size and batch.end > file.attributes.size
+    return behind or batch.overlaps(offset, length)
 
 
-def _uncommitted(file: _File) -> list[Extents]:
-    return [each for each in (file.flushing, file.dirty) if each]
+def _uncommitted(file: _File) -> list[Extents | Upload]:
+    """Return what is not committed, in the order of the writes."""
+    return [each for each in (*file.staged, file.flushing, file.dirty) if each is not None and each.bytes]
 
 
 def _held(file: _File) -> int:
     return sum(each.bytes for each in _uncommitted(file))
 
 
-def _is_full(file: _File, times: int) -> bool:
-    return file.dirty.bytes >= FLUSH_BYTES * times or len(file.dirty) >= FLUSH_EXTENTS * times
+def _is_full(file: _File) -> bool:
+    return file.dirty.bytes >= FLUSH_BYTES or len(file.dirty) >= FLUSH_EXTENTS
+
+
+def _with(attributes: wire.Attributes, pending: wire.SetAttributes) -> wire.Attributes:
+    """Return attributes as they will be after a change that waits."""
+    given = {name: getattr(pending, name) for name in _DEFERRED if getattr(pending, name) is not None}
+    if pending.mode is not None:
+        given["mode"] = stat.S_IFMT(attributes.mode) | stat.S_IMODE(pending.mode)
+    ctime_ns = max(attributes.ctime_ns, pending.changed_ns or 0)
+    return msgspec.structs.replace(attributes, ctime_ns=ctime_ns, **given)
 
 
 def _raise_error(file: _File) -> None:
     error, file.error = file.error, None
     if error is not None:
         raise error
-
-
-def _laid_over(below: bytes, batch: Extents) -> Extents:
-    """Return a batch with the inline content below it."""
-    whole = Extents()
-    whole.write(0, below)
-    for offset, buffer in batch:
-        whole.write(offset, buffer)
-    return whole
-
-
-def _objects(batch: Extents) -> Iterator[_Pieces]:
-    """Cut and pack extents into objects. Each is committed by itself, so it stays within what a commit may touch."""
-    pieces: _Pieces = []
-    room, chunks = MAX_OBJECT, set[int]()
-    for start, buffer in batch:
-        view, position = memoryview(buffer), 0
-        while position < len(view):
-            offset = start + position
-            taken = view[position : position + room]
-            touched = chunks.union(range(offset // _CHUNK, (offset + len(taken) - 1) // _CHUNK + 1))
-            if not taken or len(touched) > _COMMIT_CHUNKS:
-                yield pieces
-                pieces, room, chunks = [], MAX_OBJECT, set()
-                continue
-            pieces.append((offset, taken))
-            position, room, chunks = position + len(taken), room - len(taken), touched
-    yield pieces
-
-
-def _slices(slice_id: int, pieces: _Pieces) -> list[wire.Slice]:
-    slices, start = [], 0
-    for offset, view in pieces:
-        slices.append(wire.Slice(offset, len(view), slice_id, start))
-        start += len(view)
-    return slices
-
-
-def _end(pieces: _Pieces) -> int:
-    offset, view = pieces[-1]
-    return offset + len(view)

@@ -55,6 +55,7 @@ OPCODES: Final[dict[int, str]] = {
     50: "SYNCFS",
     51: "TMPFILE",
     52: "STATX",
+    53: "COPY_FILE_RANGE_64",
 }
 
 

@@ -16,7 +16,7 @@ from fuseclient.channel.transport import Figures
 from fuseclient.config import MountOptions
 from fuseclient.observe.opcodes import opcode_name
 
-_ANSWERED: Final = ("answered", "answered_absent")
+_ANSWERED: Final = ("answered", "answered_absent", "answered_passthrough")
 
 
 def assemble(

@@ -15,6 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, Protocol
 
+from fuseclient.data.passthrough import Passthrough
 from fuseclient.data.writer import Writer
 from fuseclient.worker.directories import Directories
 from fuseclient.worker.feeding import Feeder
@@ -63,6 +64,39 @@ class OpenedVersions:
         self._versions.clear()
 
 
+class OldPages:
+    """Has the kernel drop the pages of files one by one, in the background; ``feeder`` is told of each."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.feeder: Feeder
+        self._kernel = kernel
+        self._waiting: dict[int, None] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def drop(self, ino: int) -> None:
+        """Drop a file's pages soon."""
+        self._waiting[ino] = None
+        if self._task is None:
+            self._task = asyncio.create_task(self._work(), name="old pages")
+
+    async def _work(self) -> None:
+        try:
+            while self._waiting:
+                batch = list(itertools.islice(self._waiting, _AT_ONCE))
+                await _in_batches(self._drop(ino) for ino in batch)
+        except OSError as error:
+            _log.error("the kernel's pages cannot be dropped, so the files are not cached: %s", error)
+            self._waiting.clear()
+        finally:
+            self._task = None
+
+    async def _drop(self, ino: int) -> None:
+        with self.feeder.begin() as token:
+            del self._waiting[ino]
+            await self._kernel.invalidate_inode(ino)
+            self.feeder.pages_dropped(token, ino)
+
+
 class Changes:
     """The session's three callbacks: :meth:`apply`, :meth:`renewed` and :meth:`lost`."""
 
@@ -75,6 +109,7 @@ class Changes:
         lease: Lease,
         opened: OpenedVersions,
         kernel: Kernel,
+        passthrough: Passthrough,
     ) -> None:
         self._feeder = feeder
         self._directories = directories
@@ -83,6 +118,7 @@ class Changes:
         self._lease = lease
         self._opened = opened
         self._kernel = kernel
+        self._passthrough = passthrough
         self._pending: deque[Callable[[], Awaitable[None]]] = deque()
         #: The deadline to be used when nothing is pending any more.
         self._deadline_ns = 0
@@ -99,17 +135,21 @@ class Changes:
             self._feeder.drop_inode(ino)
             self._writer.changed_elsewhere(ino)
             self._opened.forget(ino)
+        self._passthrough.changed_elsewhere(renewed.inodes)
         self._later(lambda: self._invalidate(renewed.names, renewed.inodes))
 
     def lost(self) -> None:
         """The session is gone: nothing cached under it may be used, and its orphans are no more."""
         self._orphans.clear()
+        self._writer.session_lost()
         self._deadline_ns = 0
         self._drop_everything()
 
     def renewed(self, deadline_ns: int) -> None:
         """The lease runs until ``deadline_ns``: use it when the kernel has dropped what is to be dropped."""
         self._deadline_ns = deadline_ns
+        if self._passthrough.is_stale and not self._pending:
+            self._pending.append(self._passthrough.refresh)
         if not self._pending:
             self._lease.move(deadline_ns)
         elif self._task is None:
@@ -128,6 +168,7 @@ class Changes:
         self._directories.forget_everything()
         self._writer.everything_changed()
         self._opened.clear()
+        self._passthrough.changed_elsewhere(None)
         self._later(lambda: self._invalidate_everything(paged))
 
     def _later(self, action: Callable[[], Awaitable[None]]) -> None:
@@ -146,7 +187,7 @@ class Changes:
                 self._pending.popleft()
             self._lease.move(self._deadline_ns)
         except Exception as error:
-            _log.error("the kernel's caches cannot be dropped, so the lease is not used: %s", error)
+            _log.error("what others changed cannot be dropped, so the lease is not used: %s", error)
         finally:
             self._task = None
 
@@ -154,11 +195,13 @@ class Changes:
         if len(names) <= _NAMES_ONE_BY_ONE or not await self._kernel.increment_epoch():
             await _in_batches(self._kernel.invalidate_entry(*each) for each in names)
         await _in_batches(self._kernel.invalidate_inode(ino) for ino in inodes)
+        await self._passthrough.refresh()
 
     async def _invalidate_everything(self, paged: Iterable[int]) -> None:
         if not await self._kernel.increment_epoch():
             _log.warning("this kernel cannot expire all names at once; they expire with their time to live")
         await _in_batches(self._kernel.invalidate_inode(ino) for ino in paged)
+        await self._passthrough.refresh()
 
 
 async def _in_batches(calls: Iterable[Awaitable[None]]) -> None:

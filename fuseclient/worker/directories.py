@@ -6,7 +6,8 @@ in it are names that the maps have evicted, or that are absent; each asks for it
 the directory is fetched again.
 
 A listing reads the same fetches, and keeps the last few for the rest of the listing, as long as nothing whatever is
-dropped from the caches; after that it goes on with small fetches of its own.
+dropped from the caches; after that it goes on with small fetches of its own. It ends with the entries that were there
+when it began: who renames or makes one for each that he reads comes to an end too.
 
 Without maps (``window`` None) nothing is kept and nothing fetched ahead: each request is one request to the metaserver.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -32,6 +33,7 @@ PAGE: Final = 256
 #: Evicted names asked for one by one before a directory is fetched again.
 MISSES: Final = 16
 _KNOWN_DIRECTORIES: Final = 65536
+_KNOWN_LISTINGS: Final = 1024
 _KEPT_WINDOWS: Final = 8
 
 
@@ -77,6 +79,8 @@ class _Fetch:
         self.request = request
         self.entries: list[Entry] = []
         self.names: dict[bytes, wire.Attributes] = {}
+        #: The directory's version: that of its newest entry, at most.
+        self.version = 0
         #: It began at the directory's first entry / the directory's listing ended in it.
         self.whole = False
         self.complete = False
@@ -113,6 +117,7 @@ class _Fetch:
 
     def _add(self, page: wire.DirectoryPage) -> None:
         self._feeder.page(self._token, page)
+        self.version = page.directory.version
         for entry in page.entries:
             self.entries.append(Entry(entry.name, entry.cookie, entry.attributes))
             self.names[entry.name] = entry.attributes
@@ -163,19 +168,34 @@ class _Fetch:
 class Directories:
     """Looks names up and lists directories."""
 
-    def __init__(self, session: Session, feeder: Feeder, *, window: int | None, data_budget: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        feeder: Feeder,
+        *,
+        window: int | None,
+        data_budget: int,
+        is_live: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._session = session
         self._feeder = feeder
         self._window = window
         self._data_budget = data_budget
+        #: Whether there is a lease, and what is known of whole directories can be relied upon.
+        self._is_live = is_live
         #: Of directories that were fetched: how many evicted names were asked for since.
         self._misses: OrderedDict[int, int] = OrderedDict()
         self._fetches: dict[int, _Fetch] = {}
         self._windows: OrderedDict[int, _Fetch] = OrderedDict()
+        #: Of directories that are being listed: the version at the last beginning, and so the last cookie to be told.
+        self._ends: OrderedDict[int, int] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def lookup(self, parent: int, name: bytes) -> Answer:
         """Return what a name stands for, and put it in the maps."""
+        if self._window is not None and self._is_live() and self._feeder.whole.lacks(parent, name):
+            with self._feeder.begin() as token:
+                return Answer(None, self._feeder.absent(token, parent, name))
         if self._window is not None and parent not in self._misses:
             with self._join(parent, around=name) as fetch:
                 answer = await fetch.answer(name)
@@ -202,29 +222,47 @@ class Directories:
 
     async def listing(self, ino: int, cookie: int) -> Listing:
         """Return at least one of the entries that follow a cookie, or say that there are none."""
-        if self._window is None:
-            return await self._page(ino, cookie, PAGE, data=False)
-        fetch = self._windows.get(ino) or self._fetches.get(ino)
-        if fetch is None or not fetch.serves(cookie):
-            if cookie and fetch is not None and fetch.generation != self._feeder.generation:
-                return await self._page(ino, cookie, PAGE, data=False)
-            fetch = self._start(ino, cookie, None)
-        self._keep(fetch)
-        with fetch:
-            while not (entries := fetch.after(cookie)) and not fetch.done:
-                await fetch.advanced()
+        fetch = self._listed(ino, cookie)
+        if fetch is None:
+            fetch = _Fetch(self._request(ino, cookie, PAGE, None, data=False), self._feeder)
+            await fetch.run(self._session)
+            entries = fetch.entries
+        else:
+            self._keep(fetch)
+            with fetch:
+                while not (entries := fetch.after(cookie)) and not fetch.done:
+                    await fetch.advanced()
         if fetch.error is not None:
             raise fetch.error
-        return Listing(entries, fetch.done and fetch.complete)
+        return self._ended(ino, cookie, fetch, entries)
 
-    async def _page(self, ino: int, cookie: int, limit: int, *, data: bool) -> Listing:
-        """Fetch a few entries, for one listing only."""
-        request = self._request(ino, cookie, limit, None, data=data)
-        fetch = _Fetch(request, self._feeder)
-        await fetch.run(self._session)
-        if fetch.error is not None:
-            raise fetch.error
-        return Listing(fetch.entries, fetch.complete)
+    def _listed(self, ino: int, cookie: int) -> _Fetch | None:
+        """Return the fetch, which may begin with this, that serves a listing; None: a small one is to be made."""
+        if self._window is None:
+            return None
+        fetch = self._windows.get(ino) or self._fetches.get(ino)
+        if fetch is not None and fetch.serves(cookie):
+            return fetch
+        if cookie and fetch is not None and fetch.generation != self._feeder.generation:
+            return None
+        return self._start(ino, cookie, None)
+
+    def _ended(self, ino: int, cookie: int, fetch: _Fetch, entries: list[Entry]) -> Listing:
+        """Leave out what has come into the directory since its listing began."""
+        if cookie == 0 or ino not in self._ends:
+            self._ends[ino] = fetch.version
+            if len(self._ends) > _KNOWN_LISTINGS:
+                self._ends.popitem(last=False)
+        end = self._ends[ino]
+        self._ends.move_to_end(ino)
+        if entries and entries[-1].cookie > end:
+            entries = entries[: bisect_right(entries, end, key=_cookie)]
+            complete = True
+        else:
+            complete = fetch.done and fetch.complete
+        if complete and not entries:
+            del self._ends[ino]
+        return Listing(entries, complete)
 
     def forget_everything(self) -> None:
         """Fetch each directory anew at its next miss."""
@@ -259,6 +297,8 @@ class Directories:
         if self._fetches.get(ino) is fetch:
             del self._fetches[ino]
         if fetch.error is None:
+            if fetch.whole and fetch.complete and fetch.generation == self._feeder.generation:
+                self._feeder.whole.know(ino, (entry.name for entry in fetch.entries))
             if fetch.whole:
                 self._keep(fetch)
             self._misses[ino] = 0

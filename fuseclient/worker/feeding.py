@@ -14,9 +14,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from fuseclient.data.writer import Closed
 from fuseclient.worker.guard import Guard, Token
 from fuseclient.worker.inode_set import InodeSet
+from fuseclient.worker.whole import WholeDirectories
 from metaserver import wire
 
 if TYPE_CHECKING:
@@ -27,21 +30,45 @@ _RECENT: Final = 1024
 
 
 class Feeder:
-    """The one way into the maps. ``is_written`` says whether an inode is open for writing."""
+    """The one way into the maps. ``is_written`` says whether an inode is open for writing.
 
-    def __init__(self, cache: Cache, is_written: Callable[[int], bool]) -> None:
+    ``inherits``: the kernel may hold pages of files that an earlier worker knew of. Once everything is dropped, a file
+    is not put before the kernel has dropped its pages, which ``on_old_pages`` is to see to.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        is_written: Callable[[int], bool],
+        *,
+        inherits: bool = False,
+        on_old_pages: Callable[[int], None] = lambda ino: None,
+    ) -> None:
         self._cache = cache
         self._is_written = is_written
+        self._inherits = inherits
+        self._on_old_pages = on_old_pages
+        self._distrusts_pages = False
         self._guard = Guard()
         self._recent: OrderedDict[int, int] = OrderedDict()
         #: Rises with everything that is dropped.
         self.generation = 0
         #: The files that the kernel may hold pages of, whoever answered its requests.
         self.paged = InodeSet()
+        #: What is known of whole directories, to be used while there is a lease.
+        self.whole = WholeDirectories()
+        #: Told of what an inode has become by a change made here.
+        self.on_changed: Callable[[wire.Attributes], object] = lambda attributes: None
+        #: Told of each inode that is dropped; ``None`` is all of them.
+        self.on_drop: Callable[[int | None], None] = lambda ino: None
 
     def begin(self) -> Token:
         """Return the token of a read that is about to be sent: a context that ends when its reply has been put."""
         return self._guard.begin()
+
+    def unchanged(self, token: Token, ino: int) -> bool:
+        """Say whether an inode was not dropped since the token was taken."""
+        return self._guard.may_put(token, ino)
 
     # Replies to reads
 
@@ -93,7 +120,20 @@ class Feeder:
             attributes.nlink > 0
             and not self._is_written(attributes.ino)
             and attributes.version >= self._recent.get(attributes.ino, 0)
+            and not self._has_old_pages(attributes)
         )
+
+    def _has_old_pages(self, attributes: wire.Attributes) -> bool:
+        """Say whether the kernel may hold pages of a file that nobody here knows of; they are to go then."""
+        if not self._distrusts_pages or not stat.S_ISREG(attributes.mode) or attributes.ino in self.paged:
+            return False
+        self._on_old_pages(attributes.ino)
+        return True
+
+    def pages_dropped(self, token: Token, ino: int) -> None:
+        """The kernel has dropped an inode's pages, which it was told to after the token was taken."""
+        if self._guard.may_put(token, ino):
+            self.paged.add(ino)
 
     def _put_inode(self, attributes: wire.Attributes, content: bytes | None) -> None:
         self._note_pages(attributes)
@@ -110,17 +150,28 @@ class Feeder:
         for each in attributes:
             self.drop_inode(each.ino)
             self._remember(each)
+            self.on_changed(each)
             if self._wanted(each):
                 self._put_inode(each, None)
+            else:
+                self.written(each)
+
+    def written(self, attributes: wire.Attributes) -> None:
+        """Put of an inode that is open for writing only that it has no xattrs: the kernel asks before each write."""
+        has_xattrs = attributes.flags & wire.InodeFlag.HAS_XATTRS
+        if attributes.nlink > 0 and not has_xattrs and self._is_written(attributes.ino):
+            self._cache.put_inode(msgspec.structs.replace(attributes, mode=0, size=0))
 
     def named(self, parent: int, name: bytes, ino: int) -> None:
         """A name was given to an inode."""
-        self.drop_name(parent, name)
+        self._drop_name(parent, name)
+        self.whole.named(parent, name)
         self._cache.put_name(parent, name, ino)
 
     def unnamed(self, parent: int, name: bytes) -> None:
         """A name was removed."""
-        self.drop_name(parent, name)
+        self._drop_name(parent, name)
+        self.whole.unnamed(parent, name)
         self._cache.put_absent(parent, name)
 
     def closed(self, closed: Closed) -> None:
@@ -144,6 +195,10 @@ class Feeder:
 
     def drop_name(self, parent: int, name: bytes) -> None:
         """Forget a name, and that it is absent."""
+        self.whole.forget(parent)
+        self._drop_name(parent, name)
+
+    def _drop_name(self, parent: int, name: bytes) -> None:
         self.generation += 1
         self._guard.dropped((parent, name))
         self._cache.drop_name(parent, name)
@@ -153,11 +208,15 @@ class Feeder:
         self.generation += 1
         self._guard.dropped(ino)
         self._cache.drop_inode(ino)
+        self.on_drop(ino)
 
     def drop_everything(self) -> None:
         """Forget all there is."""
         self.generation += 1
+        self._distrusts_pages = self._inherits
         self._guard.dropped_all()
         self._recent.clear()
+        self.whole.clear()
         self._cache.bump_epoch()
         self._cache.drop_statfs()
+        self.on_drop(None)

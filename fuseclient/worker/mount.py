@@ -6,19 +6,22 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from fuseclient.config import WorkerConfig
+from fuseclient.data import passthrough
+from fuseclient.data.compaction import Compactor
 from fuseclient.data.objects import StoreError, open_store
-from fuseclient.data.reader import Reader
+from fuseclient.data.ranges import Ranges
 from fuseclient.data.unused import UnusedObjects
 from fuseclient.data.writer import Writer
-from fuseclient.worker.changes import Changes, Kernel, OpenedVersions
+from fuseclient.worker.changes import Changes, Kernel, OldPages, OpenedVersions
 from fuseclient.worker.directories import WINDOW, Directories
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.lease import Lease
 from fuseclient.worker.operations import Operations, Parts
 from fuseclient.worker.orphans import Orphans
+from fuseclient.worker.reading import ReadPath
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.session import Session
 from metaserver import wire
@@ -32,16 +35,21 @@ _FETCH_SHARE: Final = 4
 _PAGE: Final = 4096
 
 
+class MountKernel(Kernel, passthrough.Kernel, Protocol):
+    """What the parts need of :class:`~fuseclient.worker.notifier.Notifier`."""
+
+
 class CannotStart(Exception):
     """The worker cannot serve; the text is one line for the user."""
 
 
 class Mount:
-    """A mount as its worker sees it: :meth:`open`, ``operations`` and :meth:`close`."""
+    """A mount as its worker sees it: :meth:`open`, ``operations``, ``ranges`` and :meth:`close`."""
 
     operations: Operations
+    ranges: Ranges
 
-    def __init__(self, config: WorkerConfig, cache: Cache, kernel: Kernel) -> None:
+    def __init__(self, config: WorkerConfig, cache: Cache, kernel: MountKernel) -> None:
         self._config = config
         self._cache = cache
         self._kernel = kernel
@@ -73,35 +81,62 @@ class Mount:
             await self._session.close()
             raise CannotStart(str(error)) from error
         self._assemble(opened)
+        await self._reading.start()
         unused = UnusedObjects(self._session, self._store, opened.lease_ms / 1000, lambda: self._writer.bytes > 0)
         self._cleaning = asyncio.create_task(unused.run(), name="unused objects")
+        self._compacting = asyncio.create_task(self._compactor.run(), name="compaction")
 
     def _assemble(self, opened: wire.SessionOpened) -> None:
         config, cache, session = self._config, self._cache, self._session
         open_handles: Counter[int] = Counter()
         self._lease = lease = Lease(cache, config.options.kernel_ttl_s)
-        feeder = Feeder(cache, lambda ino: self._writer.is_open(ino))
+        old_pages = OldPages(self._kernel)
+        inherits = config.session is not None and config.maps is not None
+        feeder = Feeder(cache, lambda ino: self._writer.is_open(ino), inherits=inherits, on_old_pages=old_pages.drop)
+        old_pages.feeder = feeder
         self._writer = Writer(
-            session, self._store, opened.inline_limit, lambda changed: feeder.changed(changed.attributes)
+            session,
+            self._store,
+            opened.inline_limit,
+            lambda changed: feeder.changed(changed.attributes),
+            is_lazy=lambda: session.opened.lazy,
+            changes=lambda: session.changes,
         )
+        self._compactor = Compactor(session, self._store, feeder.drop_inode)
+        self._writer.when_laid = self._compactor.laid
+        feeder.on_changed = self._writer.observe
         orphans = Orphans(session, lambda ino: open_handles[ino] > 0 or cache.is_open(ino) or self._writer.is_open(ino))
         directories = Directories(session, feeder, window=_window(config), data_budget=_data_budget(config))
         versions = OpenedVersions()
-        self._changes = Changes(feeder, directories, self._writer, orphans, lease, versions, self._kernel)
+        self._reading = reading = ReadPath(
+            config, opened, caller=session, store=self._store, feeder=feeder, writer=self._writer, lease=lease,
+            cache=cache, kernel=self._kernel,
+        )  # fmt: skip
+        through = reading.passthrough
+        self._changes = Changes(feeder, directories, self._writer, orphans, lease, versions, self._kernel, through)
         for each in self._early:
             each(self._changes)
+        self.ranges = Ranges(
+            session,
+            self._writer,
+            reading.reader,
+            committed=lambda changed: feeder.changed(changed.attributes),
+            write_back=self._kernel.invalidate_inode,
+        )
         self.operations = Operations(
             Parts(
                 session=session,
                 feeder=feeder,
                 directories=directories,
                 writer=self._writer,
-                reader=Reader(session, self._store),
+                reader=reading.reader,
                 orphans=orphans,
                 lease=lease,
                 cache=cache,
                 opened=versions,
                 open_handles=open_handles,
+                passthrough=through,
+                on_read=reading.read,
                 generation=config.generation,
                 may_remember=config.maps is not None,
             )
@@ -121,13 +156,18 @@ class Mount:
             "uncommitted_bytes": self._writer.bytes,
             "files_being_written": self._writer.count,
             "filling": cache.get("filling", {}),
+            "compaction": self._compactor.figures(),
+            **self._reading.figures(),
         }
 
     async def close(self) -> None:
         """Commit all that was written, and end the session."""
         self._cleaning.cancel()
+        self._compacting.cancel()
+        await self._reading.passthrough.absorb_all()
         await self._writer.flush_all()
         await self._session.close()
+        await self._reading.close()
         self._store.close()
 
 

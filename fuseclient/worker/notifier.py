@@ -14,16 +14,21 @@ import os
 import socket
 import struct
 
+from fuseclient._native import lib
+
 _HEADER = struct.Struct("=IiQ")
 _INVAL_INODE = struct.Struct("=Qqq")
 _INVAL_ENTRY = struct.Struct("=QII")
 _STORE = struct.Struct("=QQII")
 _RESULT = struct.Struct("=i")
+_ID = struct.Struct("=I")
 
 _CODE_INVAL_INODE = 2
 _CODE_INVAL_ENTRY = 3
 _CODE_STORE = 4
 _CODE_INC_EPOCH = 8
+_CODE_BACKING_OPEN = int(lib.BPFUSE_NOTIFY_BACKING_OPEN)
+_CODE_BACKING_CLOSE = int(lib.BPFUSE_NOTIFY_BACKING_CLOSE)
 
 
 class Notifier:
@@ -58,18 +63,51 @@ class Notifier:
         """Put bytes into an inode's page cache."""
         await self._notify(_CODE_STORE, _STORE.pack(ino, offset, len(data), 0) + data)
 
+    async def open_backing(self, descriptor: int) -> int:
+        """Have the kernel take a file as a backing for passthrough; return its id. Raises OSError."""
+        return await self._ask(_CODE_BACKING_OPEN, b"", descriptor)
+
+    async def close_backing(self, backing_id: int) -> None:
+        """Give a backing's id back; files that are open with it keep it. Raises OSError."""
+        await self._ask(_CODE_BACKING_CLOSE, _ID.pack(backing_id))
+
     async def _notify(self, code: int, body: bytes, allowed: tuple[int, ...] = ()) -> int:
         """Send one and wait for its result (0 or an errno); raise OSError unless it is ENOENT or ``allowed``."""
+        self.sent += 1
+        try:
+            return await self._ask(code, body)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, *allowed):
+                raise
+            return error.errno
+
+    async def _ask(self, code: int, body: bytes, descriptor: int | None = None) -> int:
+        """Send a message, with a descriptor if there is one; return its result, or raise OSError for a negative one."""
         result: asyncio.Future[int] = self._loop.create_future()
         async with self._sending:
             message = _HEADER.pack(_HEADER.size + len(body), code, 0) + body
-            await self._loop.sock_sendall(self._socket, message)
+            if descriptor is None:
+                await self._loop.sock_sendall(self._socket, message)
+            else:
+                await self._send_descriptor(message, descriptor)
             self._waiting.append(result)
-        self.sent += 1
-        error = -await result
-        if error not in (0, errno.ENOENT, *allowed):
-            raise OSError(error, os.strerror(error))
-        return error
+        value = await result
+        if value < 0:
+            raise OSError(-value, os.strerror(-value))
+        return value
+
+    async def _send_descriptor(self, message: bytes, descriptor: int) -> None:
+        while True:
+            try:
+                socket.send_fds(self._socket, [message], [descriptor])
+                return
+            except BlockingIOError:
+                writable = self._loop.create_future()
+                self._loop.add_writer(self._socket, _wake, writable)
+                try:
+                    await writable
+                finally:
+                    self._loop.remove_writer(self._socket)
 
     def _on_readable(self) -> None:
         try:
@@ -94,3 +132,8 @@ class Notifier:
             result = self._waiting.popleft()
             if not result.done():
                 result.set_exception(ConnectionResetError("the channel closed the notification socket"))
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -14,13 +14,15 @@ import errno
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
+from fuseclient.data.passthrough import Opening, Passthrough
 from fuseclient.data.reader import Reader
 from fuseclient.data.writer import Writer
 from fuseclient.worker import handles
@@ -42,8 +44,10 @@ _INT64: Final = 1 << 63
 _DOTS: Final = 2
 #: How long a volume's figures are answered from the kernel.
 _STATISTICS_NS: Final = 1_000_000_000
-#: Kinds of xattr that are not kept for anybody.
-_FOREIGN_XATTRS: Final = b"system."
+#: Kinds of xattr that are kept.
+_KEPT_XATTRS: Final = (b"user.", b"trusted.", b"security.")
+#: Access control lists, of which there are none.
+_ACLS: Final = b"system.posix_acl_"
 #: Kinds of xattr that only root may know of. The kernel sees to it that only root gets and sets them.
 _ROOT_XATTRS: Final = b"trusted."
 
@@ -63,6 +67,9 @@ class Parts:
     opened: OpenedVersions
     #: Handles given out by this worker and not yet released, by inode.
     open_handles: Counter[int]
+    passthrough: Passthrough
+    #: Told of each read that was answered from objects: of which file, and how many bytes.
+    on_read: Callable[[wire.Attributes, int], None]
     #: Of the worker; part of its handles.
     generation: int
     #: False: each request is answered by the metaserver.
@@ -86,6 +93,8 @@ class Operations(pyfuse3.Operations):
         self._cache = parts.cache
         self._opened = parts.opened
         self._open_handles = parts.open_handles
+        self._passthrough = parts.passthrough
+        self._on_read = parts.on_read
         self._generation = parts.generation % handles.GENERATIONS
         self._may_remember = parts.may_remember
         #: Writing handles of earlier workers that are used here, and those of them whose loss was reported.
@@ -109,7 +118,9 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(await self._make(parent_inode, name, mode, ctx))
+        made = await self._make(parent_inode, name, mode, ctx)
+        self._feeder.whole.know(made.ino, ())
+        return self._entry(made)
 
     @answered
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -215,6 +226,8 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        if self._may_remember and self._lease.left_s() > 0 and (new := self._writer.known_new(inode)) is not None:
+            return self._entry(new)
         attributes, fresh = await self._get_attributes(inode)
         return self._entry(attributes, fresh)
 
@@ -231,10 +244,19 @@ class Operations(pyfuse3.Operations):
         return self._entry(await self._set_attributes(_setattr_request(inode, attr, fields)))
 
     async def _set_attributes(self, request: wire.SetAttributes) -> wire.Attributes:
-        async with self._writer.settled(request.ino):
+        if (deferred := self._writer.defer(request)) is not None:
+            return deferred
+        if request.size is None and self._writer.will_sync(request.ino):
+            request = msgspec.structs.replace(request, lazy=True)
+        async with self._writer.settled(request.ino, request.size):
             changed = await self._session.call(request, wire.Changed)
             self._feeder.changed(changed.attributes)
-            return self._writer.overlay(changed.attributes[0])
+            if request.size is not None:
+                self._writer.cut(request.ino, request.size)
+            attributes = self._writer.overlay(changed.attributes[0])
+        if request.size is not None:
+            await self._passthrough.resized(request.ino, request.size)
+        return attributes
 
     @answered
     async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
@@ -264,8 +286,9 @@ class Operations(pyfuse3.Operations):
     @answered
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """The kernel asks for security.capability before each write: so files that are written are answered here."""
+        _check_xattr(name)
         written = self._writer.known(inode) if self._may_remember else None
-        if name.startswith(_FOREIGN_XATTRS) or (written and not written.flags & wire.InodeFlag.HAS_XATTRS):
+        if name.startswith(_ACLS) or (written and not written.flags & wire.InodeFlag.HAS_XATTRS):
             raise FUSEError(errno.ENODATA)
         return (await self._session.call(wire.GetXattr(inode, name), wire.XattrIs)).value
 
@@ -276,7 +299,8 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        if name.startswith(_FOREIGN_XATTRS):
+        _check_xattr(name)
+        if name.startswith(_ACLS):
             raise FUSEError(errno.EOPNOTSUPP)
         if len(value) > wire.MAX_XATTR_VALUE:
             raise FUSEError(errno.ENOSPC)
@@ -285,6 +309,9 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        _check_xattr(name)
+        if name.startswith(_ACLS):
+            return
         self._changed(await self._session.call(wire.RemoveXattr(inode, name), wire.Changed))
 
     def _changed(self, changed: wire.Changed) -> None:
@@ -319,29 +346,36 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        """What the metaserver acknowledged is durable."""
+        await self._writer.sync(None)
 
     # Files
 
     @answered
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        writing = flags & os.O_ACCMODE != os.O_RDONLY
-        attributes, _ = await self._get_attributes(inode)
-        if writing:
-            self._begin_writing(attributes)
-        if flags & os.O_TRUNC and writing:
-            attributes = await self._truncate(inode)
-        keep = self._opened.opened(inode, attributes.version)
-        self._feeder.paged.add(inode)
-        return FileInfo(fh=self._handle(inode, writing=writing), keep_cache=keep)
+        """Open a file without passthrough. The channel sends OPEN to extra_ops.py, which does more."""
+        return (await self.open_file(inode, flags, passthrough=False))[0]
 
-    async def _truncate(self, ino: int) -> wire.Attributes:
-        """Cut a file that has just been opened for writing; if that fails it is not open."""
-        try:
-            return await self._set_attributes(wire.SetAttributes(ino, size=0))
-        except BaseException:
-            await self._end_writing(ino)
-            raise
+    async def open_file(self, ino: int, flags: int, *, passthrough: bool = True) -> tuple[FileInfo, Opening | None]:
+        """Open a file, and say from which backing the kernel may read it."""
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        with self._feeder.begin() as token:
+            attributes = (await self._session.call(wire.GetAttributes(ino), wire.Found)).attributes
+            self._feeder.inode(token, attributes)
+            if writing:
+                self._begin_writing(attributes)
+            try:
+                if flags & os.O_TRUNC and writing:
+                    attributes = await self._set_attributes(wire.SetAttributes(ino, size=0))
+                opening = await self._passthrough.open(token, attributes, writing=writing) if passthrough else None
+            except BaseException:
+                if writing:
+                    await self._end_writing(ino)
+                raise
+        # The handle is counted before anything is awaited: see passthrough.py.
+        handle = self._handle(ino, writing=writing)
+        keep = self._opened.opened(ino, attributes.version)
+        self._feeder.paged.add(ino)
+        return FileInfo(fh=handle, keep_cache=keep), opening
 
     @answered
     async def create(
@@ -350,7 +384,9 @@ class Operations(pyfuse3.Operations):
         """A file that exists, which the kernel did not know, is answered ESTALE: it then looks again, and opens it."""
         _check_name(name)
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        request = wire.MakeNode(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
+        kind = stat.S_IFREG | stat.S_IMODE(mode)
+        # Its closing, or an fsync, waits until it is durable; so this need not.
+        request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing)
         try:
             with self._doubting((parent_inode, name)):
                 changed = await self._session.call(request, wire.Changed)
@@ -359,41 +395,78 @@ class Operations(pyfuse3.Operations):
                 raise FUSEError(errno.ESTALE) from None
             raise
         made = changed.attributes[0]
-        if writing:
-            self._writer.open(made)
+        opened = self._opened_new(made, writing=writing)
         self._feeder.changed(changed.attributes)
         self._feeder.named(parent_inode, name, made.ino)
+        return opened, self._entry(made)
+
+    @answered
+    async def tmpfile(
+        self, parent_inode: int, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """Make a file without a name and open it; pyfuse3 has no such method, extra_ops.py calls it."""
+        request = wire.MakeTemporary(parent_inode, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
+        made = (await self._session.call(request, wire.Changed)).attributes[0]
+        self._orphans.add(made.ino)
+        return self._opened_new(made, writing=flags & os.O_ACCMODE != os.O_RDONLY), self._entry(made)
+
+    def _opened_new(self, made: wire.Attributes, *, writing: bool) -> FileInfo:
+        """Open a file that was just made."""
+        if writing:
+            self._writer.open(made, is_new=True)
         self._opened.opened(made.ino, made.version)
         self._feeder.paged.add(made.ino)
-        return FileInfo(fh=self._handle(made.ino, writing=writing), keep_cache=True), self._entry(made)
+        return FileInfo(fh=self._handle(made.ino, writing=writing), keep_cache=True)
 
     @answered
     async def read(self, fh: int, off: int, size: int) -> bytes:
         ino = handles.decode(fh).ino
+        if self._passthrough.has(ino):
+            data = await self._passthrough.read(ino, off, size)
+            if data is not None:
+                return data
         await self._writer.before_read(ino, off, size)
         with self._feeder.begin() as token:
             reading = await self._reader.read(ino, off, size)
             if reading.content is not None:
                 self._feeder.inode(token, reading.attributes, reading.content)
+        self._on_read(reading.attributes, len(reading.data))
         return reading.data
 
     @answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        await self._adopt(fh)
-        await self._writer.write(handles.decode(fh).ino, off, buf)
+        if off + len(buf) > wire.MAX_FILE:
+            raise FUSEError(errno.EFBIG)
+        await self.adopt(fh)
+        ino = handles.decode(fh).ino
+        target = self._passthrough if self._passthrough.has(ino) else self._writer
+        await target.write(ino, off, buf)
         return len(buf)
+
+    async def absorb(self, ino: int) -> None:
+        """Have what was written through mappings of a passthrough file come to the writer."""
+        await self._passthrough.absorb(ino)
+
+    @contextlib.asynccontextmanager
+    async def changing(self, *inos: int) -> AsyncIterator[None]:
+        """A context in which the content of a file is changed other than by :meth:`write`; it is the last of these."""
+        for ino in inos:
+            await self._passthrough.absorb(ino)
+        yield
+        await self._passthrough.changed_here(inos[-1])
 
     @answered
     async def flush(self, fh: int) -> None:
-        await self._sync(fh)
+        await self._sync(fh, self._writer.flush)
 
     @answered
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self._sync(fh)
+        await self._sync(fh, self._writer.sync)
 
-    async def _sync(self, fh: int) -> None:
-        """Make durable what was written through any handle; say once what an earlier worker may have lost."""
-        await self._writer.flush(handles.decode(fh).ino)
+    async def _sync(self, fh: int, sync: Callable[[int], Awaitable[None]]) -> None:
+        """Commit what was written through any handle; say once what an earlier worker may have lost."""
+        await self._passthrough.absorb(handles.decode(fh).ino)
+        await sync(handles.decode(fh).ino)
         if self._is_earlier_writer(fh) and fh not in self._reported:
             self._reported.add(fh)
             raise FUSEError(errno.EIO)
@@ -402,11 +475,11 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: int) -> None:
         handle = handles.decode(fh)
         self._reported.discard(fh)
-        if self._is_earlier_writer(fh):
-            if fh in self._adopted:
-                self._adopted.discard(fh)
-                await self._end_writing(handle.ino)
-        elif handle.writing:
+        written = fh in self._adopted if self._is_earlier_writer(fh) else handle.writing
+        self._adopted.discard(fh)
+        if written and self._passthrough.has(handle.ino):
+            self._passthrough.end_writing(handle.ino, lambda: self._end_writing(handle.ino))
+        elif written:
             await self._end_writing(handle.ino)
         self._released(handle)
 
@@ -414,22 +487,24 @@ class Operations(pyfuse3.Operations):
 
     def _handle(self, ino: int, *, writing: bool) -> int:
         self._open_handles[ino] += 1
+        self._cache.opened(ino)
         return handles.encode(ino, writing=writing, generation=self._generation)
 
     def _released(self, handle: handles.Handle) -> None:
-        if handle.kernel:
-            self._cache.released(handle.ino)
-        elif handle.generation == self._generation:
+        self._cache.released(handle.ino)
+        if not handle.kernel and handle.generation == self._generation:
             self._open_handles[handle.ino] -= 1
             if not self._open_handles[handle.ino]:
                 del self._open_handles[handle.ino]
+                self._reader.closed(handle.ino)
+        self._passthrough.released(handle.ino)
         self._orphans.closed(handle.ino)
 
     def _is_earlier_writer(self, fh: int) -> bool:
         handle = handles.decode(fh)
         return handle.writing and handle.generation != self._generation
 
-    async def _adopt(self, fh: int) -> None:
+    async def adopt(self, fh: int) -> None:
         """Open the file of a writing handle that an earlier worker gave out, at its first use here."""
         if self._is_earlier_writer(fh) and fh not in self._adopted:
             attributes, _ = await self._get_attributes(handles.decode(fh).ino)
@@ -440,6 +515,7 @@ class Operations(pyfuse3.Operations):
     def _begin_writing(self, attributes: wire.Attributes) -> None:
         self._writer.open(attributes)
         self._feeder.drop_inode(attributes.ino)
+        self._feeder.written(attributes)
 
     async def _end_writing(self, ino: int) -> None:
         closed = await self._writer.close(ino)
@@ -452,6 +528,14 @@ def _check_name(name: bytes) -> None:
     if len(name) > wire.MAX_NAME:
         raise FUSEError(errno.ENAMETOOLONG)
     if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+        raise FUSEError(errno.EINVAL)
+
+
+def _check_xattr(name: bytes) -> None:
+    """Refuse the names of kinds that are not kept, before it is asked whether there are any."""
+    if not name.startswith((*_KEPT_XATTRS, _ACLS)):
+        raise FUSEError(errno.EOPNOTSUPP)
+    if name in _KEPT_XATTRS:
         raise FUSEError(errno.EINVAL)
 
 

@@ -28,8 +28,10 @@ import pyfuse3.asyncio
 import uvloop
 
 from fuseclient.config import WorkerConfig
+from fuseclient.data.whole_files import LEAST_BYTES
 from fuseclient.kernel_cache import Cache, KernelCache, NoKernelCache
 from fuseclient.native import NativeError
+from fuseclient.worker.extra_ops import ExtraOps
 from fuseclient.worker.mount import CannotStart, Mount
 from fuseclient.worker.notifier import Notifier
 
@@ -149,11 +151,14 @@ class Worker:
         """Answer requests until the socket is closed or a signal comes."""
         options = set(pyfuse3.default_options) | {"fsname=bpfuse"}
         pyfuse3.init(mount.operations, f"/dev/fd/{self._config.fuse_fd}", options)
+        extra = ExtraOps(self._config.extra_fd, mount.operations, mount.ranges)
+        extra.start()
         try:
             with self._watched(), self._status.answering(mount.figures):
                 self._status.send({"ready": True, "session": mount.session_id.hex()})
                 await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
         finally:
+            await extra.close()
             pyfuse3.close(unmount=False)
 
     @contextlib.contextmanager
@@ -197,6 +202,7 @@ def _open_cache(config: WorkerConfig) -> Cache:
     if config.maps is None:
         return NoKernelCache()
     try:
-        return KernelCache(config.maps, config.options.kernel_ttl_s)
+        least = LEAST_BYTES if config.options.cache_bytes != 0 else None
+        return KernelCache(config.maps, config.options.kernel_ttl_s, worker_opens_bytes=least)
     except NativeError as error:
         raise CannotStart(str(error)) from error

@@ -39,7 +39,8 @@ _CLOSE_S: Final = 1.0
 #: Requests that do no harm when they are done twice.
 _REPEATABLE: Final = (
     wire.Lookup, wire.FetchDirectory, wire.GetAttributes, wire.ReadLink, wire.GetXattr, wire.ListXattrs,
-    wire.GetContent, wire.GetStatistics, wire.ListSlices, wire.NewSlices, wire.Reap, wire.ForgetSlices,
+    wire.GetContent, wire.GetStatistics, wire.ListSlices, wire.NewSlices, wire.Reap, wire.ForgetSlices, wire.Seek,
+    wire.WriteInline, wire.CommitSlices, wire.CompactSlices, wire.Sync,
 )  # fmt: skip
 
 
@@ -89,6 +90,8 @@ class Session:
         self._clock = clock
         self._connect = connect
         self._seen = 0
+        #: Changes of this client that were acknowledged.
+        self.changes = 0
         self._lease_s = 0.0
         self._connection: Connection | None = None
         #: Set while there are a connection and a lease, as far as is known.
@@ -136,7 +139,9 @@ class Session:
         while True:
             connection = await self._usable(give_up)
             try:
-                return await connection.call(request, reply_type)
+                reply = await connection.call(request, reply_type)
+                self.changes += reply_type is wire.Changed
+                return reply
             except (Disconnected, Refused) as error:
                 if not self._may_repeat(request, error, connection, give_up):
                     raise

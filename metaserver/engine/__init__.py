@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from metaserver.engine.base import Engine, Snapshot, Space, Transaction
 from metaserver.errors import EngineUnusable
 
-__all__ = ["Engine", "Snapshot", "Space", "Transaction", "open_engine"]
+__all__ = ["DURABILITIES", "Engine", "Snapshot", "Space", "Transaction", "open_engine"]
 
 
-def open_engine(url: str) -> Engine:
-    """Open ``lmdb:///directory`` (made if missing) or ``memory://``; raise EngineUnusable or EngineBusy."""
+_PAGE: Final = 4096
+_LEAST_MAP: Final = 256 * 1024
+_MOST_MAP: Final = 2**46
+#: When commits are durable: before they are acknowledged, or soon after (see lmdb.py).
+DURABILITIES: Final = ("commit", "interval")
+
+
+def open_engine(url: str, durability: str = "commit") -> Engine:
+    """Open ``lmdb:///directory`` (made if missing) or ``memory://``; raise EngineUnusable or EngineBusy.
+
+    LMDB's URL takes ``?map_size=BYTES``: how large the metadata can become.
+    """
     parts = urlsplit(url)
     if parts.scheme == "memory":
         from metaserver.engine.memory import MemoryEngine
@@ -22,5 +33,14 @@ def open_engine(url: str) -> Engine:
 
         if parts.netloc or not parts.path.startswith("/"):
             raise EngineUnusable(f"{url}: write lmdb:///absolute/directory")
-        return LmdbEngine(unquote(parts.path))
+        return LmdbEngine(unquote(parts.path), lazy=durability == "interval", map_bytes=_map_size(url, parts.query))
     raise EngineUnusable(f"{url}: no such storage engine; known are lmdb:///directory and memory://")
+
+
+def _map_size(url: str, query: str) -> int | None:
+    if not query:
+        return None
+    name, _, text = query.partition("=")
+    if name != "map_size" or not text.isascii() or not text.isdigit() or not _LEAST_MAP <= int(text) <= _MOST_MAP:
+        raise EngineUnusable(f"{url}: the only option is map_size=BYTES, from {_LEAST_MAP} to {_MOST_MAP}")
+    return int(text) // _PAGE * _PAGE

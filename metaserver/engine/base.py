@@ -113,8 +113,11 @@ class Engine(abc.ABC):
     async def read(self, body: Callable[[Snapshot], T]) -> T:
         """Run ``body`` on a view that holds at least what was committed before the call; return what it returns."""
 
-    async def write(self, body: Callable[[Transaction], T]) -> T:
+    async def write(self, body: Callable[[Transaction], T], *, lazy: bool = False) -> T:
         """Run ``body`` and commit what it wrote; return what it returned, once that is durable.
+
+        A ``lazy`` write, and every one of a lazy engine, can return before: the next write that is not lazy, a sync,
+        or a short time makes it durable.
 
         An exception of the body aborts the transaction and is passed on. A conflict is retried. Raises
         :exc:`Conflict` after many of them, :exc:`LimitExceeded`, :exc:`EngineFull` and :exc:`EngineClosed`, all with
@@ -123,15 +126,28 @@ class Engine(abc.ABC):
         pause = _FIRST_PAUSE
         for _ in range(_ATTEMPTS - 1):
             try:
-                return await self._attempt(body)
+                return await self._attempt(body, lazy)
             except Conflict:
                 await asyncio.sleep(pause * random.random())
                 pause = min(2 * pause, _LONGEST_PAUSE)
-        return await self._attempt(body)
+        return await self._attempt(body, lazy)
 
     @abc.abstractmethod
-    async def _attempt(self, body: Callable[[Transaction], T]) -> T:
+    async def _attempt(self, body: Callable[[Transaction], T], lazy: bool) -> T:
         """Run ``body`` once as a transaction; raise :exc:`Conflict` if it lost against another one."""
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether every write can return before it is durable: :meth:`sync` makes sure then."""
+        return False
+
+    @property
+    def losses(self) -> int:
+        """How often the engine failed to make durable what it had acknowledged, which is lost then."""
+        return 0
+
+    async def sync(self) -> None:  # noqa: B027 - there is nothing to do unless an engine is lazy
+        """Return when every write that has returned is durable. Raises as :meth:`write` does."""
 
     @abc.abstractmethod
     async def close(self) -> None:

@@ -149,7 +149,7 @@ class MemoryEngine(Engine):
         self._check_open()
         return body(_MemorySnapshot(self._store))
 
-    async def _attempt(self, body: Callable[[Transaction], T]) -> T:
+    async def _attempt(self, body: Callable[[Transaction], T], lazy: bool) -> T:
         self._check_open()
         txn = _MemoryTransaction(self._store)
         version = self._store.started()

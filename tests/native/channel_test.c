@@ -12,6 +12,7 @@
 #include <linux/fuse.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -27,9 +28,14 @@
 #include "../../bpf/abi.h"
 #include "../../fuseclient/channel/native/channel.h"
 
+enum { COPY_FILE_RANGE_64 = 53 };
 enum { FILES = 50, SIZE = 5000, THREADS = 4, ROUNDS = 40, DEADLINE_S = 40 };
 
 static const char *directory;
+
+/* What files with the number BACKED are opened with; 0: as all others. */
+enum { BACKED = 33, OPEN_PASSTHROUGH = 1 << 7 };
+static atomic_uint backing;
 
 /* A forced unmount aborts the connection; without it a thread that waits for a reply could not be killed. */
 static void give_up(void)
@@ -47,10 +53,12 @@ static void fail(int line, const char *condition)
 #define CHECK(condition) ((condition) ? (void)0 : fail(__LINE__, #condition))
 
 struct worker {
-	int fuse, notify;
+	int fuse, extra, notify;
 	long answers;			/* answers so many requests and dies with the next in its hands */
 	uint32_t fatal;			/* dies with the first request of this opcode in its hands */
+	uint32_t endless;		/* answers requests of this opcode when they are interrupted */
 	bool nonsense;			/* answers with what is not a reply */
+	atomic_uint_fast64_t unanswered; /* the unique of a request that waits to be interrupted */
 	pthread_t thread;
 };
 
@@ -67,6 +75,8 @@ static void attributes_of(uint64_t ino, struct fuse_attr *attr)
 static int answer(const struct fuse_in_header *in, const void *body, void *out)
 {
 	const struct fuse_read_in *read = body;
+	const struct fuse_copy_file_range_in *copy = body;
+	const struct fuse_lseek_in *seek = body;
 	struct fuse_entry_out *entry = out;
 	struct fuse_attr_out *attr = out;
 
@@ -89,14 +99,30 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 		return sizeof(*attr);
 	case FUSE_OPEN:
 		memset(out, 0, sizeof(struct fuse_open_out));
+		if (in->nodeid == BACKED + 2 && atomic_load(&backing)) {
+			((struct fuse_open_out *)out)->open_flags = OPEN_PASSTHROUGH;
+			((struct fuse_open_out *)out)->padding = (int32_t)atomic_load(&backing);
+		}
 		return sizeof(struct fuse_open_out);
 	case FUSE_READ:
 		if (read->offset >= SIZE)
 			return 0;
 		memset(out, (int)in->nodeid, SIZE);
 		return read->size < SIZE - read->offset ? (int)read->size : (int)(SIZE - read->offset);
+	case FUSE_LSEEK:
+		((struct fuse_lseek_out *)out)->offset = seek->whence == SEEK_HOLE ? SIZE : seek->offset;
+		return sizeof(struct fuse_lseek_out);
+	case FUSE_COPY_FILE_RANGE:
+		*(struct fuse_write_out *)out = (struct fuse_write_out){ .size = (uint32_t)copy->len };
+		return sizeof(struct fuse_write_out);
+	case FUSE_TMPFILE:
+		memset(out, 0, sizeof(*entry) + sizeof(struct fuse_open_out));
+		entry->nodeid = 1000;
+		attributes_of(entry->nodeid, &entry->attr);
+		return sizeof(*entry) + sizeof(struct fuse_open_out);
 	case FUSE_MKDIR:
 		return -EACCES;
+	case FUSE_FALLOCATE:
 	case FUSE_RELEASE:
 	case FUSE_FLUSH:
 		return 0;
@@ -105,9 +131,61 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 	}
 }
 
+static bool is_extra(uint32_t opcode)
+{
+	return opcode == FUSE_OPEN || opcode == FUSE_FALLOCATE || opcode == FUSE_LSEEK || opcode == FUSE_COPY_FILE_RANGE ||
+	       opcode == FUSE_TMPFILE || opcode == COPY_FILE_RANGE_64;
+}
+
 static bool is_one_way(uint32_t opcode)
 {
 	return opcode == FUSE_FORGET || opcode == FUSE_BATCH_FORGET || opcode == FUSE_INTERRUPT;
+}
+
+static bool worker_reply(struct worker *worker, int socket, uint64_t unique, int error, void *reply, size_t size)
+{
+	struct fuse_out_header *out = reply;
+
+	*out = (struct fuse_out_header){ .len = (uint32_t)(sizeof(*out) + size), .error = error, .unique = unique };
+	if (worker->nonsense && unique != 2)
+		out->error = 12345;
+	return send(socket, reply, out->len, MSG_NOSIGNAL) >= 0;
+}
+
+/* The end of a request that waited: the message must come where it came. */
+static bool worker_interrupted(struct worker *worker, int socket, const struct fuse_interrupt_in *in, void *reply)
+{
+	uint64_t unique = in->unique;
+
+	if (!atomic_compare_exchange_strong(&worker->unanswered, &unique, 0))
+		return true;
+	CHECK(socket == (is_extra(worker->endless) ? worker->extra : worker->fuse));
+	return worker_reply(worker, socket, in->unique, -EINTR, reply, 0);
+}
+
+/* Receives one message and answers it; false: the worker is to die. */
+static bool worker_serve(struct worker *worker, int socket, char *request, char *reply, size_t room)
+{
+	ssize_t length = recv(socket, request, room, 0);
+	const struct fuse_in_header *in = (void *)request;
+	int size;
+
+	if (length <= 0)
+		return false;
+	CHECK((size_t)length >= sizeof(*in) && in->len == (size_t)length);
+	if (in->opcode == FUSE_INTERRUPT)
+		return worker_interrupted(worker, socket, (void *)(in + 1), reply);
+	CHECK(socket == (is_extra(in->opcode) ? worker->extra : worker->fuse));
+	if (is_one_way(in->opcode))
+		return true;
+	if (in->opcode != FUSE_INIT && (in->opcode == worker->fatal || worker->answers-- <= 0))
+		return false;
+	if (in->opcode == worker->endless) {
+		atomic_store(&worker->unanswered, in->unique);
+		return true;
+	}
+	size = answer(in, in + 1, reply + sizeof(struct fuse_out_header));
+	return worker_reply(worker, socket, in->unique, size < 0 ? size : 0, reply, size > 0 ? (size_t)size : 0);
 }
 
 static void *worker_run(void *argument)
@@ -115,32 +193,20 @@ static void *worker_run(void *argument)
 	struct worker *worker = argument;
 	static const size_t room = 400000;
 	char *request = malloc(room), *reply = malloc(room);
+	bool alive = true;
 
-	for (;;) {
-		ssize_t length = recv(worker->fuse, request, room, 0);
-		const struct fuse_in_header *in = (void *)request;
-		struct fuse_out_header *out = (void *)reply;
+	while (alive) {
+		struct pollfd ready[2] = { { .fd = worker->fuse, .events = POLLIN },
+					   { .fd = worker->extra, .events = POLLIN } };
 
-		if (length <= 0)
-			break;
-		CHECK((size_t)length >= sizeof(*in) && in->len == (size_t)length);
-		if (is_one_way(in->opcode))
+		if (poll(ready, 2, -1) < 0)
 			continue;
-		if (in->opcode != FUSE_INIT && (in->opcode == worker->fatal || worker->answers-- <= 0))
-			break;
-		int size = answer(in, in + 1, out + 1);
-
-		*out = (struct fuse_out_header){
-			.len = sizeof(*out) + (size > 0 ? (uint32_t)size : 0),
-			.error = size < 0 ? size : 0,
-			.unique = in->unique,
-		};
-		if (worker->nonsense && in->opcode != FUSE_INIT)
-			out->error = 12345;
-		if (send(worker->fuse, reply, out->len, MSG_NOSIGNAL) < 0)
-			break;
+		for (int i = 0; i < 2 && alive; i++)
+			if (ready[i].revents)
+				alive = worker_serve(worker, ready[i].fd, request, reply, room);
 	}
 	shutdown(worker->fuse, SHUT_RDWR);
+	shutdown(worker->extra, SHUT_RDWR);
 	shutdown(worker->notify, SHUT_RDWR);
 	free(request);
 	free(reply);
@@ -151,20 +217,23 @@ static const struct worker immortal = { .answers = 1L << 40 };
 
 static void worker_start(struct worker *worker, struct bpfuse_channel *channel, struct worker kind)
 {
-	int fuse[2], notify[2];
+	int fuse[2], extra[2], notify[2];
 
-	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, fuse) && !socketpair(AF_UNIX, SOCK_SEQPACKET, 0, notify));
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, fuse) && !socketpair(AF_UNIX, SOCK_SEQPACKET, 0, extra) &&
+	      !socketpair(AF_UNIX, SOCK_SEQPACKET, 0, notify));
 	*worker = kind;
 	worker->fuse = fuse[1];
+	worker->extra = extra[1];
 	worker->notify = notify[1];
 	CHECK(!pthread_create(&worker->thread, NULL, worker_run, worker));
-	CHECK(!bpfuse_channel_attach_worker(channel, fuse[0], notify[0]));
+	CHECK(!bpfuse_channel_attach_worker(channel, fuse[0], extra[0], notify[0]));
 }
 
 static void worker_join(struct worker *worker)
 {
 	CHECK(!pthread_join(worker->thread, NULL));
 	close(worker->fuse);
+	close(worker->extra);
 	close(worker->notify);
 }
 
@@ -181,6 +250,7 @@ static void read_file(int number)
 	CHECK(read(descriptor, bytes, sizeof(bytes)) == SIZE);
 	for (int i = 0; i < SIZE; i++)
 		CHECK(bytes[i] == (unsigned char)(number + 2));
+	CHECK(lseek(descriptor, 1, SEEK_HOLE) == SIZE && lseek(descriptor, 70, SEEK_DATA) == 70);
 	CHECK(!close(descriptor));
 }
 
@@ -265,11 +335,21 @@ static void test_nonsense(struct bpfuse_channel *channel, struct worker *worker)
 	char junk[3] = "abc";
 	struct fuse_out_header stale = { .len = sizeof(stale), .unique = 77ull << 30 };
 
-	CHECK(send(worker->fuse, junk, sizeof(junk), 0) == sizeof(junk));
-	CHECK(send(worker->fuse, &stale, sizeof(stale), 0) == sizeof(stale));
+	for (int i = 0; i < 2; i++) {
+		int socket = i ? worker->extra : worker->fuse;
+
+		stale.unique = 77ull << 30;
+		CHECK(send(socket, junk, sizeof(junk), 0) == sizeof(junk));
+		CHECK(send(socket, &stale, sizeof(stale), 0) == sizeof(stale));
+	}
+	stale.unique = 2;	/* the token of INIT, which is not answered here */
+	CHECK(send(worker->extra, &stale, sizeof(stale), 0) == sizeof(stale));
+	do
+		bpfuse_channel_figures(channel, &figures);
+	while (figures.malformed_replies + figures.stale_replies < 5);
 	CHECK(stat(path, &status) == -1 && errno == EIO);
 	bpfuse_channel_figures(channel, &figures);
-	CHECK(figures.malformed_replies == 1 && figures.stale_replies == 1);
+	CHECK(figures.malformed_replies == 2 && figures.stale_replies == 3);
 	shutdown(worker->fuse, SHUT_RDWR);
 	worker_join(worker);
 	printf("ok: nonsense from a worker became EIO\n");
@@ -299,6 +379,63 @@ static void test_notifications(struct bpfuse_channel *channel, struct worker *wo
 	CHECK(notify(worker, &message, sizeof(message)) == -ENOENT);
 	CHECK(notify(worker, &message, 7) == -EINVAL);
 	printf("ok: notifications return the kernel's result\n");
+}
+
+/* Sends a message, with a descriptor unless it is negative, and returns its result. */
+static int32_t ask_with(struct worker *worker, void *bytes, size_t length, int descriptor)
+{
+	union {
+		struct cmsghdr header;
+		char bytes[CMSG_SPACE(sizeof(int))];
+	} control = { .header = { .cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS } };
+	struct iovec part = { bytes, length };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
+	int32_t result;
+
+	if (descriptor >= 0) {
+		message.msg_control = &control;
+		message.msg_controllen = sizeof(control);
+		memcpy(CMSG_DATA(&control.header), &descriptor, sizeof(int));
+	}
+	CHECK(sendmsg(worker->notify, &message, 0) == (ssize_t)length);
+	CHECK(recv(worker->notify, &result, sizeof(result), 0) == sizeof(result));
+	return result;
+}
+
+/* A file becomes a backing, is read by the kernel alone, and stays open when its id is given back. */
+static void test_backing(struct worker *worker)
+{
+	struct {
+		struct fuse_out_header header;
+		uint32_t id;
+	} message = { .header = { .len = sizeof(message.header), .error = BPFUSE_NOTIFY_BACKING_OPEN } };
+	int file = memfd_create("backing", 0), descriptor;
+	char path[200], byte;
+	int32_t id;
+
+	CHECK(file >= 0 && pwrite(file, "b", 1, SIZE - 1) == 1);
+	CHECK(ask_with(worker, &message, sizeof(message.header), -1) == -EBADF);
+	id = ask_with(worker, &message, sizeof(message.header), file);
+	if (id == -EPERM || id == -EOPNOTSUPP || id == -ENOTTY) {
+		printf("ok: this kernel has no passthrough\n");
+		close(file);
+		return;
+	}
+	CHECK(id > 0);
+	atomic_store(&backing, (unsigned)id);
+	snprintf(path, sizeof(path), "%s/f%d", directory, BACKED);
+	descriptor = open(path, O_RDONLY);
+	CHECK(descriptor >= 0);
+	atomic_store(&backing, 0);
+	message.header.error = BPFUSE_NOTIFY_BACKING_CLOSE;
+	CHECK(ask_with(worker, &message, sizeof(message.header), -1) == -EINVAL);
+	message.id = (uint32_t)id;
+	CHECK(ask_with(worker, &message, sizeof(message.header) + sizeof(id), file) == 0);
+	CHECK(ask_with(worker, &message, sizeof(message.header) + sizeof(id), -1) == -ENOENT);
+	CHECK(pread(descriptor, &byte, 1, SIZE - 1) == 1 && byte == 'b');
+	CHECK(pread(descriptor, &byte, 1, 0) == 1 && byte == 0);
+	CHECK(!close(descriptor) && !close(file));
+	printf("ok: a backing file was read by the kernel\n");
 }
 
 static void on_interrupt(int number)
@@ -336,6 +473,72 @@ static void test_interrupted(struct bpfuse_channel *channel)
 	printf("ok: a request that waited for a worker was interrupted\n");
 }
 
+/* What goes over the second socket, and what the kernel makes of the answers. */
+static void test_extra(struct bpfuse_channel *channel, struct worker *worker)
+{
+	struct bpfuse_channel_figures figures;
+	off_t from = 0, to = 100;
+	char path[200];
+	int one, other, nameless;
+
+	snprintf(path, sizeof(path), "%s/f1", directory);
+	one = open(path, O_RDWR);
+	snprintf(path, sizeof(path), "%s/f2", directory);
+	other = open(path, O_RDWR);
+	CHECK(one >= 0 && other >= 0);
+	CHECK(!fallocate(one, 0, 0, 100));
+	CHECK(copy_file_range(one, &from, other, &to, 1000, 0) == 1000 && from == 1000 && to == 1100);
+	nameless = open(directory, O_TMPFILE | O_RDWR, 0600);
+	CHECK(nameless >= 0);
+	CHECK(!close(nameless) && !close(other));
+	bpfuse_channel_figures(channel, &figures);
+	CHECK(figures.forwarded[FUSE_FALLOCATE] == 1 && figures.forwarded[FUSE_TMPFILE] == 1);
+	/* The end of the second socket is the worker's end; what it had is the next one's. */
+	shutdown(worker->extra, SHUT_RDWR);
+	worker_join(worker);
+	worker_start(worker, channel, (struct worker){ .answers = 1L << 40, .fatal = FUSE_LSEEK });
+	wait_ready(channel);
+	pthread_t thread;
+
+	CHECK(!pthread_create(&thread, NULL, load_run, (void *)1));
+	worker_join(worker);
+	worker_start(worker, channel, immortal);
+	CHECK(!pthread_join(thread, NULL));
+	CHECK(!close(one));
+	printf("ok: requests over the second socket\n");
+}
+
+static void *interrupted_seek_run(void *argument)
+{
+	int descriptor = (int)(intptr_t)argument;
+
+	return lseek(descriptor, 1, SEEK_DATA) == -1 && errno == EINTR ? (void *)directory : NULL;
+}
+
+/* A request that a worker has is interrupted over the socket that it went over. */
+static void test_interrupted_extra(struct bpfuse_channel *channel, struct worker *worker)
+{
+	pthread_t thread;
+	char path[200];
+	void *result;
+	int descriptor;
+
+	shutdown(worker->fuse, SHUT_RDWR);
+	worker_join(worker);
+	worker_start(worker, channel, (struct worker){ .answers = 1L << 40, .endless = FUSE_LSEEK });
+	wait_ready(channel);
+	snprintf(path, sizeof(path), "%s/f3", directory);
+	descriptor = open(path, O_RDONLY);
+	CHECK(descriptor >= 0);
+	CHECK(!pthread_create(&thread, NULL, interrupted_seek_run, (void *)(intptr_t)descriptor));
+	while (!atomic_load(&worker->unanswered))
+		sched_yield();
+	CHECK(!pthread_kill(thread, SIGUSR1));
+	CHECK(!pthread_join(thread, &result) && result);
+	CHECK(!close(descriptor));
+	printf("ok: a worker was told of an interrupt over the second socket\n");
+}
+
 static void on_alarm(int number)
 {
 	(void)number;
@@ -367,6 +570,9 @@ int main(int argc, char **argv)
 	test_refused(channel, &worker);
 	test_nonsense(channel, &worker);
 	test_notifications(channel, &worker);
+	test_backing(&worker);
+	test_extra(channel, &worker);
+	test_interrupted_extra(channel, &worker);
 	CHECK(!umount(directory));
 	bpfuse_channel_close(channel);
 	worker_join(&worker);

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * The bridge between the kernel and the worker: requests out, over a SOCK_SEQPACKET socket, one message each; replies
- * in, copied into their ring entry and handed to the queue's owner by IORING_OP_MSG_RING, or written to /dev/fuse.
+ * The bridge between the kernel and the worker: requests out, over two SOCK_SEQPACKET sockets, one message each;
+ * replies in, copied into their ring entry and handed to the queue's owner by IORING_OP_MSG_RING, or written to
+ * /dev/fuse. The two sockets are one worker: both take requests once it has answered INIT on the first, the end of
+ * either is its end, and whatever waits for a socket waits in one list, in the order of arrival.
  *
  * Any thread sends, under the lock and without blocking; what the socket does not take is held and sent by the bridge
  * thread. That thread alone receives, and alone takes up and gives up workers.
@@ -22,6 +24,7 @@ enum {
 	WORKER_PROTOCOL_MINOR = 38,
 	REPLIES_A_TURN = 64,
 	ERROR_LIMIT = 511,		/* the kernel takes -511 .. 0 */
+	COPY_FILE_RANGE_64 = 53,	/* of protocol 7.45; Debian 12's <linux/fuse.h> has 7.38 */
 };
 
 struct request {
@@ -65,6 +68,21 @@ static void request_of_copy(struct request *request, const struct pending *pendi
 	request->count = 2;
 }
 
+static enum lane lane_of(uint32_t opcode)
+{
+	switch (opcode) {
+	case FUSE_OPEN:	/* pyfuse3 cannot answer it with a backing for passthrough */
+	case FUSE_FALLOCATE:
+	case FUSE_LSEEK:
+	case FUSE_COPY_FILE_RANGE:
+	case COPY_FILE_RANGE_64:
+	case FUSE_TMPFILE:
+		return LANE_EXTRA;
+	default:
+		return LANE_FUSE;
+	}
+}
+
 /* Sends a pending to the worker; with the lock held. Returns 0, or -EAGAIN if it has to wait. */
 static int pending_send(struct bpfuse_channel *channel, struct pending *pending)
 {
@@ -82,7 +100,7 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending)
 	request.parts[0] = (struct iovec){ &request.header, sizeof(request.header) };
 	message.msg_iovlen = (size_t)request.count;
 	/* A worker that died is noticed where its socket is read; until then its requests wait. */
-	if (sendmsg(channel->worker.fuse_socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
+	if (sendmsg(channel->worker.sockets[pending->lane], &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
 		return -EAGAIN;
 	channel->figures.forwarded[pending->opcode % BPFUSE_OPCODES]++;
 	pending->state = PENDING_SENT;
@@ -187,7 +205,8 @@ static void reply_error(struct bpfuse_channel *channel, struct origin origin, in
 
 /*
  * Requests that may reach a second worker although the first may have carried them out: handles say nothing that a
- * worker has to remember, and writing the same bytes or attributes again changes nothing.
+ * worker has to remember, writing the same bytes or attributes again changes nothing, and of two files without a name
+ * one goes with the session.
  */
 static bool repeatable(uint32_t opcode)
 {
@@ -209,14 +228,21 @@ static bool repeatable(uint32_t opcode)
 	}
 }
 
+static void close_sockets(int sockets[LANES])
+{
+	for (int lane = 0; lane < LANES; lane++) {
+		if (sockets[lane] >= 0)
+			close(sockets[lane]);
+		sockets[lane] = -1;
+	}
+}
+
 static void worker_lost(struct bpfuse_channel *channel)
 {
 	struct pending *refused = NULL, *next;
 
 	pthread_mutex_lock(&channel->lock);
-	if (channel->worker.fuse_socket >= 0)
-		close(channel->worker.fuse_socket);
-	channel->worker.fuse_socket = -1;
+	close_sockets(channel->worker.sockets);
 	channel->worker.ready = false;
 	for (uint32_t i = 0; i < channel->pending_count; i++) {
 		struct pending *pending = channel->pendings[i];
@@ -267,19 +293,20 @@ static int worker_send_init(int socket)
 /* Takes up the worker that bpfuse_channel_attach_worker left for the bridge, giving up the one before. */
 static void worker_take_up(struct bpfuse_channel *channel)
 {
-	int socket;
+	int sockets[LANES];
 
 	pthread_mutex_lock(&channel->lock);
-	socket = channel->next_fuse_socket;
-	channel->next_fuse_socket = -1;
+	memcpy(sockets, channel->next_sockets, sizeof(sockets));
+	for (int lane = 0; lane < LANES; lane++)
+		channel->next_sockets[lane] = -1;
 	pthread_mutex_unlock(&channel->lock);
-	if (socket < 0)
+	if (sockets[LANE_FUSE] < 0)
 		return;
 	worker_lost(channel);
 	pthread_mutex_lock(&channel->lock);
-	channel->worker.fuse_socket = socket;
+	memcpy(channel->worker.sockets, sockets, sizeof(sockets));
 	pthread_mutex_unlock(&channel->lock);
-	if (worker_send_init(socket))
+	if (worker_send_init(sockets[LANE_FUSE]))
 		worker_lost(channel);
 }
 
@@ -295,7 +322,7 @@ static void worker_initialised(struct bpfuse_channel *channel, const struct fuse
 	channel_signal(channel);
 }
 
-static void reply_receive(struct bpfuse_channel *channel, size_t length)
+static void reply_receive(struct bpfuse_channel *channel, enum lane lane, size_t length)
 {
 	struct fuse_out_header *header = (void *)channel->reply_buffer;
 	struct pending *pending = NULL;
@@ -303,7 +330,7 @@ static void reply_receive(struct bpfuse_channel *channel, size_t length)
 	bool whole = length >= sizeof(*header) && header->len == length &&
 		     length <= sizeof(*header) + BPFUSE_PAYLOAD;
 
-	if (whole && header->unique == INIT_TOKEN) {
+	if (whole && lane == LANE_FUSE && header->unique == INIT_TOKEN) {
 		worker_initialised(channel, header);
 		return;
 	}
@@ -325,10 +352,10 @@ static void reply_receive(struct bpfuse_channel *channel, size_t length)
 		reply_deliver(channel, origin, header, length);
 }
 
-static void drain_replies(struct bpfuse_channel *channel)
+static void drain_replies(struct bpfuse_channel *channel, enum lane lane)
 {
 	for (int i = 0; i < REPLIES_A_TURN; i++) {
-		ssize_t length = recv(channel->worker.fuse_socket, channel->reply_buffer, MESSAGE_MAX,
+		ssize_t length = recv(channel->worker.sockets[lane], channel->reply_buffer, MESSAGE_MAX,
 				      MSG_DONTWAIT | MSG_TRUNC);
 
 		if (length < 0 && (errno == EAGAIN || errno == EINTR))
@@ -337,7 +364,7 @@ static void drain_replies(struct bpfuse_channel *channel)
 			worker_lost(channel);
 			break;
 		}
-		reply_receive(channel, (size_t)length);
+		reply_receive(channel, lane, (size_t)length);
 	}
 	bridge_submit(channel);
 }
@@ -357,6 +384,7 @@ int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index)
 	pthread_mutex_lock(&channel->lock);
 	pending->origin.unique = header->unique;
 	pending->opcode = header->opcode;
+	pending->lane = lane_of(header->opcode);
 	if (error)
 		channel->figures.malformed_requests++;
 	else
@@ -365,8 +393,8 @@ int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index)
 	return error;
 }
 
-/* Called by the device reader. */
-void bridge_forward_copy(struct bpfuse_channel *channel, enum pending_kind kind, const void *message, size_t length)
+static void forward_copy(struct bpfuse_channel *channel, enum pending_kind kind, enum lane lane, const void *message,
+			 size_t length)
 {
 	const struct fuse_in_header *header = message;
 	struct pending *pending = NULL;
@@ -377,6 +405,7 @@ void bridge_forward_copy(struct bpfuse_channel *channel, enum pending_kind kind,
 	if (pending) {
 		pending->origin.unique = unique;
 		pending->opcode = header->opcode;
+		pending->lane = lane;
 		pending_forward(channel, pending);
 	} else if (kind == PENDING_ONE_WAY) {
 		channel->figures.dropped++;
@@ -384,6 +413,14 @@ void bridge_forward_copy(struct bpfuse_channel *channel, enum pending_kind kind,
 	pthread_mutex_unlock(&channel->lock);
 	if (!pending && kind == PENDING_COPY)
 		reply_error(channel, (struct origin){ .kind = PENDING_COPY, .unique = unique }, -ENOMEM);
+}
+
+/* Called by the device reader. */
+void bridge_forward_copy(struct bpfuse_channel *channel, enum pending_kind kind, const void *message, size_t length)
+{
+	const struct fuse_in_header *header = message;
+
+	forward_copy(channel, kind, lane_of(header->opcode), message, length);
 }
 
 /* Takes a held pending that was interrupted off the list and tells whose it was; false if there is none. */
@@ -412,40 +449,48 @@ static void answer_interrupted(struct bpfuse_channel *channel)
 		reply_error(channel, origin, -EINTR);
 }
 
+static void bridge_turn(struct bpfuse_channel *channel)
+{
+	struct pollfd ready[LANES + 1];
+	uint64_t count;
+
+	for (int lane = 0; lane < LANES; lane++)
+		ready[lane] = (struct pollfd){ .fd = channel->worker.sockets[lane], .events = POLLIN };
+	ready[LANES] = (struct pollfd){ .fd = channel->wake, .events = POLLIN };
+	pthread_mutex_lock(&channel->lock);
+	if (channel->held_head && channel->worker.ready)
+		ready[channel->held_head->lane].events |= POLLOUT;
+	pthread_mutex_unlock(&channel->lock);
+	if (poll(ready, LANES + 1, -1) < 0)
+		return;
+	if (ready[LANES].revents && read(channel->wake, &count, sizeof(count)) > 0) {
+		worker_take_up(channel);
+		answer_interrupted(channel);
+	}
+	for (int lane = 0; lane < LANES; lane++) {
+		bool current = ready[lane].fd == channel->worker.sockets[lane];
+
+		if (ready[lane].revents & POLLOUT)
+			flush_held(channel);
+		if (current && ready[lane].revents & (POLLIN | POLLHUP | POLLERR))
+			drain_replies(channel, (enum lane)lane);
+	}
+	bridge_submit(channel);
+}
+
 void *bridge_run(void *argument)
 {
 	struct bpfuse_channel *channel = argument;
 
-	while (!atomic_load(&channel->closing)) {
-		struct pollfd ready[2] = {
-			{ .fd = channel->wake, .events = POLLIN },
-			{ .fd = channel->worker.fuse_socket, .events = POLLIN },
-		};
-		uint64_t count;
-
-		pthread_mutex_lock(&channel->lock);
-		if (channel->held_head && channel->worker.ready)
-			ready[1].events |= POLLOUT;
-		pthread_mutex_unlock(&channel->lock);
-		if (poll(ready, 2, -1) < 0)
-			continue;
-		if (ready[0].revents && read(channel->wake, &count, sizeof(count)) > 0) {
-			worker_take_up(channel);
-			answer_interrupted(channel);
-		}
-		if (ready[1].revents & POLLOUT)
-			flush_held(channel);
-		if (ready[1].revents & (POLLIN | POLLHUP | POLLERR) && ready[1].fd == channel->worker.fuse_socket)
-			drain_replies(channel);
-		bridge_submit(channel);
-	}
+	while (!atomic_load(&channel->closing))
+		bridge_turn(channel);
 	worker_lost(channel);
 	return NULL;
 }
 
 /*
  * An interrupted request that still waits for a worker is answered EINTR by the bridge thread. One that a worker has
- * is the worker's to finish: its unique in the message becomes the token that the worker knows.
+ * is the worker's to finish: the message goes where the request went, its unique there the token that the worker knows.
  */
 void bridge_interrupt(struct bpfuse_channel *channel, const void *message, size_t length)
 {
@@ -454,6 +499,7 @@ void bridge_interrupt(struct bpfuse_channel *channel, const void *message, size_
 		struct fuse_interrupt_in interrupt;
 	} carried;
 	struct pending *pending;
+	enum lane lane = LANE_FUSE;
 	bool sent;
 
 	if (length != sizeof(carried))
@@ -462,29 +508,31 @@ void bridge_interrupt(struct bpfuse_channel *channel, const void *message, size_
 	pthread_mutex_lock(&channel->lock);
 	pending = pending_by_unique(channel, carried.interrupt.unique);
 	sent = pending && pending->state == PENDING_SENT;
-	if (sent)
+	if (sent) {
 		carried.interrupt.unique = pending_token(pending);
-	else if (pending)
+		lane = pending->lane;
+	} else if (pending) {
 		pending->interrupted = true;
+	}
 	pthread_mutex_unlock(&channel->lock);
 	if (sent) {
 		carried.header.unique = carried.interrupt.unique | 1;
-		bridge_forward_copy(channel, PENDING_ONE_WAY, &carried, sizeof(carried));
+		forward_copy(channel, PENDING_ONE_WAY, lane, &carried, sizeof(carried));
 	} else if (pending) {
 		bridge_wake(channel);
 	}
 }
 
-int bpfuse_channel_attach_worker(struct bpfuse_channel *channel, int fuse_socket, int notify_socket)
+int bpfuse_channel_attach_worker(struct bpfuse_channel *channel, int fuse_socket, int extra_socket, int notify_socket)
 {
 	int error = notify_start(channel, notify_socket);
 
 	if (error)
 		return error;
 	pthread_mutex_lock(&channel->lock);
-	if (channel->next_fuse_socket >= 0)
-		close(channel->next_fuse_socket);
-	channel->next_fuse_socket = fuse_socket;
+	close_sockets(channel->next_sockets);
+	channel->next_sockets[LANE_FUSE] = fuse_socket;
+	channel->next_sockets[LANE_EXTRA] = extra_socket;
 	pthread_mutex_unlock(&channel->lock);
 	bridge_wake(channel);
 	return 0;

@@ -37,6 +37,11 @@ struct inode_batch {
 	struct bpfuse_inode_value values[BPFUSE_BATCH];
 };
 
+struct backing {
+	__u64 ino;
+	__u32 id;
+};
+
 struct bpfuse_cache {
 	struct bpfuse_cache_options options;
 	struct bpfuse_control *control;
@@ -47,6 +52,8 @@ struct bpfuse_cache {
 	__u32 batch_pages; /* how far the cursor went for the batch at hand */
 	__u32 batch_epoch; /* when its pages were taken; a new epoch frees them */
 	struct bpfuse_cache_figures figures;
+	struct backing backings[BPFUSE_BACKINGS];
+	__u32 backing_count;
 	struct bpfuse_record records[BPFUSE_BATCH];
 	struct inode_batch inodes;
 	struct inode_batch overtaken;
@@ -305,6 +312,24 @@ static void split_time(__s64 ns, __s64 *seconds, __u32 *nanoseconds)
 	*nanoseconds = rest < 0 ? rest + NANOSECONDS : rest;
 }
 
+static struct backing *find_backing(struct bpfuse_cache *cache, __u64 ino)
+{
+	for (__u32 i = 0; i < cache->backing_count; i++)
+		if (cache->backings[i].ino == ino)
+			return &cache->backings[i];
+	return NULL;
+}
+
+static void fill_opening(struct bpfuse_cache *cache, struct bpfuse_inode_value *value, __u64 ino)
+{
+	const struct backing *backing = find_backing(cache, ino);
+
+	if (backing && backing->id)
+		value->backing_id = backing->id;
+	else if (backing || value->size >= cache->options.worker_opens_size)
+		value->flags |= BPFUSE_INODE_WORKER_OPENS;
+}
+
 static void fill_inode(struct bpfuse_cache *cache, struct bpfuse_inode_value *value, const struct bpfuse_record *record)
 {
 	*value = (struct bpfuse_inode_value){
@@ -321,6 +346,8 @@ static void fill_inode(struct bpfuse_cache *cache, struct bpfuse_inode_value *va
 	split_time(record->atime_ns, &value->atime, &value->atimensec);
 	split_time(record->mtime_ns, &value->mtime, &value->mtimensec);
 	split_time(record->ctime_ns, &value->ctime, &value->ctimensec);
+	if (S_ISREG(record->mode))
+		fill_opening(cache, value, record->ino);
 	if (record->data_bytes == BPFUSE_NO_DATA || cache->batch_epoch != value->epoch)
 		return;
 	value->flags |= BPFUSE_INODE_HAS_DATA;
@@ -411,7 +438,7 @@ void bpfuse_cache_bump_epoch(struct bpfuse_cache *cache)
 	memset(cache->owners, 0, cache->options.page_count * sizeof(*cache->owners));
 }
 
-/* Handles given out by BPF */
+/* Handles */
 
 __u64 bpfuse_cache_opens(const struct bpfuse_cache *cache, __u64 ino)
 {
@@ -426,4 +453,30 @@ void bpfuse_cache_released(struct bpfuse_cache *cache, __u64 ino)
 	while (count &&
 	       !__atomic_compare_exchange_n(slot, &count, count - 1, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
 		;
+}
+
+void bpfuse_cache_opened(struct bpfuse_cache *cache, __u64 ino)
+{
+	__atomic_fetch_add(&cache->opens[bpfuse_open_slot(ino)], 1, __ATOMIC_SEQ_CST);
+}
+
+int bpfuse_cache_set_backing(struct bpfuse_cache *cache, __u64 ino, __u32 backing_id)
+{
+	struct backing *backing = find_backing(cache, ino);
+
+	if (!backing) {
+		if (cache->backing_count == BPFUSE_BACKINGS)
+			return -ENOSPC;
+		backing = &cache->backings[cache->backing_count++];
+	}
+	*backing = (struct backing){ .ino = ino, .id = backing_id };
+	return 0;
+}
+
+void bpfuse_cache_forget_backing(struct bpfuse_cache *cache, __u64 ino)
+{
+	struct backing *backing = find_backing(cache, ino);
+
+	if (backing)
+		*backing = cache->backings[--cache->backing_count];
 }

@@ -19,6 +19,7 @@ struct bpfuse_statfs;
 
 enum bpfuse_cache_limit {
 	BPFUSE_BATCH = 256,
+	BPFUSE_BACKINGS = 1024, /* inodes of which bpfuse_cache_set_backing() can say something */
 };
 
 enum bpfuse_cache_mark {
@@ -28,7 +29,8 @@ enum bpfuse_cache_mark {
 struct bpfuse_cache_options {
 	int control_fd, names_fd, inodes_fd, pages_fd, opens_fd;
 	__u32 page_count;
-	__u32 xattrs_flag; /* the bit in a record's flags that says that the inode has xattrs */
+	__u32 xattrs_flag;       /* the bit in a record's flags that says that the inode has xattrs */
+	__u64 worker_opens_size; /* the worker opens files of so many bytes and more, if they have no backing */
 };
 
 /* An inode, in the order of wire.Attributes, and what a batch says of it beside. */
@@ -75,9 +77,18 @@ void bpfuse_cache_set_statfs(struct bpfuse_cache *cache, const struct bpfuse_sta
 /* Makes every value put so far a miss. */
 void bpfuse_cache_bump_epoch(struct bpfuse_cache *cache);
 
-/* Handles that BPF gave out for inodes of this one's slot and that are not released; 0 means that it is not in use. */
+/* Handles given out for inodes of this one's slot and not released; 0 means that it is not in use. */
 __u64 bpfuse_cache_opens(const struct bpfuse_cache *cache, __u64 ino);
 void bpfuse_cache_released(struct bpfuse_cache *cache, __u64 ino);
+/* Counts a handle that the worker gave out with them. */
+void bpfuse_cache_opened(struct bpfuse_cache *cache, __u64 ino);
+
+/*
+ * What values of this inode that are put from now on say of opening it: with this backing id, or with 0 that the worker
+ * does it. Returns 0 or -ENOSPC. Forgetting it leaves that to the file's size.
+ */
+int bpfuse_cache_set_backing(struct bpfuse_cache *cache, __u64 ino, __u32 backing_id);
+void bpfuse_cache_forget_backing(struct bpfuse_cache *cache, __u64 ino);
 
 /* SipHash-2-4-128 of at most BPFUSE_NAME_MAX bytes. */
 void bpfuse_hash_name(const __u8 *name, __u32 length, const __u64 *key, __u64 *out);

@@ -11,6 +11,15 @@
 
 struct bpfuse_channel;
 
+/*
+ * What a worker may ask on its notification socket beside FUSE's own notifications, as the `error` of a
+ * fuse_out_header. The result of the first is a backing id, or a negative errno as of the second.
+ */
+enum bpfuse_notify {
+	BPFUSE_NOTIFY_BACKING_OPEN = 0x62704f70,  /* a descriptor comes with the message */
+	BPFUSE_NOTIFY_BACKING_CLOSE = 0x6270436c, /* the id, a __u32, follows */
+};
+
 struct bpfuse_channel_options {
 	const char *mountpoint;		/* absolute */
 	const char *source;		/* the first column of /proc/mounts */
@@ -53,10 +62,12 @@ int bpfuse_channel_open(struct bpfuse_channel **out, const struct bpfuse_channel
 int bpfuse_channel_start(struct bpfuse_channel *channel);
 /*
  * Gives the channel a worker: the sockets, of type SOCK_SEQPACKET and with buffers for messages of BPFUSE_PAYLOAD and
- * a header, are its to close. Requests go to the worker once it has answered INIT; those that an earlier worker left
- * unanswered are sent again if they can be repeated, and answered EIO if not.
+ * a header, are its to close. Requests go to the worker once it has answered INIT, over `fuse_socket`, or over
+ * `extra_socket` if pyfuse3 has no method for them (FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE) or not enough of one
+ * (OPEN with passthrough). The end of either is the worker's end. Requests that an earlier worker left unanswered are
+ * sent again if they can be repeated, and answered EIO if not.
  */
-int bpfuse_channel_attach_worker(struct bpfuse_channel *channel, int fuse_socket, int notify_socket);
+int bpfuse_channel_attach_worker(struct bpfuse_channel *channel, int fuse_socket, int extra_socket, int notify_socket);
 /* An eventfd that becomes readable when the mount has ended or a worker has become ready: see figures and ended. */
 int bpfuse_channel_event_fd(const struct bpfuse_channel *channel);
 int bpfuse_channel_ended(const struct bpfuse_channel *channel);

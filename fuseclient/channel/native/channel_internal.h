@@ -8,7 +8,7 @@
  *
  *	IDLE -> HELD -> SENT -> (IDLE)		HELD: waits for a worker that is ready, in the order of arrival
  *
- * All pendings, the held list and the worker's socket are guarded by `lock`; no system call under it blocks.
+ * All pendings, the held list and the worker's sockets are guarded by `lock`; no system call under it blocks.
  */
 #ifndef BPFUSE_CHANNEL_INTERNAL_H
 #define BPFUSE_CHANNEL_INTERNAL_H
@@ -39,6 +39,9 @@ enum pending_kind {
 	PENDING_ONE_WAY,	/* in `bytes`; there is no reply */
 };
 
+/* Which of the worker's sockets: pyfuse3 reads one, the other takes the requests that pyfuse3 has no method for. */
+enum lane { LANE_FUSE, LANE_EXTRA, LANES };
+
 struct origin {
 	enum pending_kind kind;
 	uint32_t index;			/* in channel.pendings, and of the ring entry if it is one */
@@ -48,6 +51,7 @@ struct origin {
 struct pending {
 	struct origin origin;
 	enum pending_state state;
+	enum lane lane;
 	uint32_t generation;		/* rises with each use, so that a late reply is recognised */
 	uint32_t opcode;
 	bool interrupted;		/* while held: to be answered EINTR */
@@ -70,7 +74,7 @@ struct queue {
 };
 
 struct worker_link {
-	int fuse_socket;		/* -1: none */
+	int sockets[LANES];		/* -1: none; there are both or neither */
 	bool ready;			/* has answered INIT */
 };
 
@@ -92,7 +96,7 @@ struct bpfuse_channel {
 	int start_error;		/* of the first that failed */
 	pthread_cond_t queue_reported;
 	struct worker_link worker;
-	int next_fuse_socket;		/* of a worker that the bridge is to take up; -1: none */
+	int next_sockets[LANES];	/* of a worker that the bridge is to take up; -1: none */
 	struct pending **pendings;	/* [0, entry_count) are the ring entries', the rest copies */
 	uint32_t pending_count;
 	struct pending *free_copies;

@@ -19,6 +19,7 @@
 #include "channel_internal.h"
 
 /* Bits of fuse_init_in and fuse_init_out that Debian 12's <linux/fuse.h> (7.38) lacks, as in flags | flags2 << 32. */
+#define INIT_PASSTHROUGH   (1ull << 37)
 #define INIT_OVER_IO_URING (1ull << 41)
 
 enum {
@@ -78,7 +79,8 @@ static ssize_t device_read(struct bpfuse_channel *channel)
 static uint64_t init_capabilities(const struct bpfuse_channel *channel)
 {
 	uint64_t flags = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_MAX_PAGES | FUSE_DO_READDIRPLUS | FUSE_PARALLEL_DIROPS |
-			 FUSE_EXPLICIT_INVAL_DATA | FUSE_CACHE_SYMLINKS | FUSE_ASYNC_DIO | FUSE_INIT_EXT;
+			 FUSE_EXPLICIT_INVAL_DATA | FUSE_CACHE_SYMLINKS | FUSE_ASYNC_DIO | FUSE_INIT_EXT |
+			 INIT_PASSTHROUGH;
 
 	return channel->uring ? flags | INIT_OVER_IO_URING : flags;
 }
@@ -104,6 +106,7 @@ static int init_answer(struct bpfuse_channel *channel, const struct fuse_in_head
 			.max_write = BPFUSE_MAX_WRITE,
 			.max_pages = BPFUSE_MAX_WRITE / BPFUSE_PAGE,
 			.time_gran = 1,
+			.unused = { 1 },	/* max_stack_depth of 7.40: backing files lie on no stacked file system */
 		},
 	};
 
@@ -180,11 +183,12 @@ static int channel_map_entries(struct bpfuse_channel *channel, const struct bpfu
 
 static int channel_allocate(struct bpfuse_channel *channel)
 {
-	channel->device = channel->event = channel->wake = channel->worker.fuse_socket = -1;
+	channel->device = channel->event = channel->wake = -1;
+	for (int lane = 0; lane < LANES; lane++)
+		channel->worker.sockets[lane] = channel->next_sockets[lane] = -1;
 	pthread_mutex_init(&channel->lock, NULL);
 	pthread_cond_init(&channel->notifier_ended, NULL);
 	pthread_cond_init(&channel->queue_reported, NULL);
-	channel->next_fuse_socket = -1;
 	channel->reply_buffer = malloc(MESSAGE_MAX);
 	channel->device_buffer = malloc(MESSAGE_MAX);
 	if (!channel->reply_buffer || !channel->device_buffer)

@@ -4,14 +4,29 @@
  * written to /dev/fuse and answered with its result, so that the worker knows when the kernel has dropped what it was
  * told to drop. They have their own thread because an invalidation may wait for a lock that is held by a request
  * whose reply the bridge has yet to carry.
+ *
+ * Two more messages look like notifications and are for the channel: a file, as a descriptor that comes with the
+ * message, becomes a backing file for passthrough, and its id is the result; or an id is given back.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include "channel_internal.h"
+
+/* fuse_backing_map and the two ioctls of Linux 6.9, which Debian 12's <linux/fuse.h> lacks. */
+struct backing_map {
+	int32_t fd;
+	uint32_t flags;
+	uint64_t padding;
+};
+
+#define IOC_BACKING_OPEN  _IOW(229, 1, struct backing_map)
+#define IOC_BACKING_CLOSE _IOW(229, 2, uint32_t)
 
 struct notifier {
 	struct bpfuse_channel *channel;
@@ -30,24 +45,84 @@ static int32_t notify_write(struct bpfuse_channel *channel, const void *message,
 	return written < 0 ? (int32_t)written : 0;
 }
 
+static int32_t backing_open(struct bpfuse_channel *channel, int descriptor)
+{
+	struct backing_map map = { .fd = descriptor };
+	int id = descriptor < 0 ? -EBADF : ioctl(channel->device, IOC_BACKING_OPEN, &map);
+
+	return id == -1 ? -errno : id;
+}
+
+static int32_t backing_close(struct bpfuse_channel *channel, const void *body, size_t length)
+{
+	uint32_t id;
+
+	if (length != sizeof(id))
+		return -EINVAL;
+	memcpy(&id, body, sizeof(id));
+	return ioctl(channel->device, IOC_BACKING_CLOSE, &id) ? -errno : 0;
+}
+
+/* Carries out a message; `descriptor` is what came with it, or -1. Returns its result. */
+static int32_t notify_answer(struct bpfuse_channel *channel, const void *message, size_t length, int descriptor)
+{
+	const struct fuse_out_header *header = message;
+	int32_t result;
+
+	if (length >= sizeof(*header) && header->error == BPFUSE_NOTIFY_BACKING_OPEN)
+		return backing_open(channel, descriptor);
+	if (length >= sizeof(*header) && header->error == BPFUSE_NOTIFY_BACKING_CLOSE)
+		return backing_close(channel, header + 1, length - sizeof(*header));
+	result = notify_write(channel, message, length);
+	if (result == -EINVAL)
+		return result;
+	pthread_mutex_lock(&channel->lock);
+	channel->figures.notifications++;
+	pthread_mutex_unlock(&channel->lock);
+	return result;
+}
+
+/* Receives a message and the descriptor that comes with it, or -1. Returns as recvmsg(2) does. */
+static ssize_t notify_receive(struct notifier *notifier, int *descriptor)
+{
+	union {
+		struct cmsghdr header;
+		char bytes[CMSG_SPACE(sizeof(int))];
+	} control;
+	struct iovec part = { notifier->message, sizeof(notifier->message) };
+	struct msghdr message = {
+		.msg_iov = &part,
+		.msg_iovlen = 1,
+		.msg_control = &control,
+		.msg_controllen = sizeof(control),
+	};
+	ssize_t length = recvmsg(notifier->socket, &message, MSG_CMSG_CLOEXEC);
+	struct cmsghdr *found = length > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+
+	*descriptor = -1;
+	if (found && found->cmsg_level == SOL_SOCKET && found->cmsg_type == SCM_RIGHTS &&
+	    found->cmsg_len == CMSG_LEN(sizeof(int)))
+		memcpy(descriptor, CMSG_DATA(found), sizeof(int));
+	return length;
+}
+
 static void *notify_run(void *argument)
 {
 	struct notifier *notifier = argument;
 	struct bpfuse_channel *channel = notifier->channel;
 	ssize_t length;
+	int descriptor;
 
 	for (;;) {
-		length = recv(notifier->socket, notifier->message, sizeof(notifier->message), 0);
+		length = notify_receive(notifier, &descriptor);
 		if (length < 0 && errno == EINTR)
 			continue;
 		if (length <= 0)
 			break;
-		int32_t result = notify_write(channel, notifier->message, (size_t)length);
+		int32_t result = notify_answer(channel, notifier->message, (size_t)length, descriptor);
 
-		pthread_mutex_lock(&channel->lock);
-		if (result != -EINVAL)
-			channel->figures.notifications++;
-		pthread_mutex_unlock(&channel->lock);
+		if (descriptor >= 0)
+			close(descriptor);
 		if (send(notifier->socket, &result, sizeof(result), MSG_NOSIGNAL) < 0 && errno != EINTR)
 			break;
 	}

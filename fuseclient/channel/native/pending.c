@@ -18,16 +18,6 @@ static struct pending *pending_new(struct bpfuse_channel *channel, enum pending_
 
 	if (!pending)
 		return NULL;
-	if ((channel->pending_count & (channel->pending_count - 1)) == 0) {
-		size_t room = channel->pending_count ? 2 * (size_t)channel->pending_count : 1;
-		struct pending **grown = realloc(channel->pendings, room * sizeof(*grown));
-
-		if (!grown) {
-			free(pending);
-			return NULL;
-		}
-		channel->pendings = grown;
-	}
 	pending->origin.kind = kind;
 	pending->origin.index = channel->pending_count;
 	pending->generation = 1;
@@ -38,6 +28,10 @@ static struct pending *pending_new(struct bpfuse_channel *channel, enum pending_
 int pending_prepare(struct bpfuse_channel *channel, uint32_t entry_count)
 {
 	channel->held_tail = &channel->held_head;
+	/* It never moves: the queues look up their own entries' in it without the lock. */
+	channel->pendings = calloc((size_t)entry_count + MAX_COPIES, sizeof(*channel->pendings));
+	if (!channel->pendings)
+		return -ENOMEM;
 	for (uint32_t i = 0; i < entry_count; i++)
 		if (!pending_new(channel, PENDING_ENTRY))
 			return -ENOMEM;

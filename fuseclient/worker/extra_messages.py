@@ -1,0 +1,219 @@
+"""The FUSE messages that pyfuse3 has no method for, taken apart and put together.
+
+Formats: ``include/uapi/linux/fuse.h``, of protocol 7.44; numbers are in the machine's own order. Every length is
+checked here, so the code behind sees only whole requests.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Final, NamedTuple, TypeAlias
+
+import pyfuse3
+
+from fuseclient.data.passthrough import Opening
+
+_HEADER: Final = struct.Struct("=IIQQIIIHH")
+_REPLY: Final = struct.Struct("=IiQ")
+_FALLOCATE: Final = struct.Struct("=QQQII")
+_LSEEK: Final = struct.Struct("=QqII")
+_COPY: Final = struct.Struct("=QQQQQQQ")
+_CREATE: Final = struct.Struct("=IIII")
+_INTERRUPT: Final = struct.Struct("=Q")
+_LSEEK_REPLY: Final = struct.Struct("=Q")
+_COPY_REPLY: Final = struct.Struct("=II")
+_COPY_64_REPLY: Final = struct.Struct("=Q")
+_ENTRY: Final = struct.Struct("=QQQQIIQQQQQQIIIIIIIIII")
+_OPEN: Final = struct.Struct("=QII")
+_OPEN_REQUEST: Final = struct.Struct("=II")
+
+#: The longest message that is a request of these kinds, in bytes: a TMPFILE with a name of 255 bytes is shorter.
+MESSAGE_MAX: Final = 4096
+_INT64: Final = 1 << 63
+_SECOND_NS: Final = 1_000_000_000
+_FOPEN_DIRECT_IO: Final = 1 << 0
+_FOPEN_KEEP_CACHE: Final = 1 << 1
+_FOPEN_NOFLUSH: Final = 1 << 5
+_FOPEN_PASSTHROUGH: Final = 1 << 7
+
+
+class Malformed(Exception):
+    """What came is not a request of the protocol. ``unique`` is that of the request to be refused; 0: unknown."""
+
+    def __init__(self, text: str, unique: int = 0) -> None:
+        super().__init__(text)
+        self.unique = unique
+
+
+class Opcode(enum.IntEnum):
+    """The opcodes of this socket."""
+
+    OPEN = 14
+    INTERRUPT = 36
+    FALLOCATE = 43
+    LSEEK = 46
+    COPY_FILE_RANGE = 47
+    TMPFILE = 51
+    COPY_FILE_RANGE_64 = 53
+
+
+class Header(NamedTuple):
+    """Who asks for what. ``unique`` names the request in its reply and in an interrupt."""
+
+    opcode: int
+    unique: int
+    nodeid: int
+    uid: int
+    gid: int
+    pid: int
+
+
+class Open(NamedTuple):
+    flags: int
+
+
+class Fallocate(NamedTuple):
+    fh: int
+    offset: int
+    length: int
+    mode: int
+
+
+class Lseek(NamedTuple):
+    """``offset`` may be negative."""
+
+    fh: int
+    offset: int
+    whence: int
+
+
+class CopyFileRange(NamedTuple):
+    """``size_64``: the reply has room for a count of 64 bits."""
+
+    fh_in: int
+    offset_in: int
+    nodeid_out: int
+    fh_out: int
+    offset_out: int
+    length: int
+    flags: int
+    size_64: bool
+
+
+class Tmpfile(NamedTuple):
+    """The kernel has applied the umask."""
+
+    flags: int
+    mode: int
+
+
+class Interrupt(NamedTuple):
+    unique: int
+
+
+class Unknown(NamedTuple):
+    """A request of a kind that is not decoded."""
+
+
+Body: TypeAlias = Open | Fallocate | Lseek | CopyFileRange | Tmpfile | Interrupt | Unknown
+
+
+def decode(message: bytes) -> tuple[Header, Body]:
+    """Take a request apart; raise :exc:`Malformed`."""
+    if len(message) < _HEADER.size:
+        raise Malformed(f"a request of {len(message)} bytes")
+    length, opcode, unique, nodeid, uid, gid, pid, _, _ = _HEADER.unpack_from(message)
+    if length != len(message):
+        raise Malformed(f"a request of {len(message)} bytes that says {length}", unique)
+    try:
+        body = _decode_body(opcode, message[_HEADER.size :])
+    except (struct.error, ValueError) as error:
+        raise Malformed(f"a request of opcode {opcode} and {length} bytes: {error}", unique) from None
+    return Header(opcode, unique, nodeid, uid, gid, pid), body
+
+
+def unique_of(message: bytes) -> int:
+    """Return the unique of what may be cut off; 0 if it has none."""
+    return int(_HEADER.unpack_from(message)[2]) if len(message) >= _HEADER.size else 0
+
+
+def _decode_body(opcode: int, body: bytes) -> Body:
+    match opcode:
+        case Opcode.OPEN:
+            return Open(_OPEN_REQUEST.unpack(body)[0])
+        case Opcode.FALLOCATE:
+            fh, offset, length, mode, _ = _FALLOCATE.unpack(body)
+            _check_range(offset, length)
+            return Fallocate(fh, offset, length, mode)
+        case Opcode.LSEEK:
+            fh, offset, whence, _ = _LSEEK.unpack(body)
+            return Lseek(fh, offset, whence)
+        case Opcode.COPY_FILE_RANGE | Opcode.COPY_FILE_RANGE_64:
+            fh_in, offset_in, nodeid_out, fh_out, offset_out, length, flags = _COPY.unpack(body)
+            _check_range(offset_in, length)
+            _check_range(offset_out, length)
+            size_64 = opcode == Opcode.COPY_FILE_RANGE_64
+            return CopyFileRange(fh_in, offset_in, nodeid_out, fh_out, offset_out, length, flags, size_64)
+        case Opcode.TMPFILE:
+            flags, mode, _, _ = _CREATE.unpack_from(body)
+            if body.find(b"\0", _CREATE.size) != len(body) - 1:
+                raise ValueError("its name does not end where it does")
+            return Tmpfile(flags, mode)
+        case Opcode.INTERRUPT:
+            return Interrupt(*_INTERRUPT.unpack(body))
+        case _:
+            return Unknown()
+
+
+def _check_range(offset: int, length: int) -> None:
+    if offset + length >= _INT64:
+        raise ValueError("a range beyond every file")
+
+
+def encode(unique: int, body: bytes = b"") -> bytes:
+    """Return the reply to a request that was carried out."""
+    return _REPLY.pack(_REPLY.size + len(body), 0, unique) + body
+
+
+def encode_error(unique: int, number: int) -> bytes:
+    """Return the reply to a request that failed with an errno."""
+    return _REPLY.pack(_REPLY.size, -number, unique)
+
+
+def encode_offset(offset: int) -> bytes:
+    """Return the body of a reply to LSEEK."""
+    return _LSEEK_REPLY.pack(offset)
+
+
+def encode_count(count: int, *, size_64: bool) -> bytes:
+    """Return the body of a reply to COPY_FILE_RANGE; of 32 bits, unless ``size_64``."""
+    return _COPY_64_REPLY.pack(count) if size_64 else _COPY_REPLY.pack(count, 0)
+
+
+def encode_opened(entry: pyfuse3.EntryAttributes, opened: pyfuse3.FileInfo) -> bytes:
+    """Return the body of a reply to TMPFILE: an inode, and a handle of it."""
+    entry_valid, entry_valid_ns = _timeout(entry.entry_timeout)
+    attr_valid, attr_valid_ns = _timeout(entry.attr_timeout)
+    atime, atime_ns = divmod(entry.st_atime_ns, _SECOND_NS)
+    mtime, mtime_ns = divmod(entry.st_mtime_ns, _SECOND_NS)
+    ctime, ctime_ns = divmod(entry.st_ctime_ns, _SECOND_NS)
+    times = (each % (1 << 64) for each in (atime, mtime, ctime))
+    return _ENTRY.pack(
+        entry.st_ino, 0, entry_valid, attr_valid, entry_valid_ns, attr_valid_ns,
+        entry.st_ino, entry.st_size, entry.st_blocks, *times,
+        atime_ns, mtime_ns, ctime_ns, entry.st_mode, entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_rdev,
+        entry.st_blksize, 0,
+    ) + _OPEN.pack(opened.fh, _FOPEN_KEEP_CACHE if opened.keep_cache else 0, 0)  # fmt: skip
+
+
+def encode_open(opened: pyfuse3.FileInfo, opening: Opening | None) -> bytes:
+    """Return the body of a reply to OPEN: a handle, and the backing that it reads from."""
+    if opening is None:
+        return _OPEN.pack(opened.fh, _FOPEN_KEEP_CACHE if opened.keep_cache else 0, 0)
+    flags = _FOPEN_PASSTHROUGH | (_FOPEN_DIRECT_IO if opening.direct else _FOPEN_NOFLUSH)
+    return _OPEN.pack(opened.fh, flags, opening.backing_id)
+
+
+def _timeout(seconds: float) -> tuple[int, int]:
+    return divmod(int(seconds * _SECOND_NS), _SECOND_NS)

@@ -34,6 +34,10 @@ class Extents:
         """Lay ``data`` over what is held."""
         if not data:
             return
+        if self._starts and offset == self._starts[-1] + len(self._buffers[-1]):
+            self._buffers[-1] += data  # what a sequential writer does
+            self.bytes += len(data)
+            return
         first, behind = self._touching(offset, offset + len(data))
         if first == behind:
             self._starts.insert(first, offset)
@@ -52,7 +56,12 @@ class Extents:
         for index in range(len(self._starts) - 1, -1, -1):
             buffer = self._buffers[index]
             whole = len(buffer) // unit * unit
-            if whole:
+            if whole == len(buffer):
+                taken._starts.insert(0, self._starts.pop(index))
+                taken._buffers.insert(0, self._buffers.pop(index))
+                taken.bytes += whole
+                self.bytes -= whole
+            elif whole:
                 taken.write(self._starts[index], memoryview(buffer)[:whole])
                 self._cut_front(index, whole)
         return taken

@@ -37,6 +37,9 @@ WORKS: Final[dict[str, Callable[[list[str]], None]]] = {"read": read_all, "stat"
 
 def main() -> None:
     """Do the work named by the argument, as often as the second one says, and print the seconds of each pass."""
+    # Unbound, an idle machine's scheduler moves the process to another CPU at every reply, or does not: a lottery
+    # that decides more than what is measured does.
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     work, passes = WORKS[sys.argv[1]], int(sys.argv[2])
     paths = sys.stdin.read().splitlines()
     for _ in range(passes):

@@ -27,6 +27,7 @@ import pyfuse3
 import pyfuse3.asyncio
 import uvloop
 
+from fuseclient import diagnostics
 from fuseclient.config import WorkerConfig
 from fuseclient.kernel_cache import Cache, KernelCache, NoKernelCache
 from fuseclient.native import NativeError
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     """Run a worker; return the process's exit code."""
     _die_with_parent()
     config = read_config(int(argv[1]))
-    _set_up_logging(config)
+    diagnostics.start("worker", config.options.log_level)
     pyfuse3.asyncio.enable()
     status = Status(config.status_fd)
     try:
@@ -73,14 +74,6 @@ def _die_with_parent() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-
-
-def _set_up_logging(config: WorkerConfig) -> None:
-    logging.basicConfig(
-        level=config.options.log_level,
-        filename=config.options.log_file,
-        format="%(asctime)s worker[%(process)d] %(levelname)s %(name)s: %(message)s",
-    )
 
 
 class Status:

@@ -23,7 +23,7 @@ enum bpfuse_limit {
 
 /* Handles (fh). The worker's own handles have BPFUSE_FH_KERNEL clear. */
 enum bpfuse_fh_bit {
-	BPFUSE_FH_KERNEL_BIT = 63,  /* given out by the BPF program; the low 48 bits are the inode */
+	BPFUSE_FH_KERNEL_BIT = 63,   /* given out by the BPF program; the low 48 bits are the inode */
 	BPFUSE_FH_SERIAL_SHIFT = 48, /* the 15 bits from here tell handles of one inode apart */
 };
 

@@ -196,6 +196,23 @@ async def test_a_break_is_sent_again_to_one_who_comes_back(metaserver: Metaserve
     assert again.told == two.told
 
 
+async def test_a_change_that_waits_is_not_made_for_a_connection_that_was_replaced(metaserver: Metaserver) -> None:
+    """Who resumes the session may be a worker that knows nothing of it."""
+    one, two = await holder(metaserver, silent=True), await holder(metaserver)
+    await one.lookup(b"file")
+    making = asyncio.create_task(two.make(b"file"))
+    await until(lambda: one.told)
+    again = Holder(await metaserver.connect())
+    assert (await again.open(VOLUME, two.session.session)).resumed
+    assert await again.lookup(b"file") is None
+    assert again.told == [wire.Break(0, [(ROOT, b"file")], [])], "it may be made still"
+    assert (ROOT, b"file") in (await again.renew(again.session.version)).names
+    one.acknowledge()
+    assert await refused(making) is ErrorCode.STALE_SESSION
+    assert await again.lookup(b"file") is None
+    assert len(again.told) == 1, "it cannot be made any more"
+
+
 async def test_one_who_holds_too_much_is_to_drop_everything(
     metaserver: Metaserver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ from fuseclient.worker.attributes import absent_entry, dot_entry, entry_of, stat
 from fuseclient.worker.changes import OpenedVersions
 from fuseclient.worker.closings import Closings
 from fuseclient.worker.directories import Directories, Session
-from fuseclient.worker.errors import answered
+from fuseclient.worker.errors import answered, answered_of_inode
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.guard import Token
 from fuseclient.worker.invalidation import Invalidator
@@ -248,7 +248,7 @@ class Operations(pyfuse3.Operations):
         if attributes.nlink == 0:
             self._orphans.add(attributes.ino)
 
-    @answered
+    @answered_of_inode
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         return (await self._session.call(wire.ReadLink(inode), wire.TargetIs)).target
 
@@ -257,7 +257,7 @@ class Operations(pyfuse3.Operations):
 
     # Attributes
 
-    @answered
+    @answered_of_inode
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         if self._may_remember and self._lease.left_s() > 0 and (new := self._writer.known_new(inode)) is not None:
             return self._entry(new)
@@ -270,7 +270,7 @@ class Operations(pyfuse3.Operations):
             found = await self._session.call(wire.GetAttributes(ino), wire.Found)
             return found.attributes, self._feeder.inode(token, found.attributes)
 
-    @answered
+    @answered_of_inode
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
@@ -337,7 +337,7 @@ class Operations(pyfuse3.Operations):
 
     # Extended attributes
 
-    @answered
+    @answered_of_inode
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """The kernel asks for security.capability before each write: so files that are written are answered here."""
         _check_xattr(name)
@@ -346,12 +346,12 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.ENODATA)
         return (await self._session.call(wire.GetXattr(inode, name), wire.XattrIs)).value
 
-    @answered
+    @answered_of_inode
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         names = (await self._session.call(wire.ListXattrs(inode), wire.XattrNames)).names
         return names if ctx.uid == 0 else [name for name in names if not name.startswith(_ROOT_XATTRS)]
 
-    @answered
+    @answered_of_inode
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         _check_xattr(name)
         if name.startswith(_ACLS):
@@ -360,7 +360,7 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.ENOSPC)
         await self._change_inode(wire.SetXattr(inode, name, value))
 
-    @answered
+    @answered_of_inode
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         _check_xattr(name)
         if name.startswith(_ACLS):
@@ -399,7 +399,7 @@ class Operations(pyfuse3.Operations):
 
     # Files
 
-    @answered
+    @answered_of_inode
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file without passthrough. The channel sends OPEN to extra_ops.py, which does more."""
         return (await self.open_file(inode, flags, passthrough=False))[0]
@@ -470,7 +470,7 @@ class Operations(pyfuse3.Operations):
         self._feeder.paged.add(made.ino)
         return FileInfo(fh=self._handle(made.ino, writing=writing), keep_cache=True)
 
-    @answered
+    @answered_of_inode
     async def read(self, fh: int, off: int, size: int) -> bytes:
         ino = handles.decode(fh).ino
         if self._passthrough.has(ino):
@@ -485,7 +485,7 @@ class Operations(pyfuse3.Operations):
         self._on_read(reading.attributes, len(reading.data))
         return reading.data
 
-    @answered
+    @answered_of_inode
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         if off + len(buf) > wire.MAX_FILE:
             raise FUSEError(errno.EFBIG)
@@ -507,11 +507,11 @@ class Operations(pyfuse3.Operations):
         yield
         await self._passthrough.changed_here(inos[-1])
 
-    @answered
+    @answered_of_inode
     async def flush(self, fh: int) -> None:
         await self._sync(fh, self._writer.flush)
 
-    @answered
+    @answered_of_inode
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._sync(fh, self._writer.sync)
 

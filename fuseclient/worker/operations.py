@@ -28,6 +28,7 @@ from fuseclient.data.writer import Writer
 from fuseclient.worker import handles
 from fuseclient.worker.attributes import absent_entry, dot_entry, entry_of, statistics_of
 from fuseclient.worker.changes import OpenedVersions
+from fuseclient.worker.closings import Closings
 from fuseclient.worker.directories import Directories, Session
 from fuseclient.worker.errors import answered, answered_of_inode
 from fuseclient.worker.feeding import Feeder
@@ -64,6 +65,7 @@ class Parts:
     writer: Writer
     reader: Reader
     orphans: Orphans
+    closings: Closings
     lease: Lease
     cache: Cache
     opened: OpenedVersions
@@ -92,6 +94,7 @@ class Operations(pyfuse3.Operations):
         self._writer = parts.writer
         self._reader = parts.reader
         self._orphans = parts.orphans
+        self._closings = parts.closings
         self._lease = parts.lease
         self._cache = parts.cache
         self._opened = parts.opened
@@ -406,8 +409,7 @@ class Operations(pyfuse3.Operations):
         """Open a file, and say from which backing the kernel may read it."""
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         with self._feeder.begin() as token:
-            attributes = (await self._session.call(wire.GetAttributes(ino), wire.Found)).attributes
-            fresh = self._feeder.inode(token, attributes)
+            attributes, fresh = await self._open_inode(token, ino, writing=writing)
             if writing:
                 self._begin_writing(attributes, fresh)
             try:
@@ -433,7 +435,7 @@ class Operations(pyfuse3.Operations):
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         kind = stat.S_IFREG | stat.S_IMODE(mode)
         # Its closing, or an fsync, waits until it is durable; so this need not.
-        request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing)
+        request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing, writing=writing)
         try:
             with self._changing((parent_inode, name)) as token:
                 changed = await self._session.call(request, wire.Changed)
@@ -452,7 +454,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """Make a file without a name and open it; pyfuse3 has no such method, extra_ops.py calls it."""
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        request = wire.MakeTemporary(parent_inode, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
+        request = wire.MakeTemporary(parent_inode, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid, writing)
         with self._changing() as token:
             made = (await self._session.call(request, wire.Changed)).attributes[0]
             opened, fresh = self._opened_new(token, made, writing=writing), self._feeder.unchanged(token, made.ino)
@@ -561,10 +563,19 @@ class Operations(pyfuse3.Operations):
     async def adopt(self, fh: int) -> None:
         """Open the file of a writing handle that an earlier worker gave out, at its first use here."""
         if self._is_earlier_writer(fh) and fh not in self._adopted:
-            attributes, fresh = await self._get_attributes(handles.decode(fh).ino)
-            if fh not in self._adopted:
-                self._adopted.add(fh)
-                self._begin_writing(attributes, fresh)
+            with self._feeder.begin() as token:
+                attributes, fresh = await self._open_inode(token, handles.decode(fh).ino, writing=True)
+                if fh not in self._adopted:
+                    self._adopted.add(fh)
+                    self._begin_writing(attributes, fresh)
+
+    async def _open_inode(self, token: Token, ino: int, *, writing: bool) -> tuple[wire.Attributes, bool]:
+        """Return the attributes of a file that is being opened, and whether they are fresh."""
+        if writing:
+            self._closings.opening(ino)
+        request = wire.OpenForWriting(ino) if writing else wire.GetAttributes(ino)
+        attributes = (await self._session.call(request, wire.Found)).attributes
+        return attributes, self._feeder.inode(token, attributes)
 
     def _begin_writing(self, attributes: wire.Attributes, fresh: bool) -> None:
         self._writer.open(attributes)
@@ -577,6 +588,8 @@ class Operations(pyfuse3.Operations):
         closed = await self._writer.close(ino)
         if closed is not None:
             self._feeder.closed(closed)
+        if not self._writer.is_open(ino):
+            self._closings.closed(ino)
 
 
 def _check_name(name: bytes) -> None:

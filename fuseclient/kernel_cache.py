@@ -31,7 +31,8 @@ def _record_format() -> str:
     """Return the format of ``struct bpfuse_record`` for :mod:`struct`, without what is not the caller's to write."""
     fields = dict(ffi.typeof("struct bpfuse_record").fields)
     del fields["first_page"]
-    return "=" + "".join("4x" if name in ("reserved", "padding") else _FORMATS[field.type.cname] for name, field in fields.items())
+    unused = ("reserved", "padding")
+    return "=" + "".join("4x" if name in unused else _FORMATS[field.type.cname] for name, field in fields.items())
 
 
 _RECORD: Final = struct.Struct(_record_format())

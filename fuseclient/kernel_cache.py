@@ -61,6 +61,8 @@ class Cache(Protocol):
     def is_open(self, ino: int) -> bool: ...
     def opened(self, ino: int) -> None: ...
     def released(self, ino: int) -> None: ...
+    def locked(self, ino: int) -> None: ...
+    def unlocked(self, ino: int) -> None: ...
     def set_backing(self, ino: int, backing_id: int) -> bool: ...
     def forget_backing(self, ino: int) -> None: ...
     def figures(self) -> dict[str, Any]: ...
@@ -201,6 +203,17 @@ class KernelCache:
         """Count the release, seen by the worker, of a handle that BPF gave out or :meth:`opened` has counted."""
         lib.bpfuse_cache_released(self._handle(), ino)
 
+    def locked(self, ino: int) -> None:
+        """Have the worker answer FLUSH and RELEASE of an inode, until as many calls of :meth:`unlocked`.
+
+        That stays so when this worker ends.
+        """
+        lib.bpfuse_cache_locked(self._handle(), ino)
+
+    def unlocked(self, ino: int) -> None:
+        """Take one :meth:`locked` back."""
+        lib.bpfuse_cache_unlocked(self._handle(), ino)
+
     def set_backing(self, ino: int, backing_id: int) -> bool:
         """Have BPF open an inode with this backing, 0: have the worker open it, when it is put the next time.
 
@@ -284,6 +297,12 @@ class NoKernelCache:
         pass
 
     def released(self, ino: int) -> None:
+        pass
+
+    def locked(self, ino: int) -> None:
+        pass
+
+    def unlocked(self, ino: int) -> None:
         pass
 
     def set_backing(self, ino: int, backing_id: int) -> bool:

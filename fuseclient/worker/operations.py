@@ -100,6 +100,7 @@ class Operations(pyfuse3.Operations):
         self._opened = parts.opened
         self._kernel = parts.kernel
         self._open_handles = parts.open_handles
+        self._serials = handles.Serials()
         self._passthrough = parts.passthrough
         self._on_read = parts.on_read
         self._generation = parts.generation % handles.GENERATIONS
@@ -398,7 +399,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def releasedir(self, fh: int) -> None:
-        self._released(handles.decode(fh))
+        self._released(fh)
 
     @answered
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
@@ -541,18 +542,20 @@ class Operations(pyfuse3.Operations):
             self._passthrough.end_writing(handle.ino, lambda: self._end_writing(handle.ino))
         elif written:
             await self._end_writing(handle.ino)
-        self._released(handle)
+        self._released(fh)
 
     # Handles
 
     def _handle(self, ino: int, *, writing: bool) -> int:
         self._open_handles[ino] += 1
         self._cache.opened(ino)
-        return handles.encode(ino, writing=writing, generation=self._generation)
+        return handles.encode(ino, writing=writing, generation=self._generation, serial=self._serials.take(ino))
 
-    def _released(self, handle: handles.Handle) -> None:
+    def _released(self, fh: int) -> None:
+        handle = handles.decode(fh)
         self._cache.released(handle.ino)
         if not handle.kernel and handle.generation == self._generation:
+            self._serials.give_back(fh)
             self._open_handles[handle.ino] -= 1
             if not self._open_handles[handle.ino]:
                 del self._open_handles[handle.ino]

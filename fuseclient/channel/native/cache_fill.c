@@ -46,7 +46,7 @@ struct bpfuse_cache {
 	struct bpfuse_cache_options options;
 	struct bpfuse_control *control;
 	__u8 *pages;
-	__u64 *opens;
+	struct bpfuse_open_slot *opens;
 	__u64 *owners;     /* by page */
 	__u64 version;     /* the last one used */
 	__u32 batch_pages; /* how far the cursor went for the batch at hand */
@@ -467,22 +467,37 @@ void bpfuse_cache_bump_epoch(struct bpfuse_cache *cache)
 
 __u64 bpfuse_cache_opens(const struct bpfuse_cache *cache, __u64 ino)
 {
-	return __atomic_load_n(&cache->opens[bpfuse_open_slot(ino)], __ATOMIC_SEQ_CST);
+	return __atomic_load_n(&cache->opens[bpfuse_open_slot(ino)].handles, __ATOMIC_SEQ_CST);
+}
+
+/* Counts one less, unless there are none. */
+static void count_down(__u32 *counter)
+{
+	__u32 count = __atomic_load_n(counter, __ATOMIC_RELAXED);
+
+	while (count &&
+	       !__atomic_compare_exchange_n(counter, &count, count - 1, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+		;
 }
 
 void bpfuse_cache_released(struct bpfuse_cache *cache, __u64 ino)
 {
-	__u64 *slot = &cache->opens[bpfuse_open_slot(ino)];
-	__u64 count = __atomic_load_n(slot, __ATOMIC_RELAXED);
-
-	while (count &&
-	       !__atomic_compare_exchange_n(slot, &count, count - 1, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
-		;
+	count_down(&cache->opens[bpfuse_open_slot(ino)].handles);
 }
 
 void bpfuse_cache_opened(struct bpfuse_cache *cache, __u64 ino)
 {
-	__atomic_fetch_add(&cache->opens[bpfuse_open_slot(ino)], 1, __ATOMIC_SEQ_CST);
+	__atomic_fetch_add(&cache->opens[bpfuse_open_slot(ino)].handles, 1, __ATOMIC_SEQ_CST);
+}
+
+void bpfuse_cache_locked(struct bpfuse_cache *cache, __u64 ino)
+{
+	__atomic_fetch_add(&cache->opens[bpfuse_open_slot(ino)].locks, 1, __ATOMIC_SEQ_CST);
+}
+
+void bpfuse_cache_unlocked(struct bpfuse_cache *cache, __u64 ino)
+{
+	count_down(&cache->opens[bpfuse_open_slot(ino)].locks);
 }
 
 int bpfuse_cache_set_backing(struct bpfuse_cache *cache, __u64 ino, __u32 backing_id)

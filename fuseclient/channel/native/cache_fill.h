@@ -85,6 +85,10 @@ void bpfuse_cache_released(struct bpfuse_cache *cache, __u64 ino);
 /* Counts a handle that the worker gave out with them. */
 void bpfuse_cache_opened(struct bpfuse_cache *cache, __u64 ino);
 
+/* Programs of this mount have locks of an inode, or have none any more: calls are counted, by slot. */
+void bpfuse_cache_locked(struct bpfuse_cache *cache, __u64 ino);
+void bpfuse_cache_unlocked(struct bpfuse_cache *cache, __u64 ino);
+
 /*
  * What values of this inode that are put from now on say of opening it: with this backing id, or with 0 that the worker
  * does it. Returns 0 or -ENOSPC. Forgetting it leaves that to the file's size.

@@ -10,6 +10,8 @@ transaction finds out what it touches, and is given up with :exc:`Held` if someb
 break, and when each has acknowledged or was evicted the transaction is tried again. If nobody else holds anything, the
 first try commits, and nothing is sent or awaited.
 
+An inode that a session has open for writing is granted to no other one: each reply about it comes with such a break.
+
 A change belongs to the connection, that is the incarnation of its session, that it came over. Once the session has been
 resumed on another connection it is refused: its client sends it again, or is another worker that knows nothing of it.
 
@@ -29,6 +31,7 @@ from metaserver import wire
 from metaserver.breaks import Breaks
 from metaserver.errors import Refused
 from metaserver.holdings import Holder, Holdings, inode_key, names_key
+from metaserver.opens import Opens
 from metaserver.sessions import Feed, Name, Session, Sessions
 from metaserver.volumes import Volume
 
@@ -104,22 +107,24 @@ class _State:
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
         self.holdings = Holdings()
+        self.opens = Opens()
         self.changes: dict[Change, None] = {}
 
     def unsettled(self, since: int, grant: Grant, session: Session) -> tuple[list[Name], list[int]] | None:
-        """Return what of a grant others are changing, or did since a version of the feed; ``None``: it is not known.
+        """Return what of a grant others are writing or changing, or did since a version of the feed.
 
-        A client drops what it changes itself as each reply comes, and when none comes. What it asked for over an
-        earlier connection is another's.
+        ``None``: it is not known. A client drops what it changes itself as each reply comes, and when none comes. What
+        it asked for over an earlier connection is another's.
         """
+        written = self.opens.by_others(session, grant.inodes)
         others = [change for change in self.changes if change.session is not session or not change.is_current]
         if not others and self.feed.version == since:
-            return [], []
+            return [], written
         past = self.feed.after(since)
         if past is None:
             return None
         names: set[Name] = set()
-        inodes: set[int] = set()
+        inodes = set(written)
         for each_names, each_inodes in (
             *((change.names, change.inodes) for change in others),
             *((part.names, part.inodes) for part in past if part.author != session.incarnation),
@@ -200,9 +205,36 @@ class Coherence:
 
     def _ended(self, session: Session) -> None:
         """A session holds nothing any more and is waited for by nobody."""
-        self._state(session.volume).holdings.drop(session.holder)
+        state = self._state(session.volume)
+        state.holdings.drop(session.holder)
+        state.opens.replace(session, ())
         for breaking in list(session.pending.values()):
             breaking.settle(session, dropped=breaking.message.everything)
+
+    # Files open for writing
+
+    async def open_for_writing(self, session: Session, author: int, ino: int) -> None:
+        """A session is about to open an inode for writing: have everybody else drop it."""
+        self.opened(session, ino)
+        change = self.begin(session, author, ())
+        try:
+            change.check([ino])
+        except Held as held:
+            await self.make_way(change, held)
+        finally:
+            self.end(change)
+
+    def opened(self, session: Session, ino: int) -> None:
+        """A session has an inode open for writing, which nobody else has in a cache."""
+        self._state(session.volume).opens.add(session, ino)
+
+    def closed(self, session: Session, inos: Iterable[int]) -> None:
+        """A session has these inodes open for writing no more."""
+        self._state(session.volume).opens.remove(session, inos)
+
+    def has_open(self, session: Session, inos: Iterable[int]) -> None:
+        """A session that comes back has just these inodes open for writing."""
+        self._state(session.volume).opens.replace(session, inos)
 
     # Changes
 

@@ -74,6 +74,8 @@ class Service:
         """Answer any request but a Hello or a FetchDirectory; raise :exc:`~metaserver.errors.Refused`."""
         self._notice_losses()
         request = frame.request
+        if isinstance(request, wire.OpenForWriting):
+            return await self._open_for_writing(caller, request)
         if (verb := namespace.READS.get(type(request))) is not None:
             return await self._read(caller, verb, request)
         if (change := namespace.WRITES.get(type(request))) is not None:
@@ -83,6 +85,9 @@ class Service:
     async def _manage(self, caller: Caller, request: wire.Request) -> wire.Reply:
         if isinstance(request, wire.Renew):
             return await self._renew(caller, request)
+        if isinstance(request, wire.ClosedForWriting):
+            self._coherence.closed(caller.session(), request.inos)
+            return wire.Done()
         if isinstance(request, wire.Sync):
             return await self._sync(caller)
         if isinstance(request, wire.OpenSession):
@@ -115,6 +120,14 @@ class Service:
                 raise
             reply = failure(refused.code, refused.message)
         return self._granted(session, since, request, reply)
+
+    async def _open_for_writing(self, caller: Caller, request: wire.OpenForWriting) -> Answer:
+        session = caller.session()
+        await self._coherence.open_for_writing(session, caller.incarnation, request.ino)
+        answer = await self._read(caller, namespace.READS[wire.OpenForWriting], request)
+        if isinstance(answer.reply, wire.Failure):
+            self._coherence.closed(session, [request.ino])
+        return answer
 
     async def _look(self, session: Session, verb: Callable[..., Any], request: wire.Request) -> Any:
         context = Context(session.volume, session.id, self._wall())
@@ -178,6 +191,8 @@ class Service:
 
     def _committed(self, change: Change, since: int, request: wire.Request, outcome: _Outcome) -> Answer:
         session, inodes = change.session, changed_inodes(request, outcome.reply)
+        if getattr(request, "writing", False) and change.is_current:
+            self._coherence.opened(session, inodes[0])
         if outcome.repeated:
             return Answer(outcome.reply, wire.Break(0, list(change.names), inodes))
         grant = self._grant_own(change, since, own_grants(request, change.names, inodes))
@@ -233,6 +248,7 @@ class Service:
         if session is None:
             session = await self._open_new(volume, request.client)
         caller.must_be_free()
+        self._coherence.has_open(session, request.writing)
         caller.bind(session)
         return wire.SessionOpened(
             session.id,

@@ -111,6 +111,8 @@ class Session:
         self.reclaimed = False
         #: What it may have in its caches.
         self.holder = Holder(self)
+        #: The inodes that it has open for writing, as far as is known (see opens.py).
+        self.writing: set[int] = set()
         #: The breaks that it has not acknowledged, by number, oldest first.
         self.pending: dict[int, Breaking] = {}
         #: Set with each break that it acknowledges.

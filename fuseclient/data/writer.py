@@ -214,6 +214,21 @@ class Writer:
         file.writers -= 1
         while file.writers == 0 and drained and (_uncommitted(file) or file.pending):
             drained = await self._drain_quietly(file)
+        return self._closed(file)
+
+    def is_settled(self, ino: int) -> bool:
+        """Say whether nothing of an open file waits to be committed, or is being: :meth:`close_settled` will do."""
+        file = self._files[ino]
+        return not (file.lock.locked() or file.dirty or file.staged or file.flushing or file.pending)
+
+    def close_settled(self, ino: int) -> Closed | None:
+        """Close a file that is settled; as :meth:`close`."""
+        file = self._files[ino]
+        file.writers -= 1
+        return self._closed(file)
+
+    def _closed(self, file: _File) -> Closed | None:
+        ino = file.attributes.ino
         if file.writers or self._files.get(ino) is not file:
             return None
         del self._files[ino]
@@ -236,6 +251,17 @@ class Writer:
         file = self._files[ino]
         _raise_error(file)
         await self._make_room(file, len(data))
+        self._take(file, offset, data)
+
+    def write_now(self, ino: int, offset: int, data: bytes | memoryview) -> bool:
+        """Gather a write that need not wait for anything; else return False, with nothing done."""
+        file = self._files[ino]
+        if file.error is not None or not self._has_memory(len(data)) or _has_enough_staged(file):
+            return False
+        self._take(file, offset, data)
+        return True
+
+    def _take(self, file: _File, offset: int, data: bytes | memoryview) -> None:
         self._gather(file, offset, data)
         self._stage_whole(file)
         if file.is_new:
@@ -243,7 +269,7 @@ class Writer:
             self._write_ahead(file)
 
     async def _make_room(self, file: _File, length: int) -> None:
-        while self.bytes and self.bytes + length > self._total_bytes:
+        while not self._has_memory(length):
             largest = max(self._files.values(), key=_held)
             if not await self._drain_quietly(largest):
                 assert largest.error is not None
@@ -251,9 +277,13 @@ class Writer:
                 if largest is file:
                     file.error = None
                 raise error
-        while len(file.staged) >= STAGED and _is_full(file) and file.work is not None:
+        while _has_enough_staged(file):
+            assert file.work is not None
             await asyncio.wait({file.work})
             _raise_error(file)
+
+    def _has_memory(self, length: int) -> bool:
+        return not self.bytes or self.bytes + length <= self._total_bytes
 
     def _write_ahead(self, file: _File) -> None:
         """Commit the first bytes of a new small file at once, if such files were written once and closed of late."""
@@ -269,7 +299,7 @@ class Writer:
             )
         file.is_new = False
 
-    def _gather(self, file: _File, offset: int, data: bytes) -> None:
+    def _gather(self, file: _File, offset: int, data: bytes | memoryview) -> None:
         before = file.dirty.bytes
         file.dirty.write(offset, data)
         self.bytes += file.dirty.bytes - before
@@ -680,6 +710,10 @@ def _held(file: _File) -> int:
 
 def _is_full(file: _File) -> bool:
     return file.dirty.bytes >= FLUSH_BYTES or len(file.dirty) >= FLUSH_EXTENTS
+
+
+def _has_enough_staged(file: _File) -> bool:
+    return len(file.staged) >= STAGED and _is_full(file) and file.work is not None
 
 
 def _with(attributes: wire.Attributes, pending: wire.SetAttributes) -> wire.Attributes:

@@ -71,6 +71,16 @@ static void request_of_copy(struct request *request, const struct pending *pendi
 static enum lane lane_of(uint32_t opcode)
 {
 	switch (opcode) {
+	case FUSE_LOOKUP: /* these, and those up to CREATE, are frequent, and pyfuse3 takes long over each */
+	case FUSE_GETATTR:
+	case FUSE_SETATTR:
+	case FUSE_MKDIR:
+	case FUSE_UNLINK:
+	case FUSE_RMDIR:
+	case FUSE_WRITE:
+	case FUSE_RELEASE:
+	case FUSE_FLUSH:
+	case FUSE_CREATE:
 	case FUSE_OPEN:     /* pyfuse3 cannot answer it with a backing for passthrough */
 	case FUSE_SETXATTR: /* pyfuse3 makes two requests of it when it must or must not be there */
 	case FUSE_FALLOCATE:

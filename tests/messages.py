@@ -55,13 +55,13 @@ REQUESTS: Final[list[wire.Request]] = [
     wire.Allocate(2, 0, 4096, True, True),
     wire.CopyRange(2, 0, 3, 4096, 2**63 - 1),
     wire.Seek(2, 4096, True),
-    wire.OpenForWriting(5),
+    wire.OpenFile(5, True),
     wire.ClosedForWriting([5, 2**48 - 1]),
     wire.Sync(),
     wire.CompactSlices(2, 0, 1, bytes(16), [SLICE]),
     wire.InspectSlices([1, 2]),
     wire.RetireSlices([1, 2]),
-    wire.Acknowledge(7),
+    wire.Acknowledge(7, [5, 2**48 - 1]),
 ]
 
 REPLIES: Final[list[wire.Reply]] = [
@@ -81,7 +81,7 @@ REPLIES: Final[list[wire.Reply]] = [
     wire.Statistics(1, 2, 3, 4),
     wire.Sought(4096, True),
     wire.SlicesInspected([1], [2], [3]),
-    wire.Break(7, [(1, b"name")], [1, 2], True),
+    wire.Break(7, [(1, b"name")], [1, 2], True, [3]),
 ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final, TypeVar, cast
 
 from metaserver import wire
@@ -143,9 +143,9 @@ class Connection:
         """
         self._protocol.on_break = callback
 
-    def acknowledge(self, number: int) -> None:
-        """Tell the metaserver that all a break told has left every cache. Waits for nothing."""
-        self._protocol.acknowledge(number)
+    def acknowledge(self, number: int, still_open: Sequence[int] = ()) -> None:
+        """Tell the metaserver that all a break told has left every cache, and what is open here. Waits for nothing."""
+        self._protocol.acknowledge(number, still_open)
 
     def when_lost(self, callback: Callable[[], object]) -> None:
         """Call back, on the event loop, once the connection is closed."""
@@ -201,10 +201,10 @@ class _Protocol(asyncio.Protocol):
         elif not 0 < request_id <= self._last_id:
             raise wire.Malformed(f"a reply to request {request_id}, which was never sent")
 
-    def acknowledge(self, number: int) -> None:
+    def acknowledge(self, number: int, still_open: Sequence[int] = ()) -> None:
         """Send an acknowledgement, unless the connection is lost or nobody waits for it."""
         if number and self.lost is None and self._transport is not None:
-            self._transport.write(wire.encode(0, wire.Acknowledge(number)))
+            self._transport.write(wire.encode(0, wire.Acknowledge(number, list(still_open))))
 
     def send(
         self,

@@ -82,7 +82,7 @@ struct bpfuse_inode_value {
 	__u32 data_bytes;
 	__u32 backing_id; /* what it is opened for reading with, in passthrough; 0: none */
 	__u32 epoch;
-	__u32 reserved;
+	__u32 file_version; /* the low bits of the inode's own version: it rises with each change of the inode */
 	__u64 version;
 };
 

@@ -354,12 +354,19 @@ class Operations(pyfuse3.Operations):
 
     @answered_of_inode
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        """Set an xattr. The channel sends SETXATTR to extra_ops.py, which knows its flags."""
+        await self.set_xattr(inode, name, value)
+
+    async def set_xattr(
+        self, ino: int, name: bytes, value: bytes, *, create: bool = False, replace: bool = False
+    ) -> None:
+        """Set an xattr, which must not be there, or must."""
         _check_xattr(name)
         if name.startswith(_ACLS):
             raise FUSEError(errno.EOPNOTSUPP)
         if len(value) > wire.MAX_XATTR_VALUE:
             raise FUSEError(errno.ENOSPC)
-        await self._change_inode(wire.SetXattr(inode, name, value))
+        await self._change_inode(wire.SetXattr(ino, name, value, create, replace))
 
     @answered_of_inode
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:

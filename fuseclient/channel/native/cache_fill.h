@@ -41,6 +41,8 @@ struct bpfuse_record {
 	__u64 size;
 	__s64 atime_ns, mtime_ns, ctime_ns;
 	__u32 flags;
+	__u32 padding;
+	__u64 version;
 	__u32 name_bytes;
 	__u32 data_bytes;
 	__u32 first_page; /* set by bpfuse_cache_place(); BPFUSE_NO_DATA: there is nothing to copy */

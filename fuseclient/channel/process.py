@@ -125,6 +125,7 @@ class Mount:
                 self.volume.url,
                 read_only=self.options.read_only,
                 allow_other=self.options.allow_other,
+                trusted=self.options.trusted,
                 entries_fd=None if self._bpf is None else self._bpf.map_fd("entries"),
                 depth=acceleration.queue_depth(self.options),
             )

@@ -118,6 +118,12 @@ class _Worker:
         self._jobs.put(_Job(body, future, reads, syncs, lazy))
         return future
 
+    def call(self, callback: Callable[..., object], *arguments: object) -> None:
+        """Call back on the event loop; on this thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
     async def stop(self) -> None:
         """Let the thread finish what was queued, and wait for its end."""
         self._jobs.put(None)
@@ -132,11 +138,8 @@ class _Worker:
             except Exception as error:  # a bug; whoever waits learns of it, and the thread goes on
                 _log.exception("the engine's thread failed")
                 _fail(jobs, error)
-            if not jobs:
-                continue
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
-                assert self._loop is not None
-                self._loop.call_soon_threadsafe(_answer, jobs)
+            if jobs:
+                self.call(_answer, jobs)
 
     def _take(self) -> tuple[list[_Job], bool]:
         """Wait for a job, or until it is due; return all jobs that are there, and whether more will come."""
@@ -261,6 +264,8 @@ class LmdbEngine(Engine):
         #: Whether writes were answered that are not committed.
         self._acknowledged = False
         self._losses = 0
+        #: Read by the writer after each commit: what a reader finds then, or was told of after.
+        self._watcher: Callable[[], object] | None = None
         self._reader = _Worker("lmdb-read", self._read_batch)
         self._writer = _Worker("lmdb-write", self._write_batch, self._seconds_left)
 
@@ -278,8 +283,15 @@ class LmdbEngine(Engine):
         if self._acknowledged:
             seen: T = await self._writer.submit(body, reads=True)
             return seen
+        return await self.read_durable(body)
+
+    async def read_durable(self, body: Callable[[Snapshot], T]) -> T:
+        self._check_open()
         result: T = await self._reader.submit(body)
         return result
+
+    def watch(self, callback: Callable[[], object] | None) -> None:
+        self._watcher = callback
 
     async def _attempt(self, body: Callable[[Transaction], T], lazy: bool) -> T:
         self._check_open()
@@ -335,6 +347,8 @@ class LmdbEngine(Engine):
             if wanted or self._held >= _MOST_HELD or self._seconds_left() == 0.0:
                 outer.commit()
                 self._outer, self._acknowledged = None, False
+                if self._watcher is not None:
+                    self._writer.call(self._watcher)
             else:
                 self._acknowledged = True
         except Exception as error:

@@ -50,7 +50,7 @@ struct {
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, BPFUSE_OPEN_SLOTS);
 	__type(key, __u32);
-	__type(value, __u64);
+	__type(value, struct bpfuse_open_slot);
 } opens SEC(".maps");
 
 struct {

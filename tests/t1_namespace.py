@@ -450,7 +450,8 @@ async def test_xattr_create_and_replace(fs: Files) -> None:
     await fs.change(wire.SetXattr(ROOT, b"user.a", b"1", create=True))
     await fs.refused(ErrorCode.XATTR_EXISTS, wire.SetXattr(ROOT, b"user.a", b"2", create=True))
     await fs.change(wire.SetXattr(ROOT, b"user.a", b"3", replace=True))
-    await fs.refused(ErrorCode.INVALID, wire.SetXattr(ROOT, b"user.a", b"", create=True, replace=True))
+    await fs.refused(ErrorCode.XATTR_EXISTS, wire.SetXattr(ROOT, b"user.a", b"", create=True, replace=True))
+    await fs.refused(ErrorCode.NO_XATTR, wire.SetXattr(ROOT, b"user.b", b"", create=True, replace=True))
     assert (await fs.call(wire.GetXattr(ROOT, b"user.a"), wire.XattrIs)).value == b"3"
 
 

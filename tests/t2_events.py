@@ -68,10 +68,11 @@ class Follower:
 
     async def _follow(self, connection: rpc.Connection) -> None:
         stream = connection.follow(wire.FollowEvents(VOLUME, self.version, True))
+        heard = False
         async with contextlib.aclosing(stream):
             async for page in stream:
-                if self.connections == 0 or page.events == []:
-                    self.connections += 1
+                self.connections += not heard
+                heard = True
                 self.events += page.events
                 self.version = page.version
 

@@ -50,6 +50,7 @@ class Maps:
         self._names: dict[tuple[int, bytes], _Name] = {}
         self._inodes: dict[int, _Inode] = {}
         self._opens: dict[int, int] = {}
+        self.locks: dict[int, int] = {}
         self.deadline_ns = 0
         self.epoch = 0
         self.answers = 0
@@ -100,6 +101,12 @@ class Maps:
     def opened(self, ino: int) -> None:
         self._opens[ino] = self._opens.get(ino, 0) + 1
 
+    def locked(self, ino: int) -> None:
+        self.locks[ino] = self.locks.get(ino, 0) + 1
+
+    def unlocked(self, ino: int) -> None:
+        self.locks[ino] -= 1
+
     def released(self, ino: int) -> None:
         self._opens[ino] -= 1
 
@@ -122,8 +129,9 @@ class Maps:
         return left_s if self.checks_deadline else max(left_s, 3600.0)
 
     def _peek(self, ino: int) -> _Inode | None:
+        """Return what may be answered of an inode: nothing of one with a mode of 0, which is being written."""
         inode = self._inodes.get(ino)
-        if inode is None or inode.epoch != self.epoch or self._left_s() <= 0:
+        if inode is None or inode.epoch != self.epoch or self._left_s() <= 0 or not inode.attributes.mode:
             return None
         return inode
 

@@ -143,7 +143,7 @@ class Coherence:
         self._sessions = sessions
         self.breaks = Breaks(sessions.clock, evict)
         self._states: dict[int, _State] = {}
-        sessions.on_end = self._ended
+        sessions.on_end.append(self._ended)
 
     def _state(self, volume: Volume) -> _State:
         state = self._states.get(volume.id)

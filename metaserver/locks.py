@@ -20,33 +20,17 @@ What a session may have is bounded; each operation is linear in the owners and w
 
 from __future__ import annotations
 
-import enum
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-#: The last byte that can be locked, as in the kernel.
-LAST: Final = 2**63 - 1
+from metaserver.wire import LAST_BYTE
+from metaserver.wire import LockOutcome as Outcome
+
 #: Ranges that a session may hold, and locks that it may wait for.
 SESSION_LOCKS: Final = 8192
 SESSION_WAITS: Final = 1024
-
-
-class Outcome(enum.Enum):
-    """What a request for a lock came to."""
-
-    GRANTED = enum.auto()
-    #: Somebody else has it, and it was not to be waited for.
-    DENIED = enum.auto()
-    #: It is to be told later.
-    WAITING = enum.auto()
-    #: Waiting for it would never end.
-    DEADLOCK = enum.auto()
-    #: The session has, or waits for, too many.
-    FULL = enum.auto()
-    #: The wait was cancelled, or its session has ended.
-    CANCELLED = enum.auto()
 
 
 class Owner(NamedTuple):
@@ -185,7 +169,7 @@ class LockTable:
             return Outcome.DEADLOCK
         return Outcome.WAITING
 
-    def unlock(self, owner: Owner, ino: int, start: int = 0, end: int = LAST) -> Outcome:
+    def unlock(self, owner: Owner, ino: int, start: int = 0, end: int = LAST_BYTE) -> Outcome:
         """Give up a range: GRANTED; or FULL, if what is left of a lock would be too many pieces."""
         file, party = self._files.get(ino), self._parties.get(owner.session)
         before = file.held.get(owner, []) if file is not None else []

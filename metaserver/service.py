@@ -20,6 +20,7 @@ from metaserver.fencing import SessionRecord, Slot, Tenure
 from metaserver.following import Followers
 from metaserver.grace import Grace
 from metaserver.janitor import Janitor
+from metaserver.locking import Locking, LockRequest
 from metaserver.namespace import Context
 from metaserver.sessions import Session, Sessions, changed_inodes, changed_names
 from metaserver.volumes import Volume
@@ -58,6 +59,7 @@ class Service:
         self._sessions = sessions
         self._coherence = coherence
         self._janitor = janitor
+        self._locking = Locking(sessions, lambda: self.grace)
         self._losses = engine.losses
         self._wall = wall
         self._followers = Followers(engine)
@@ -90,6 +92,8 @@ class Service:
         if isinstance(request, wire.ClosedForWriting):
             self._coherence.closed(caller.session(), request.inos)
             return wire.Done()
+        if isinstance(request, LockRequest):
+            return self._locking.answer(caller.session(), request)
         if isinstance(request, wire.Sync):
             return await self._sync(caller)
         if isinstance(request, wire.OpenSession):
@@ -227,7 +231,9 @@ class Service:
         now_ns = self._sessions.clock()
         await self._engine.read(self._tenure.check)
         session = caller.session()
-        return self._sessions.renew(session, request.seen, now_ns, self._coherence.left_over(session))
+        renewed = self._sessions.renew(session, request.seen, now_ns, self._coherence.left_over(session))
+        self._locking.is_known(session)
+        return renewed
 
     def _notice_losses(self) -> None:
         """If the engine has lost what it had acknowledged, have everybody drop everything."""

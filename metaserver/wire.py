@@ -9,8 +9,9 @@ keeps the outcome of each slot's last sequence with the commit: the same two num
 connection of the session, to whatever run of the metaserver, get the first outcome. A higher sequence of a slot says
 that the reply to the lower one is of no interest any more.
 
-Frames of id 0 are the metaserver's own: a Failure that ends the connection, or a :class:`Break`, which is to be
-answered by :class:`Acknowledge` (of id 0, too; it has no reply). A Break that a reply depends on is sent before it.
+Frames of id 0 are the metaserver's own: a Failure that ends the connection, a :class:`LockSettled`, or a
+:class:`Break`, which is to be answered by :class:`Acknowledge` (of id 0, too; it has no reply). A Break that a reply
+depends on is sent before it.
 
 Both sides check the length before they allocate, and :func:`decode_request` and :func:`decode_reply` check every
 field's type and bounds, so the code behind them sees only well-typed messages.
@@ -54,6 +55,10 @@ ROOT_INO: Final = 1
 #: What is kept of a volume's events unless it is made otherwise: so many, for a week.
 KEPT_EVENTS: Final = 500_000
 KEPT_S: Final = 7 * 24 * 3600
+
+#: The last byte of a file that can be locked, and the most locks that one message tells of.
+LAST_BYTE: Final = 2**63 - 1
+MAX_LOCKS: Final = 2048
 
 #: Slots of a session: changes of which the outcome can be asked for again, at once.
 SLOTS: Final = 48
@@ -124,6 +129,22 @@ class Operation(enum.IntEnum):
     XATTR = 12
     #: Anything may have changed, by a check that repairs: the tree is to be read anew.
     REPAIR = 13
+
+
+class LockOutcome(enum.IntEnum):
+    """What a request for a lock came to."""
+
+    GRANTED = 1
+    #: Somebody else has it, and it was not to be waited for.
+    DENIED = 2
+    #: It is told later, by :class:`LockSettled`.
+    WAITING = 3
+    #: Waiting for it would never end.
+    DEADLOCK = 4
+    #: The session has, or waits for, too many.
+    FULL = 5
+    #: It is not waited for any more.
+    CANCELLED = 6
 
 
 class InodeFlag(enum.IntFlag):
@@ -205,6 +226,22 @@ class Event(_Message):
     new_name: bytes = b""
     #: The inode that a RENAME took the place of, or an EXCHANGE moved the other way; 0: none.
     other: U63 = 0
+
+
+class Lock(_Message):
+    """An advisory lock: bytes ``start`` to ``end``, the last one included, of a file.
+
+    ``owner`` is a number of the session's own choice: locks of one owner do not conflict. ``flock``: one of flock(2),
+    of the whole file always, which knows nothing of other locks. ``pid``: of the process, on its session's machine.
+    """
+
+    ino: Ino
+    owner: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+    flock: bool
+    start: U63
+    end: U63
+    exclusive: bool
+    pid: U32 = 0
 
 
 # Requests
@@ -532,6 +569,44 @@ class RetireSlices(_Message, tag=51):
     ids: Annotated[list[U63], Meta(max_length=4096)]
 
 
+class TestLock(_Message, tag=100):
+    """Ask for the first lock of another owner that is in the way of one."""
+
+    #: It is no test of pytest's.
+    __test__ = False
+
+    lock: Lock
+
+
+class SetLock(_Message, tag=101):
+    """Take a lock, or give it up (``unlock``; its ``exclusive`` says nothing then). It is no change of the volume.
+
+    Unless it is known at once, which is said by WAITING, the outcome comes as :class:`LockSettled`: with ``wait``, as
+    soon as there is nothing in the way; without, if a server was started again, as soon as it knows who has what.
+    ``number`` is of the client's choice, and rises. The same request over another connection of the session goes on
+    where the first one was.
+    """
+
+    lock: Lock
+    number: U63
+    wait: bool = False
+    unlock: bool = False
+
+
+class CancelLock(_Message, tag=102):
+    """Wait no more for a lock. The reply is CANCELLED; or DENIED, if nothing of that number was waited for."""
+
+    number: U63
+
+
+class HoldLocks(_Message, tag=103):
+    """Tell which locks this session holds, in messages of which only the ``last`` has an effect: it has these then, and
+    no others, and waits for none. A client that comes back to another run of the server sends it before it renews."""
+
+    locks: Annotated[list[Lock], Meta(max_length=MAX_LOCKS)]
+    last: bool
+
+
 class Acknowledge(_Message, tag=120):
     """All that the Break of this number told has left every cache of this client. Sent with id 0; has no reply."""
 
@@ -685,6 +760,29 @@ class SlicesInspected(_Message, tag=90):
     foreign: list[U63]
 
 
+class LockIs(_Message, tag=110):
+    """The lock that is in the way; ``owner`` and, of another session's, ``pid`` are 0. ``None``: there is none."""
+
+    lock: Lock | None
+
+
+class LockAnswer(_Message, tag=111):
+    outcome: LockOutcome
+
+
+class LocksLost(_Message, tag=112):
+    """Of the locks that were told, those that the session has not: indexes into all of them, from 0."""
+
+    indexes: list[U32]
+
+
+class LockSettled(_Message, tag=113):
+    """What a request that was answered WAITING came to. Sent with id 0; it is lost with its connection."""
+
+    number: U63
+    outcome: LockOutcome
+
+
 class Break(_Message, tag=121):
     """Drop these from every cache, kernel and maps included: entries as (directory, name), and inodes with attributes,
     content and xattrs; or all there is. Then acknowledge ``number``, unless that is 0.
@@ -705,11 +803,12 @@ Request = (
     | MakeNode | Link | Remove | Rename | Reap | ReadLink | GetXattr | ListXattrs | SetXattr | RemoveXattr | GetContent
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
     | CopyRange | Seek | OpenForWriting | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
-    | Acknowledge | FollowEvents
+    | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
-    | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected | Break | EventPage
+    | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected | LockIs | LockAnswer | LocksLost
+    | LockSettled | Break | EventPage
 )
 # fmt: on
 

@@ -25,6 +25,7 @@ SLICE: Final = wire.Slice(0, 4096, 5, 0)
 EVENT: Final = wire.Event(
     7, -1, wire.Operation.RENAME, 2, 0o100000, 2**63 - 1, "client", 1, b"\xff name", 3, b"name", 4
 )
+LOCK: Final = wire.Lock(5, -(2**63), True, 0, 2**63 - 1, True, 2**32 - 1)
 SESSION: Final = bytes(range(16))
 
 REQUESTS: Final[list[wire.Request]] = [
@@ -65,6 +66,10 @@ REQUESTS: Final[list[wire.Request]] = [
     wire.InspectSlices([1, 2]),
     wire.FollowEvents("volume", 7, True),
     wire.RetireSlices([1, 2]),
+    wire.TestLock(LOCK),
+    wire.SetLock(LOCK, 2**63 - 1, True, True),
+    wire.CancelLock(7),
+    wire.HoldLocks([LOCK], True),
     wire.Acknowledge(7),
 ]
 
@@ -86,6 +91,10 @@ REPLIES: Final[list[wire.Reply]] = [
     wire.Sought(4096, True),
     wire.EventPage(7, [EVENT, wire.Event(8, 0, wire.Operation.REPAIR)], True, SESSION),
     wire.SlicesInspected([1], [2], [3]),
+    wire.LockIs(LOCK),
+    wire.LockAnswer(wire.LockOutcome.DEADLOCK),
+    wire.LocksLost([0, 2**32 - 1]),
+    wire.LockSettled(7, wire.LockOutcome.CANCELLED),
     wire.Break(7, [(1, b"name")], [1, 2], True),
 ]
 

@@ -8,18 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaserver.locks import LAST, Claim, LockTable, Outcome, Owner, Span, Wait
+from metaserver.locks import Claim, LockTable, Owner, Span, Wait
+from metaserver.wire import LAST_BYTE
+from metaserver.wire import LockOutcome as Outcome
 
 A, B, C, D = (Owner(session, False, 1) for session in "abcd")
 FILE, OTHER, THIRD = 1, 2, 3
 BYTES = 8
 
 
-def shared(start: int = 0, end: int = LAST) -> Span:
+def shared(start: int = 0, end: int = LAST_BYTE) -> Span:
     return Span(start, end, False)
 
 
-def exclusive(start: int = 0, end: int = LAST) -> Span:
+def exclusive(start: int = 0, end: int = LAST_BYTE) -> Span:
     return Span(start, end, True)
 
 

@@ -160,6 +160,10 @@ class Connection:
         """
         self._protocol.on_break = callback
 
+    def on_lock_settled(self, callback: Callable[[wire.LockSettled], object]) -> None:
+        """Hand to ``callback``, as they come, the outcomes of requests for locks that were answered WAITING."""
+        self._protocol.on_lock_settled = callback
+
     def acknowledge(self, number: int) -> None:
         """Tell the metaserver that all a break told has left every cache. Waits for nothing."""
         self._protocol.acknowledge(number)
@@ -182,6 +186,7 @@ class _Protocol(asyncio.Protocol):
         self._waiting: dict[int, asyncio.Future[wire.Reply] | asyncio.Queue[wire.Reply | Disconnected]] = {}
         self._last_id = 0
         self.on_break: Callable[[wire.Break], object] = lambda told: self.acknowledge(told.number)
+        self.on_lock_settled: Callable[[wire.LockSettled], object] = lambda settled: None
         self._resumed: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -214,6 +219,8 @@ class _Protocol(asyncio.Protocol):
                 waiter.set_result(reply)
         elif request_id == 0 and isinstance(reply, wire.Break):
             self.on_break(reply)
+        elif request_id == 0 and isinstance(reply, wire.LockSettled):
+            self.on_lock_settled(reply)
         elif request_id == 0 and isinstance(reply, wire.Failure):
             self.fail(f"the metaserver gave up the connection: {reply.message}")
         elif not 0 < request_id <= self._last_id:

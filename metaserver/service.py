@@ -72,14 +72,14 @@ class Service:
         """Take note that a client has dropped what a break told."""
         session = caller.bound()
         if session is not None:
-            self._coherence.acknowledge(session, request.number)
+            self._coherence.acknowledge(session, request.number, request.open)
 
     async def answer(self, caller: Caller, frame: wire.Frame) -> Answer:
         """Answer any request that is not streamed, nor a Hello; raise :exc:`~metaserver.errors.Refused`."""
         self._notice_losses()
         request = frame.request
-        if isinstance(request, wire.OpenForWriting):
-            return await self._open_for_writing(caller, request)
+        if isinstance(request, wire.OpenFile):
+            return await self._open_file(caller, request)
         if (verb := namespace.READS.get(type(request))) is not None:
             return await self._read(caller, verb, request)
         if (change := namespace.WRITES.get(type(request))) is not None:
@@ -131,11 +131,13 @@ class Service:
             reply = failure(refused.code, refused.message)
         return self._granted(session, since, request, reply)
 
-    async def _open_for_writing(self, caller: Caller, request: wire.OpenForWriting) -> Answer:
+    async def _open_file(self, caller: Caller, request: wire.OpenFile) -> Answer:
         session = caller.session()
-        await self._coherence.open_for_writing(session, caller.incarnation, request.ino)
-        answer = await self._read(caller, namespace.READS[wire.OpenForWriting], request)
-        if isinstance(answer.reply, wire.Failure):
+        if request.writing:
+            await self._coherence.open_for_writing(session, caller.incarnation, request.ino)
+        await self._coherence.before_opening(session, request.ino)
+        answer = await self._read(caller, namespace.READS[wire.OpenFile], request)
+        if request.writing and isinstance(answer.reply, wire.Failure):
             self._coherence.closed(session, [request.ino])
         return answer
 
@@ -152,6 +154,8 @@ class Service:
 
     async def _write(self, caller: Caller, verb: Callable[..., Any], frame: wire.Frame) -> Answer:
         session, author = caller.session(), caller.incarnation
+        if isinstance(frame.request, wire.Reap):
+            self._coherence.reaping(session, frame.request.inos)
         await self.grace.over()
         change = self._coherence.begin(session, author, changed_names(frame.request))
         try:
@@ -178,7 +182,7 @@ class Service:
 
     def _body(self, change: Change, verb: Callable[..., Any], frame: wire.Frame) -> Callable[[Transaction], _Outcome]:
         session = change.session
-        context = Context(session.volume, session.id, self._wall())
+        now_ns = self._wall()
         slot = Slot(session.id, frame.slot, frame.sequence)
 
         def body(txn: Transaction) -> _Outcome:
@@ -186,6 +190,7 @@ class Service:
             before = fencing.outcome(txn, slot)
             if before is not None:
                 return _Outcome(before, True)
+            context = Context(session.volume, session.id, now_ns, change.openers)
             reply: wire.Reply = verb(txn, context, frame.request)
             change.check(changed_inodes(frame.request, reply))
             events.record(txn, context, session.client, frame.request, reply)
@@ -215,7 +220,7 @@ class Service:
     def _grant_own(self, change: Change, since: int, grants: list[Grant]) -> wire.Break | None:
         """Grant what a change's own reply tells; return what of it is not to be kept."""
         self._notice_losses()
-        notices = [self._coherence.grant(change.session, since, grant) for grant in grants]
+        notices = [self._coherence.grant(change.session, since, grant, own=True) for grant in grants]
         refused = [notice for notice in notices if notice is not None]
         if not refused:
             return None

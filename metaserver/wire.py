@@ -42,8 +42,8 @@ PAGE_BYTES: Final = 256 * 1024
 #: The most entries that one fetch may ask for.
 MAX_FETCH: Final = 4096
 MAX_NAME: Final = 255
-#: The most inodes that one message tells to be open for writing, or no more.
-MAX_WRITING: Final = 8192
+#: The most inodes that one message tells to be open, or no more.
+MAX_OPEN: Final = 8192
 #: The largest size of a file, in bytes.
 MAX_FILE: Final = 2**56
 MAX_TARGET: Final = 4095
@@ -271,7 +271,7 @@ class OpenSession(_Message, tag=3):
     volume: VolumeName
     client: Annotated[str, Meta(max_length=256)]
     resume: SessionId | None = None
-    writing: Annotated[list[Ino], Meta(max_length=MAX_WRITING)] = []
+    writing: Annotated[list[Ino], Meta(max_length=MAX_OPEN)] = []
 
 
 class Renew(_Message, tag=4):
@@ -341,7 +341,7 @@ class MakeNode(_Message, tag=10):
     target: Target | None = None
     #: The reply may come before the change is durable: Sync, and every later change that is not lazy, makes it so.
     lazy: bool = False
-    #: It is open for writing then, as after :class:`OpenForWriting`.
+    #: It is open for writing then, as after :class:`OpenFile`.
     writing: bool = False
 
 
@@ -352,7 +352,10 @@ class Link(_Message, tag=11):
 
 
 class Remove(_Message, tag=12):
-    """Unlink (``directory`` false) or rmdir. The last link leaves an orphan, kept until Reap or session end."""
+    """Unlink (``directory`` false) or rmdir.
+
+    The last link leaves an orphan, kept until this client, and each that has it open, has sent Reap or ended.
+    """
 
     parent: Ino
     name: Name
@@ -511,16 +514,20 @@ class Seek(_Message, tag=30):
     hole: bool
 
 
-class OpenForWriting(_Message, tag=34):
-    """As GetAttributes; and what others are told of the inode they do not keep, until this client has closed it."""
+class OpenFile(_Message, tag=34):
+    """As GetAttributes, of what is to be opened: NOT_FOUND for an orphan that this client had not open before.
+
+    ``writing``: what others are told of the inode they do not keep, until this client has closed it.
+    """
 
     ino: Ino
+    writing: bool
 
 
 class ClosedForWriting(_Message, tag=35):
     """This client has these inodes open for writing no more."""
 
-    inos: Annotated[list[Ino], Meta(max_length=MAX_WRITING)]
+    inos: Annotated[list[Ino], Meta(max_length=MAX_OPEN)]
 
 
 class Sync(_Message, tag=40):
@@ -608,9 +615,14 @@ class HoldLocks(_Message, tag=103):
 
 
 class Acknowledge(_Message, tag=120):
-    """All that the Break of this number told has left every cache of this client. Sent with id 0; has no reply."""
+    """All that the Break of this number told has left every cache of this client. Sent with id 0; has no reply.
+
+    ``open``: those of the inodes that are open here, perhaps: when they are unlinked they live on for this client too,
+    until it reaps them.
+    """
 
     number: U63
+    open: Annotated[list[Ino], Meta(max_length=MAX_OPEN)] = []
 
 
 # Replies
@@ -788,13 +800,15 @@ class Break(_Message, tag=121):
     content and xattrs; or all there is. Then acknowledge ``number``, unless that is 0.
 
     What was asked for before this came and is answered after it must not be cached under these keys. With a number of
-    0 nobody waits: the keys belong to replies that follow and that are not to be cached.
+    0 nobody waits: the keys belong to replies that follow and that are not to be cached. ``written``: others have these
+    inodes open for writing, so that each request about them is to be sent; there is nothing to be dropped.
     """
 
     number: U63
     names: list[tuple[Ino, Name]]
     inodes: list[Ino]
     everything: bool = False
+    written: list[Ino] = []
 
 
 # fmt: off
@@ -802,7 +816,7 @@ Request = (
     Hello | CreateVolume | OpenSession | Renew | CloseSession | Lookup | FetchDirectory | GetAttributes | SetAttributes
     | MakeNode | Link | Remove | Rename | Reap | ReadLink | GetXattr | ListXattrs | SetXattr | RemoveXattr | GetContent
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
-    | CopyRange | Seek | OpenForWriting | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
+    | CopyRange | Seek | OpenFile | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
     | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge
 )
 Reply = (

@@ -59,7 +59,7 @@ REQUESTS: Final[list[wire.Request]] = [
     wire.Allocate(2, 0, 4096, True, True),
     wire.CopyRange(2, 0, 3, 4096, 2**63 - 1),
     wire.Seek(2, 4096, True),
-    wire.OpenForWriting(5),
+    wire.OpenFile(5, True),
     wire.ClosedForWriting([5, 2**48 - 1]),
     wire.Sync(),
     wire.CompactSlices(2, 0, 1, bytes(16), [SLICE]),
@@ -70,7 +70,7 @@ REQUESTS: Final[list[wire.Request]] = [
     wire.SetLock(LOCK, 2**63 - 1, True, True),
     wire.CancelLock(7),
     wire.HoldLocks([LOCK], True),
-    wire.Acknowledge(7),
+    wire.Acknowledge(7, [5, 2**48 - 1]),
 ]
 
 REPLIES: Final[list[wire.Reply]] = [
@@ -95,7 +95,7 @@ REPLIES: Final[list[wire.Reply]] = [
     wire.LockAnswer(wire.LockOutcome.DEADLOCK),
     wire.LocksLost([0, 2**32 - 1]),
     wire.LockSettled(7, wire.LockOutcome.CANCELLED),
-    wire.Break(7, [(1, b"name")], [1, 2], True),
+    wire.Break(7, [(1, b"name")], [1, 2], True, [3]),
 ]
 
 

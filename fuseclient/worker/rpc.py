@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final, TypeVar, cast
 
 from metaserver import wire
@@ -164,9 +164,9 @@ class Connection:
         """Hand to ``callback``, as they come, the outcomes of requests for locks that were answered WAITING."""
         self._protocol.on_lock_settled = callback
 
-    def acknowledge(self, number: int) -> None:
-        """Tell the metaserver that all a break told has left every cache. Waits for nothing."""
-        self._protocol.acknowledge(number)
+    def acknowledge(self, number: int, still_open: Sequence[int] = ()) -> None:
+        """Tell the metaserver that all a break told has left every cache, and what is open here. Waits for nothing."""
+        self._protocol.acknowledge(number, still_open)
 
     def when_lost(self, callback: Callable[[], object]) -> None:
         """Call back, on the event loop, once the connection is closed."""
@@ -226,10 +226,10 @@ class _Protocol(asyncio.Protocol):
         elif not 0 < request_id <= self._last_id:
             raise wire.Malformed(f"a reply to request {request_id}, which was never sent")
 
-    def acknowledge(self, number: int) -> None:
+    def acknowledge(self, number: int, still_open: Sequence[int] = ()) -> None:
         """Send an acknowledgement, unless the connection is lost or nobody waits for it."""
         if number and self.lost is None and self._transport is not None:
-            self._transport.write(wire.encode(0, wire.Acknowledge(number)))
+            self._transport.write(wire.encode(0, wire.Acknowledge(number, list(still_open))))
 
     def send(
         self,

@@ -302,6 +302,7 @@ async def test_cut_connections_and_restarts_lose_nothing(metaserver: Metaserver)
         for turn in range(4):
             client = await metaserver.client()
             await _work(client, random.Random(turn), 40, [1], [])
+            await until(lambda turn=turn: follower.connections > turn)  # type: ignore[misc]
             await client.connection.call(wire.CloseSession(), wire.Done)
             if turn % 2:
                 metaserver.drop_connections()
@@ -312,7 +313,7 @@ async def test_cut_connections_and_restarts_lose_nothing(metaserver: Metaserver)
         found = await told(metaserver)
         await follower.has(len(found))
         assert follower.events == found
-        assert follower.connections > 2
+        assert follower.connections > 4
         await assert_same_tree(client, Replica.of(follower.events))
 
 

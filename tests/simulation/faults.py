@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +22,7 @@ class Faults:
         self._rng = rng
         self._lease_s = world.setup.lease_s
         self.log: list[str] = []
+        self.counts: Counter[str] = Counter()
         #: Nothing is wrong now.
         self.idle = True
 
@@ -38,12 +40,17 @@ class Faults:
             (1, self.freeze_the_server),
             (1, self.jump_a_wall_clock),
             (1, self.slow_the_network),
+            (1, self.suspend_a_client),
+            (1, self.fill_the_engine),
+            (1, self.confuse_the_engine),
+            (1, self.break_the_store),
         )
         wanted = self._world.setup.kinds
         kinds = tuple(each for each in kinds if not wanted or each[1].__name__ in wanted)
         while True:
             await asyncio.sleep(self._rng.uniform(0.2, 1.0) * self._lease_s)
             kind = self._rng.choices([each for _, each in kinds], weights=[weight for weight, _ in kinds])[0]
+            self.counts[kind.__name__] += 1
             self._say(kind.__name__)
             self.idle = False
             await kind()
@@ -125,3 +132,29 @@ class Faults:
         before, network.slow_s = network.slow_s, self._lease_s / 4
         await self._for_a_while()
         network.slow_s = before
+
+    async def suspend_a_client(self) -> None:
+        """The lid is closed: for a moment, or for ten minutes."""
+        client = self._rng.choice(self._world.clients)
+        seconds = self._rng.choice((self._rng.uniform(0.1, 2.0) * self._lease_s, 600.0))
+        nodes = [client.node, client.worker.node]
+        self._world.loop.suspend(nodes, seconds)
+        await asyncio.sleep(seconds)
+        for node in nodes:
+            node.frozen = False
+
+    async def fill_the_engine(self) -> None:
+        self._world.engine.full = True
+        await self._for_a_while(0.5)
+        self._world.engine.full = False
+
+    async def confuse_the_engine(self) -> None:
+        """The outcome of some commits is not known."""
+        self._world.engine.doubtful = True
+        await self._for_a_while(0.5)
+        self._world.engine.doubtful = False
+
+    async def break_the_store(self) -> None:
+        self._world.objects.failing = True
+        await self._for_a_while()
+        self._world.objects.failing = False

@@ -116,9 +116,11 @@ def _attribute(
                 complaints.append(f"a commit at {commit.at.time:.4f} that nobody asked for: {effect}")
                 continue
             authors.setdefault(number, {}).update(dict.fromkeys(effect, author))
+            if number in lost:
+                continue
             if next(iter(effect))[0] == "data":
                 sessions[id(author)] = commit.session
-            elif number not in lost:
+            else:
                 candidates.remove(author)
     return authors
 

@@ -158,6 +158,8 @@ class Writer:
         self.bytes = 0
         #: Whether others wait for this client's word before they see what an inode is.
         self.is_delegated: Callable[[int], bool] = lambda ino: False
+        #: Called with the inode of a file of which data was given up: the kernel may have it in its pages.
+        self.when_given_up: Callable[[int], None] = lambda ino: None
         #: Called with the inode of each commit of slices, and how many they were.
         self.when_laid: Callable[[int, list[wire.Slice]], None] = lambda ino, slices: None
 
@@ -224,6 +226,7 @@ class Writer:
             self._uploads.discard(file.staged)
             self.bytes -= _held(file)
             file.stale = True
+            self.when_given_up(file.attributes.ino)
 
     # Writing
 

@@ -138,6 +138,7 @@ class Mount:
         )
         self._compactor = Compactor(session, self._store, feeder.drop_inode)
         writer.when_laid = self._compactor.laid
+        writer.when_given_up = kernel.drop_pages_later
         feeder.on_changed = writer.observe
         orphans = Orphans(session, lambda ino: open_handles[ino] > 0 or cache.is_open(ino) or writer.is_open(ino))
         directories = Directories(

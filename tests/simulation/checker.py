@@ -54,7 +54,8 @@ Authors = dict[Register, Change]
 def check(history: History, commits: Sequence[Commit], given: int = 0, settling_s: float = 0.0) -> list[str]:
     """Return what is wrong, a line each. The first ``given`` commits are what was there at the beginning.
 
-    ``settling_s`` seconds after a crash everybody must know what was lost.
+    ``settling_s`` seconds after a crash everybody must know what was lost, and after a failed close its machine must
+    have dropped what could not be written.
     """
     complaints: list[str] = []
     authors = _attribute(history.changes, commits, given, complaints)
@@ -79,7 +80,7 @@ def check(history: History, commits: Sequence[Commit], given: int = 0, settling_
                 writes[register].append(change)
     for register, reads in by_register.items():
         versions = registers.get(register) or [Version(_ABSENT.get(register[0], 0), _BEGINNING)]
-        complaints += _Register(versions, writes[register]).check(reads)
+        complaints += _Register(versions, writes[register], settling_s).check(reads)
     return complaints
 
 
@@ -196,6 +197,7 @@ class _Register:
 
     versions: list[Version]
     writes: list[Change]
+    settling_s: float
     seen: list[tuple[Read, int]] = field(default_factory=list)
 
     def check(self, reads: list[Read]) -> list[str]:
@@ -215,9 +217,15 @@ class _Register:
             each.client == read.client
             and agrees(read.value, each.effect[read.register])
             and each.invoked.order < read.returned.order
-            and (each.returned is None or read.invoked.order < each.returned.order)
+            and self._may_be_left(each, read)
             for each in self.writes
         )
+
+    def _may_be_left(self, write: Change, read: Read) -> bool:
+        """Say whether a write of the read's machine was under way, or had just failed."""
+        if write.returned is None or read.invoked.order < write.returned.order:
+            return True
+        return write.outcome is Outcome.UNKNOWN and read.invoked.time < write.returned.time + self.settling_s
 
     def _first(self, read: Read, oldest: int) -> int | None:
         """Return the oldest version from ``oldest`` on that the read can have seen."""

@@ -284,7 +284,8 @@ class Kernel:
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, exchange: bool = False
-    ) -> None:
+    ) -> bool:
+        """Rename; False: it saw one inode under both names, one after the other, so there was nothing to do."""
         async with contextlib.AsyncExitStack() as stack:
             if parent != new_parent:
                 await stack.enter_async_context(self._rename_lock)
@@ -293,7 +294,7 @@ class Kernel:
             ino = await self._must_be_present(parent, name)
             other, _ = await self._lookup_locked(new_parent, new_name)
             if other == ino:
-                return
+                return False
             if exchange and not other:
                 raise FUSEError(errno.ENOENT)
             moved = self._dentries.get((parent, name))
@@ -305,6 +306,7 @@ class Kernel:
                 self._dentries.pop((new_parent, new_name), None)
                 raise
             self._moved((parent, name), (new_parent, new_name), moved, ino, exchange=exchange)
+            return True
 
     def _moved(
         self, old: tuple[int, bytes], new: tuple[int, bytes], moved: Dentry | None, ino: int, *, exchange: bool

@@ -192,8 +192,9 @@ class Program:
         old, new = name_of(parent, name), name_of(new_parent, new_name)
         what = f"{'exchange' if exchange else 'rename'} of {name!r} in {parent} to {new_name!r} in {new_parent}"
         change = self._history.begin(self._client.index, what, {old: PRESENT if exchange else 0, new: PRESENT})
-        await self._changing(change, self._kernel.rename(parent, name, new_parent, new_name, exchange=exchange))
-        self._history.end(change, Outcome.OK, durable=self._durable)
+        call = self._kernel.rename(parent, name, new_parent, new_name, exchange=exchange)
+        done = await self._changing(change, call)
+        self._history.end(change, Outcome.OK if done else Outcome.FAILED, durable=done and self._durable)
 
     async def chown(self, ino: int, owner: int) -> None:
         await self._set(f"chown of {ino} to {owner}", {owner_of(ino): owner}, self._kernel.setattr(ino, uid=owner))
@@ -293,7 +294,7 @@ class Wanderer:
 
     def _pause_s(self) -> float:
         chance = self._rng.random()
-        return self._rng.uniform(0, 0.02 if chance < 0.6 else 0.3 if chance < 0.95 else 3.0)
+        return self._rng.uniform(0, 0.02 if chance < 0.6 else 0.3 if chance < 0.85 else 3.0)
 
     _WEIGHTS: Final = (
         (30, "_stat"),

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
 import random
 import traceback
 from collections import Counter
@@ -62,9 +61,9 @@ def setup_of(seed: int) -> Setup:
     """Return what a seed says its run is made of."""
     rng = random.Random(f"setup of {seed}")
     return Setup(
-        clients=rng.choice((2, 3, 3, 4)),
-        programs=rng.choice((1, 2, 2, 3)),
-        operations=rng.choice((20, 40)),
+        clients=rng.choice((2, 2, 3, 4)),
+        programs=rng.choice((1, 1, 2, 2)),
+        operations=rng.choice((10, 15, 20, 30)),
         inline_limit=rng.choice((0, 4096, 4096)),
         faults=rng.random() < 0.85,
         accel=rng.random() < 0.8,
@@ -215,7 +214,8 @@ class World:
         faults = asyncio.create_task(self.faults.run()) if self.setup.faults else None
         await self._until(lambda: not self._running(), 60 * self.setup.lease_s)
         if faults is not None:
-            await self._heal(faults)
+            self.faults.ending = True
+            await faults
         await self.settle()
 
     def _errors(self) -> list[BaseException]:
@@ -224,14 +224,6 @@ class World:
 
     def _running(self) -> bool:
         return any(not task.done() for _, task in self._programs)
-
-    async def _heal(self, faults: asyncio.Task[None]) -> None:
-        """Wait for the fault under way to end by itself, and start no other."""
-        await self._until(lambda: self.faults.idle or faults.done(), math.inf)
-        faults.cancel()
-        await asyncio.wait({faults})
-        if not faults.cancelled():
-            faults.result()
 
     async def settle(self) -> None:
         """Everything must end within a few leases."""

@@ -105,6 +105,8 @@ class _File:
     writes: int = 0
     #: Changes of it were acknowledged that may not be durable yet.
     unsynced: bool = False
+    #: Syncs under way that are to make them durable.
+    syncing: int = 0
     #: Of what is lost or may be, and how many of those who had the file open are to be told of it still.
     loss: Exception | None = None
     owed: int = 0
@@ -346,11 +348,14 @@ class Writer:
 
     async def _make_durable(self, file: _File) -> None:
         file.unsynced = False
+        file.syncing += 1
         try:
             await self._call_sync()
         except BaseException:
             file.unsynced = True
             raise
+        finally:
+            file.syncing -= 1
 
     async def _call_sync(self) -> None:
         changes = self._changes()
@@ -362,7 +367,7 @@ class Writer:
         self._lost |= self._is_lazy() and self._changes() != self._durable_changes
         self._durable_changes = self._changes()
         for file in self._files.values():
-            if file.unsynced:
+            if file.unsynced or file.syncing:
                 file.loss, file.owed = _LOST, file.writers
 
     async def flush_all(self) -> None:

@@ -62,6 +62,14 @@ def get_attributes(snapshot: Snapshot, context: Context, request: wire.GetAttrib
     return wire.Found(unpack_attributes(request.ino, value))
 
 
+def open_file(snapshot: Snapshot, context: Context, request: wire.OpenFile) -> wire.Found:
+    """Return an inode that has links, or is held for this session; NOT_FOUND."""
+    inode = load(snapshot, context.volume, request.ino)
+    if not inode.nlink and snapshot.get(keys.orphan(context.volume.id, context.session, request.ino)) is None:
+        raise Refused(ErrorCode.NOT_FOUND, f"inode {request.ino} is removed")
+    return wire.Found(inode.attributes())
+
+
 def read_link(snapshot: Snapshot, context: Context, request: wire.ReadLink) -> wire.TargetIs:
     """Return a symlink's target; NOT_FOUND, INVALID for what is none."""
     inode = load(snapshot, context.volume, request.ino)
@@ -182,6 +190,7 @@ def _check_removable(edit: Edit, inode: Inode, as_directory: bool) -> None:
 READS: Final[Mapping[type, Callable[[Snapshot, Context, Any], Any]]] = {
     wire.Lookup: lookup,
     wire.GetAttributes: get_attributes,
+    wire.OpenFile: open_file,
     wire.FetchDirectory: listing.fetch_directory,
     wire.ReadLink: read_link,
     wire.GetXattr: xattrs.get_xattr,

@@ -594,7 +594,7 @@ def test_a_trusted_volume(mount: MountFactory, accel: str) -> None:
     for path in (mounted.sandbox.path, mounted.path):
         path.chmod(0o711)
     os.mknod(mounted.path / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
-    program = shutil.copy("/usr/bin/id", mounted.path / "id")
+    program = str(shutil.copy("/usr/bin/id", mounted.path / "id"))
     os.chmod(program, 0o4755)
     fd = os.open(mounted.path / "null", os.O_RDWR)
     assert os.write(fd, b"gone") == 4

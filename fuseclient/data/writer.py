@@ -99,6 +99,8 @@ class _File:
     work: asyncio.Task[None] | None = None
     #: It was made here and not flushed since: changes of its attributes wait for that, too.
     is_new: bool = False
+    #: Its attributes are in the maps, because nothing was done to it yet.
+    shown: bool = False
     #: Those that wait.
     pending: wire.SetAttributes | None = None
     #: How often it was written to since it was made.
@@ -162,6 +164,8 @@ class Writer:
         self.is_delegated: Callable[[int], bool] = lambda ino: False
         #: Called with the inode of a file of which data was given up: the kernel may have it in its pages.
         self.when_given_up: Callable[[int], None] = lambda ino: None
+        #: Called with the attributes of a file that was shown, when they are about to be true no more.
+        self.when_touched: Callable[[wire.Attributes], None] = lambda attributes: None
         #: Called with the inode of each commit of slices, and how many they were.
         self.when_laid: Callable[[int, list[wire.Slice]], None] = lambda ino, slices: None
 
@@ -206,10 +210,28 @@ class Writer:
             return None
         changed_ns = max(time.time_ns(), self.overlay(file.attributes).ctime_ns + 1)
         given = {name: getattr(request, name) for name in _DEFERRED if getattr(request, name) is not None}
+        self._touch(file)
         before = file.pending or wire.SetAttributes(request.ino)
         file.pending = msgspec.structs.replace(before, changed_ns=changed_ns, **given)
         self._start_timer(file)
         return self.overlay(file.attributes)
+
+    def show(self, attributes: wire.Attributes) -> bool:
+        """Say whether these are the attributes of an open file as everybody may see them: it is new and as it was made.
+
+        ``when_touched`` is called as soon as that is no more.
+        """
+        file = self._files.get(attributes.ino)
+        if file is None:
+            return False
+        untouched = file.is_new and not file.writes and not _uncommitted(file) and file.pending is None
+        file.shown = untouched and not file.stale and file.attributes == attributes
+        return file.shown
+
+    def _touch(self, file: _File) -> None:
+        if file.shown:
+            file.shown = False
+            self.when_touched(file.attributes)
 
     async def close(self, ino: int) -> Closed | None:
         """Flush, and count one writer less. What is known of the file if this was the last one, else None."""
@@ -267,6 +289,7 @@ class Writer:
         return True
 
     def _take(self, file: _File, offset: int, data: bytes | memoryview) -> None:
+        self._touch(file)
         self._gather(file, offset, data)
         self._stage_whole(file)
         if file.is_new:

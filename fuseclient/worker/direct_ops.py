@@ -158,7 +158,7 @@ def _fields(layout: struct.Struct, body: memoryview, *, longer: bool = False) ->
 def _name(body: memoryview, offset: int) -> bytes:
     """Return the name that a body ends with, without its NUL."""
     name = bytes(body[offset:])
-    if name.find(b"\0") != len(name) - 1:
+    if not name or name.find(b"\0") != len(name) - 1:
         raise Malformed("a name that does not end where it does")
     return name[:-1]
 

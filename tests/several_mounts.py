@@ -23,7 +23,7 @@ from fuseclient import servers
 #: Seconds; short, so that what waits for a lease does not wait long.
 LEASE_S: Final = 2.0
 #: Seconds that a process may be late on a machine with much to do.
-SLACK_S: Final = 2.0
+SLACK_S: Final = 5.0
 VOLUME: Final = "home"
 #: Log lines of mounts that killing, stopping and cutting off provoke.
 WORKER_KILLED: Final = r"the worker \(pid \d+\) ended with -9"

@@ -5,6 +5,9 @@ session, says that it is ready, and serves FUSE requests from the channel's sock
 everything written committed and the session closed, on SIGTERM or SIGINT and when the channel closes the socket. It
 dies with the channel, too: the kernel sends it SIGTERM then.
 
+If the channel died, the session is not ended but left to its lease: the mount is still there, and the kernel answers
+from what it was told to keep until then.
+
 pyfuse3 takes the end of the socket for a broken device and raises in each of its tasks; so the socket is watched
 for a hang-up, and the loop is told to end first.
 """
@@ -126,6 +129,7 @@ class Worker:
         self._config = config
         self._status = status
         self._ending = False
+        self._channel = os.getppid()
 
     async def run(self) -> None:
         """Serve until told to stop; raise :exc:`CannotStart`."""
@@ -137,8 +141,11 @@ class Worker:
             stack.callback(notifier.close)
             mount = Mount(self._config, cache, notifier)
             await mount.open()
-            stack.push_async_callback(mount.close)
+            stack.push_async_callback(self._leave, mount)
             await self._serve(mount)
+
+    async def _leave(self, mount: Mount) -> None:
+        await mount.close(farewell=os.getppid() == self._channel)
 
     async def _serve(self, mount: Mount) -> None:
         """Answer requests until the socket is closed or a signal comes."""

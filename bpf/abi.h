@@ -13,11 +13,12 @@
 enum bpfuse_limit {
 	BPFUSE_PAGE = 4096,
 	BPFUSE_NAME_MAX = 255,
-	BPFUSE_MAX_WRITE = 262144, /* the largest WRITE, READ or READDIR the kernel is told to send */
-	BPFUSE_PAYLOAD = 266240,   /* BPFUSE_MAX_WRITE and one page: names travel in front of data */
-	BPFUSE_MAX_DATA = 65536,   /* the largest file whose bytes lie in `pages` */
-	BPFUSE_OPEN_SLOTS = 65536, /* slots in `opens`; a power of two */
-	BPFUSE_OPCODES = 64,       /* FUSE opcodes below this have counters of their own */
+	BPFUSE_MAX_WRITE = 262144,   /* the largest WRITE, READ or READDIR the kernel is told to send */
+	BPFUSE_PAYLOAD = 266240,     /* BPFUSE_MAX_WRITE and one page: names travel in front of data */
+	BPFUSE_MAX_DATA = 65536,     /* the largest file whose bytes lie in `pages` */
+	BPFUSE_RECENT_SLOTS = 65536, /* slots in `recent`; a power of two */
+	BPFUSE_OPEN_SLOTS = 65536,   /* slots in `opens`; a power of two */
+	BPFUSE_OPCODES = 64,         /* FUSE opcodes below this have counters of their own */
 	BPFUSE_OUTCOMES = 16,
 };
 
@@ -132,6 +133,8 @@ struct bpfuse_entry {
 	__u8 payload[266240]; /* BPFUSE_PAYLOAD */
 };
 
+/* `recent`: array of __u64, the uniques of requests answered in the kernel lately, at unique / 2 & (slots - 1): what
+   `bpfuse trace` tells them by. */
 /* `counters`: per-CPU array, index opcode * BPFUSE_OUTCOMES + outcome, value __u64. */
 /* `opens`: mmapable array of BPFUSE_OPEN_SLOTS of these, by a hash of the inode. */
 struct bpfuse_open_slot {

@@ -54,6 +54,13 @@ struct {
 } opens SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, BPFUSE_RECENT_SLOTS);
+	__type(key, __u32);
+	__type(value, __u64);
+} recent SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, BPFUSE_OPCODES *BPFUSE_OUTCOMES);
 	__type(key, __u32);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
  * OPEN for reading, OPENDIR, and RELEASE, RELEASEDIR and FLUSH of the handles they gave out: BPFUSE_FH_KERNEL_BIT and
- * the inode. Each such handle is counted in `opens` until its release, so that the worker knows which inodes are in use.
+ * the inode, and of a directory which listing it was opened for. Each such handle is counted in `opens` until its release, so that the worker knows which inodes are in use.
  *
  * The kernel refuses an open in passthrough of an inode that is open cached, and the other way round. The worker sees
  * to it that an inode's value says the same as long as it is open.
@@ -15,6 +15,7 @@
 
 #define FH_KERNEL     (1ULL << BPFUSE_FH_KERNEL_BIT)
 #define FH_INODE      ((1ULL << 48) - 1)
+#define FH_LISTING    (((1ULL << BPFUSE_FH_LISTING_BITS) - 1) << BPFUSE_FH_LISTING_BIT)
 /* The kernel's __FMODE_EXEC: the file is opened to be executed. */
 #define OPEN_FOR_EXEC 040
 /* What may stand in the flags of an open that is answered here; all else is for the worker to see. */
@@ -23,6 +24,12 @@
 
 /* Of fuse_open_out.open_flags, since Linux 6.9; the backing id then stands in the last word. */
 #define OPEN_PASSTHROUGH (1 << 7)
+
+/* What a directory's handle says of its listing. */
+static __u64 fh_of_listing(__u64 version)
+{
+	return version << BPFUSE_FH_LISTING_BIT & FH_LISTING;
+}
 
 static enum bpfuse_outcome answer_any_open(struct request *request, __u32 type, __u32 allowed, __u32 reply_flags)
 {
@@ -53,6 +60,8 @@ static enum bpfuse_outcome answer_any_open(struct request *request, __u32 type, 
 		return BPFUSE_MISS_RACE;
 	}
 	out->fh = FH_KERNEL | request->nodeid;
+	if (type == MODE_DIRECTORY)
+		out->fh |= fh_of_listing(inode.version);
 	out->open_flags = inode.backing_id ? OPEN_PASSTHROUGH | FOPEN_NOFLUSH : reply_flags;
 	out->padding = inode.backing_id;
 	request->reply_size = sizeof(*out);
@@ -66,7 +75,8 @@ static enum bpfuse_outcome answer_open(struct request *request)
 
 static enum bpfuse_outcome answer_opendir(struct request *request)
 {
-	return answer_any_open(request, MODE_DIRECTORY, OPEN_HARMLESS | O_DIRECTORY, FOPEN_CACHE_DIR);
+	return answer_any_open(request, MODE_DIRECTORY, OPEN_HARMLESS | O_DIRECTORY,
+			       FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE);
 }
 
 static enum bpfuse_outcome answer_release(struct request *request)

@@ -51,6 +51,8 @@ class Maps:
         #: Inodes of which it is known only that they have no xattrs.
         self.written: set[int] = set()
         self.data: dict[int, bytes] = {}
+        self.listings: dict[int, bytes] = {}
+        self.listing_limit = 1 << 30
         self.opens: dict[int, int] = {}
         self.backings: dict[int, int] = {}
         self.deadline_ns = 0
@@ -63,7 +65,7 @@ class Maps:
             self.put_inode(entry.attributes, entry.data)
 
     def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
-        self.drop_inode(attributes.ino)
+        self._drop_inode(attributes.ino)
         if not attributes.mode:
             self.written.add(attributes.ino)
             return
@@ -81,16 +83,28 @@ class Maps:
         self.names.pop((parent, name), None)
 
     def drop_inode(self, ino: int) -> None:
+        self._drop_inode(ino)
+        self.listings.pop(ino, None)
+
+    def _drop_inode(self, ino: int) -> None:
         self.inodes.pop(ino, None)
         self.written.discard(ino)
         self.data.pop(ino, None)
+
+    def put_listing(self, ino: int, entries: bytes) -> bool:
+        if ino in self.inodes:
+            self.listings[ino] = entries
+        return ino in self.inodes
+
+    def drop_listing(self, ino: int) -> None:
+        self.listings.pop(ino, None)
 
     def renew(self, deadline_ns: int) -> None:
         self.deadline_ns = deadline_ns
 
     def bump_epoch(self) -> None:
         self.epoch += 1
-        for each in (self.names, self.inodes, self.data, self.written):
+        for each in (self.names, self.inodes, self.data, self.written, self.listings):
             each.clear()
 
     def put_statfs(self, **figures: int) -> None:

@@ -24,7 +24,7 @@ enum bpfuse_limit {
 /* Handles (fh). The worker's own handles have BPFUSE_FH_KERNEL clear. */
 enum bpfuse_fh_bit {
 	BPFUSE_FH_KERNEL_BIT = 63,  /* given out by the BPF program; the low 48 bits are the inode */
-	BPFUSE_FH_LISTING_BIT = 48, /* of a directory: 14 bits of its inode's version, so of its listing */
+	BPFUSE_FH_LISTING_BIT = 48, /* of a directory: 14 bits of `listing` of its inode */
 	BPFUSE_FH_LISTING_BITS = 14,
 };
 
@@ -82,7 +82,7 @@ struct bpfuse_inode_value {
 	__u32 data_bytes;
 	__u32 backing_id; /* what it is opened for reading with, in passthrough; 0: none */
 	__u32 epoch;
-	__u32 reserved;
+	__u32 listing; /* of a directory: another one when entries have come or gone, see BPFUSE_FH_LISTING_BIT */
 	__u64 version;
 };
 

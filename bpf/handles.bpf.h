@@ -26,9 +26,9 @@
 #define OPEN_PASSTHROUGH (1 << 7)
 
 /* What a directory's handle says of its listing. */
-static __u64 fh_of_listing(__u64 version)
+static __u64 fh_of_listing(const struct bpfuse_inode_value *inode)
 {
-	return version << BPFUSE_FH_LISTING_BIT & FH_LISTING;
+	return (__u64)inode->listing << BPFUSE_FH_LISTING_BIT & FH_LISTING;
 }
 
 static enum bpfuse_outcome answer_any_open(struct request *request, __u32 type, __u32 allowed, __u32 reply_flags)
@@ -61,7 +61,7 @@ static enum bpfuse_outcome answer_any_open(struct request *request, __u32 type, 
 	}
 	out->fh = FH_KERNEL | request->nodeid;
 	if (type == MODE_DIRECTORY)
-		out->fh |= fh_of_listing(inode.version);
+		out->fh |= fh_of_listing(&inode);
 	out->open_flags = inode.backing_id ? OPEN_PASSTHROUGH | FOPEN_NOFLUSH : reply_flags;
 	out->padding = inode.backing_id;
 	request->reply_size = sizeof(*out);

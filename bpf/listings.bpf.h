@@ -148,9 +148,9 @@ static enum bpfuse_outcome listing_find(const struct request *request, struct bp
 }
 
 /* Whether a handle goes on with this listing. A mount that opens no directories has handles of 0. */
-static bool goes_on(const struct fuse_read_in *in, __u64 version)
+static bool goes_on(const struct fuse_read_in *in, const struct bpfuse_inode_value *inode)
 {
-	return !in->offset || !in->fh || (in->fh & FH_KERNEL && ((in->fh ^ fh_of_listing(version)) & FH_LISTING) == 0);
+	return !in->offset || !in->fh || (in->fh & FH_KERNEL && ((in->fh ^ fh_of_listing(inode)) & FH_LISTING) == 0);
 }
 
 static enum bpfuse_outcome fill_plain(struct request *request, struct listing *listing, __u32 first, __u32 size)
@@ -246,7 +246,7 @@ static enum bpfuse_outcome answer_listing(struct request *request, bool plus)
 	if (listing.failed)
 		return BPFUSE_MISS_DATA;
 	if (first < listing.count) {
-		if (!goes_on(in, inode.version))
+		if (!goes_on(in, &inode))
 			return BPFUSE_MISS_HANDLE;
 		outcome = plus ? fill_plus(request, &listing, first, in->size) :
 				 fill_plain(request, &listing, first, in->size);

@@ -360,6 +360,9 @@ def test_a_directory_is_opened_for_its_listing(bpf: Kernel) -> None:
     assert (before[0] & (1 << 48) - 1, before[0] >> 62, before[1:]) == (DIR, 2, (FOPEN_DIRECTORY, 0))
     assert bpf.ask(kernel.opendir(DIR, os.O_DIRECTORY)).payload == struct.pack("<QII", *before)
     bpf.cache.put_inode(attributes(DIR, DIRECTORY))
+    assert bpf.ask(kernel.opendir(DIR)).payload == struct.pack("<QII", *before)
+    bpf.cache.drop_inode(DIR)
+    bpf.cache.put_inode(attributes(DIR, DIRECTORY))
     after = struct.unpack("<QII", bpf.ask(kernel.opendir(DIR)).payload)
     assert after[0] != before[0]
 

@@ -325,11 +325,10 @@ void bpfuse_cache_place(struct bpfuse_cache *cache, __u32 count)
 
 /* Values */
 
-/* Whether a directory has a listing, and its value. */
-static bool find_listed(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_inode_value *value)
+static bool find_directory(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_inode_value *value)
 {
 	return !bpf_map_lookup_elem(cache->options.inodes_fd, &ino, value) && S_ISDIR(value->mode) &&
-	       has_pages(cache, value);
+	       value->epoch == cache->control->epoch;
 }
 
 static void split_time(__s64 ns, __s64 *seconds, __u32 *nanoseconds)
@@ -396,12 +395,16 @@ static void fill_name(struct bpfuse_cache *cache, __u32 index, __u64 parent, con
 	};
 }
 
-/* A directory that is put anew keeps its listing, which is dropped for itself. */
+/* A directory that is put anew keeps its listing, and handles that read it, until that is dropped. */
 static void keep_listing(struct bpfuse_cache *cache, struct bpfuse_inode_value *value, __u64 ino)
 {
 	struct bpfuse_inode_value old;
 
-	if (!find_listed(cache, ino, &old))
+	value->listing = (__u32)value->version;
+	if (!find_directory(cache, ino, &old))
+		return;
+	value->listing = old.listing;
+	if (!has_pages(cache, &old))
 		return;
 	value->flags |= BPFUSE_INODE_HAS_DATA;
 	value->first_page = old.first_page;
@@ -422,7 +425,7 @@ void bpfuse_cache_put(struct bpfuse_cache *cache, __u32 count, __u64 parent, con
 
 		value = append(cache, &cache->inodes, record->ino);
 		fill_inode(cache, value, record);
-		if (S_ISDIR(record->mode) && may_be_listed(cache, record->ino))
+		if (S_ISDIR(record->mode))
 			keep_listing(cache, value, record->ino);
 		if (!names)
 			continue;
@@ -518,11 +521,11 @@ int bpfuse_cache_put_listing(struct bpfuse_cache *cache, __u64 ino, const __u8 *
 	size_t most = pages_size(cache) / BPFUSE_LISTING_SHARE, total;
 	__u32 first, count;
 
-	if (bytes > most || bpf_map_lookup_elem(cache->options.inodes_fd, &ino, &value))
+	if (bytes > most || !find_directory(cache, ino, &value))
 		return 0;
 	count = count_entries(entries, bytes);
 	total = listing_head(count) + bytes;
-	if (!count || total > most || !S_ISDIR(value.mode) || value.epoch != cache->control->epoch)
+	if (!count || total > most)
 		return 0;
 	cache->batch_pages = 0;
 	if (!take_pages(cache, ino, pages_of((__u32)total), &first))
@@ -544,10 +547,11 @@ void bpfuse_cache_drop_listing(struct bpfuse_cache *cache, __u64 ino)
 {
 	struct bpfuse_inode_value value;
 
-	if (!may_be_listed(cache, ino) || !find_listed(cache, ino, &value))
+	if (!may_be_listed(cache, ino) || !find_directory(cache, ino, &value))
 		return;
 	value.flags &= ~(__u32)BPFUSE_INODE_HAS_DATA;
 	value.first_page = value.data_bytes = 0;
+	value.listing = (__u32)cache->version + 1;
 	put_inode(cache, ino, &value);
 }
 

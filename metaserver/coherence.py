@@ -10,6 +10,11 @@ transaction finds out what it touches, and is given up with :exc:`Held` if someb
 break, and when each has acknowledged or was evicted the transaction is tried again. If nobody else holds anything, the
 first try commits, and nothing is sent or awaited.
 
+An inode that a session has open for writing is granted to no other one: each reply about it comes with such a break.
+
+A change belongs to the connection, that is the incarnation of its session, that it came over. Once the session has been
+resumed on another connection it is refused: its client sends it again, or is another worker that knows nothing of it.
+
 There are no locks, so there is nothing to deadlock: two changes of the same thing break each other's sessions, and
 the engine puts them in an order. The transaction runs on the engine's thread. It marks first and looks at the holders
 then; the loop records a holder first and looks at the marks then: so one of them sees the other.
@@ -24,7 +29,9 @@ from typing import Final, NamedTuple
 
 from metaserver import wire
 from metaserver.breaks import Breaks
+from metaserver.errors import Refused
 from metaserver.holdings import Holder, Holdings, inode_key, names_key
+from metaserver.opens import Opens
 from metaserver.sessions import Feed, Name, Session, Sessions
 from metaserver.volumes import Volume
 
@@ -58,10 +65,14 @@ class Grant(NamedTuple):
 
 
 class Change:
-    """One change under way, of one session. The attributes are replaced, never changed: two threads look at them."""
+    """One change under way, of one session. The attributes are replaced, never changed: two threads look at them.
 
-    def __init__(self, session: Session, names: Iterable[Name], holdings: Holdings) -> None:
+    ``author`` is the incarnation of the session that asked for it.
+    """
+
+    def __init__(self, session: Session, author: int, names: Iterable[Name], holdings: Holdings) -> None:
         self.session = session
+        self.author = author
         self.names = frozenset(names)
         self.inodes: frozenset[int] = frozenset()
         #: What all others have dropped, and cannot get again before this change ends.
@@ -69,12 +80,22 @@ class Change:
         self._holdings = holdings
 
     def check(self, inodes: Iterable[int]) -> None:
-        """Raise :exc:`Held` if others hold the names of this change or these inodes. Called in the transaction."""
+        """Raise :exc:`Held` if others hold the names of this change or these inodes. Called in the transaction.
+
+        Raises :exc:`Refused` (STALE_SESSION) if the session was resumed: who resumes it sees what is marked here.
+        """
         self.inodes = self.inodes.union(inodes)
+        if not self.is_current:
+            raise Refused(wire.ErrorCode.STALE_SESSION, "the session was resumed on another connection")
         names = [name for name in self.names - self.broken if self._is_held(names_key(name[0]))]
         held = [ino for ino in self.inodes - self.broken if self._is_held(inode_key(ino))]
         if names or held:
             raise Held(names, held)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it came over the connection that its session has now."""
+        return self.author == self.session.incarnation
 
     def _is_held(self, key: int) -> bool:
         return self._holdings.is_held(key, self.session)
@@ -86,21 +107,24 @@ class _State:
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
         self.holdings = Holdings()
+        self.opens = Opens()
         self.changes: dict[Change, None] = {}
 
     def unsettled(self, since: int, grant: Grant, session: Session) -> tuple[list[Name], list[int]] | None:
-        """Return what of a grant others are changing, or did since a version of the feed; ``None``: it is not known.
+        """Return what of a grant others are writing or changing, or did since a version of the feed.
 
-        A client drops what it changes itself as each reply comes, and when none comes.
+        ``None``: it is not known. A client drops what it changes itself as each reply comes, and when none comes. What
+        it asked for over an earlier connection is another's.
         """
-        others = [change for change in self.changes if change.session is not session]
+        written = self.opens.by_others(session, grant.inodes)
+        others = [change for change in self.changes if change.session is not session or not change.is_current]
         if not others and self.feed.version == since:
-            return [], []
+            return [], written
         past = self.feed.after(since)
         if past is None:
             return None
         names: set[Name] = set()
-        inodes: set[int] = set()
+        inodes = set(written)
         for each_names, each_inodes in (
             *((change.names, change.inodes) for change in others),
             *((part.names, part.inodes) for part in past if part.author != session.incarnation),
@@ -181,18 +205,50 @@ class Coherence:
 
     def _ended(self, session: Session) -> None:
         """A session holds nothing any more and is waited for by nobody."""
-        self._state(session.volume).holdings.drop(session.holder)
+        state = self._state(session.volume)
+        state.holdings.drop(session.holder)
+        state.opens.replace(session, ())
         for breaking in list(session.pending.values()):
             breaking.settle(session, dropped=breaking.message.everything)
 
+    # Files open for writing
+
+    async def open_for_writing(self, session: Session, author: int, ino: int) -> None:
+        """A session is about to open an inode for writing: have everybody else drop it."""
+        self.opened(session, ino)
+        change = self.begin(session, author, ())
+        try:
+            change.check([ino])
+        except Held as held:
+            await self.make_way(change, held)
+        finally:
+            self.end(change)
+
+    def opened(self, session: Session, ino: int) -> None:
+        """A session has an inode open for writing, which nobody else has in a cache."""
+        self._state(session.volume).opens.add(session, ino)
+
+    def closed(self, session: Session, inos: Iterable[int]) -> None:
+        """A session has these inodes open for writing no more."""
+        self._state(session.volume).opens.remove(session, inos)
+
+    def has_open(self, session: Session, inos: Iterable[int]) -> None:
+        """A session that comes back has just these inodes open for writing."""
+        self._state(session.volume).opens.replace(session, inos)
+
     # Changes
 
-    def begin(self, session: Session, names: Iterable[Name]) -> Change:
+    def begin(self, session: Session, author: int, names: Iterable[Name]) -> Change:
         """Return a change that is about to be tried; it is to be ended by :meth:`end`."""
         state = self._state(session.volume)
-        change = Change(session, names, state.holdings)
+        change = Change(session, author, names, state.holdings)
         state.changes[change] = None
         return change
+
+    def left_over(self, session: Session) -> tuple[list[Name], list[int]]:
+        """Return the names and inodes of changes that came over earlier connections of a session and may be made."""
+        mine = [each for each in self._state(session.volume).changes if each.session is session and not each.is_current]
+        return [name for each in mine for name in each.names], [ino for each in mine for ino in each.inodes]
 
     async def make_way(self, change: Change, held: Held) -> None:
         """Have everybody else drop what a change touches, and wait until they have."""

@@ -54,7 +54,9 @@ def lookup(snapshot: Snapshot, context: Context, request: wire.Lookup) -> wire.F
     return wire.Found(load(snapshot, volume, entry.ino).attributes(), entry.cookie)
 
 
-def get_attributes(snapshot: Snapshot, context: Context, request: wire.GetAttributes) -> wire.Found:
+def get_attributes(
+    snapshot: Snapshot, context: Context, request: wire.GetAttributes | wire.OpenForWriting
+) -> wire.Found:
     """Return an inode, orphans included; NOT_FOUND."""
     value = snapshot.get(keys.inode(context.volume.id, request.ino))
     if value is None:
@@ -182,6 +184,7 @@ def _check_removable(edit: Edit, inode: Inode, as_directory: bool) -> None:
 READS: Final[Mapping[type, Callable[[Snapshot, Context, Any], Any]]] = {
     wire.Lookup: lookup,
     wire.GetAttributes: get_attributes,
+    wire.OpenForWriting: get_attributes,
     wire.FetchDirectory: listing.fetch_directory,
     wire.ReadLink: read_link,
     wire.GetXattr: xattrs.get_xattr,

@@ -74,6 +74,8 @@ class Service:
         """Answer any request but a Hello or a FetchDirectory; raise :exc:`~metaserver.errors.Refused`."""
         self._notice_losses()
         request = frame.request
+        if isinstance(request, wire.OpenForWriting):
+            return await self._open_for_writing(caller, request)
         if (verb := namespace.READS.get(type(request))) is not None:
             return await self._read(caller, verb, request)
         if (change := namespace.WRITES.get(type(request))) is not None:
@@ -83,6 +85,9 @@ class Service:
     async def _manage(self, caller: Caller, request: wire.Request) -> wire.Reply:
         if isinstance(request, wire.Renew):
             return await self._renew(caller, request)
+        if isinstance(request, wire.ClosedForWriting):
+            self._coherence.closed(caller.session(), request.inos)
+            return wire.Done()
         if isinstance(request, wire.Sync):
             return await self._sync(caller)
         if isinstance(request, wire.OpenSession):
@@ -116,6 +121,14 @@ class Service:
             reply = failure(refused.code, refused.message)
         return self._granted(session, since, request, reply)
 
+    async def _open_for_writing(self, caller: Caller, request: wire.OpenForWriting) -> Answer:
+        session = caller.session()
+        await self._coherence.open_for_writing(session, caller.incarnation, request.ino)
+        answer = await self._read(caller, namespace.READS[wire.OpenForWriting], request)
+        if isinstance(answer.reply, wire.Failure):
+            self._coherence.closed(session, [request.ino])
+        return answer
+
     async def _look(self, session: Session, verb: Callable[..., Any], request: wire.Request) -> Any:
         context = Context(session.volume, session.id, self._wall())
         return await self._engine.read(lambda snapshot: verb(snapshot, context, request))
@@ -130,10 +143,10 @@ class Service:
     async def _write(self, caller: Caller, verb: Callable[..., Any], frame: wire.Frame) -> Answer:
         session, author = caller.session(), caller.incarnation
         await self.grace.over()
-        change = self._coherence.begin(session, changed_names(frame.request))
+        change = self._coherence.begin(session, author, changed_names(frame.request))
         try:
             since, outcome = await self._commit(change, verb, frame)
-            return self._committed(change, author, since, frame.request, outcome)
+            return self._committed(change, since, frame.request, outcome)
         finally:
             self._coherence.end(change)
 
@@ -176,13 +189,15 @@ class Service:
         self._tenure.check(txn)
         fencing.check_session(txn, session.id)
 
-    def _committed(self, change: Change, author: int, since: int, request: wire.Request, outcome: _Outcome) -> Answer:
+    def _committed(self, change: Change, since: int, request: wire.Request, outcome: _Outcome) -> Answer:
         session, inodes = change.session, changed_inodes(request, outcome.reply)
+        if getattr(request, "writing", False) and change.is_current:
+            self._coherence.opened(session, inodes[0])
         if outcome.repeated:
             return Answer(outcome.reply, wire.Break(0, list(change.names), inodes))
         grant = self._grant_own(change, since, own_grants(request, change.names, inodes))
         if inodes:
-            self._sessions.committed(session.volume, author, change.names, inodes)
+            self._sessions.committed(session.volume, change.author, change.names, inodes)
         self._janitor.changed(session.volume)
         return Answer(outcome.reply, grant)
 
@@ -204,7 +219,8 @@ class Service:
         await self._coherence.breaks.settled(session)
         now_ns = self._sessions.clock()
         await self._engine.read(self._tenure.check)
-        return self._sessions.renew(caller.session(), request.seen, now_ns)
+        session = caller.session()
+        return self._sessions.renew(session, request.seen, now_ns, self._coherence.left_over(session))
 
     def _notice_losses(self) -> None:
         """If the engine has lost what it had acknowledged, have everybody drop everything."""
@@ -232,6 +248,7 @@ class Service:
         if session is None:
             session = await self._open_new(volume, request.client)
         caller.must_be_free()
+        self._coherence.has_open(session, request.writing)
         caller.bind(session)
         return wire.SessionOpened(
             session.id,

@@ -111,6 +111,8 @@ class Session:
         self.reclaimed = False
         #: What it may have in its caches.
         self.holder = Holder(self)
+        #: The inodes that it has open for writing, as far as is known (see opens.py).
+        self.writing: set[int] = set()
         #: The breaks that it has not acknowledged, by number, oldest first.
         self.pending: dict[int, Breaking] = {}
         #: Set with each break that it acknowledges.
@@ -192,10 +194,12 @@ class Sessions:
         session.incarnation = next(self._incarnations)
         return session
 
-    def renew(self, session: Session, seen: int, now_ns: int) -> wire.Renewed:
+    def renew(
+        self, session: Session, seen: int, now_ns: int, left_over: tuple[list[Name], list[int]] = ([], [])
+    ) -> wire.Renewed:
         """Extend the lease from ``now_ns`` and tell of the session's own changes whose replies may have been lost.
 
-        Raises as :meth:`Session.check` does.
+        ``left_over``: names and inodes of those that may be made still. Raises as :meth:`Session.check` does.
         """
         session.check()
         feed = self.feed(session.volume)
@@ -203,7 +207,7 @@ class Sessions:
         session.earlier.clear()
         session.reclaimed = False
         session.deadline_ns = max(session.deadline_ns, now_ns + self.lease_ns)
-        names, inodes = changes if changes is not None else ([], [])
+        names, inodes = (changes[0] + left_over[0], changes[1] + left_over[1]) if changes is not None else ([], [])
         return wire.Renewed(self.lease_ns // 1_000_000, feed.version, names, inodes, changes is None)
 
     def _own_changes(self, session: Session, feed: Feed, seen: int) -> tuple[list[Name], list[int]] | None:

@@ -41,6 +41,8 @@ PAGE_BYTES: Final = 256 * 1024
 #: The most entries that one fetch may ask for.
 MAX_FETCH: Final = 4096
 MAX_NAME: Final = 255
+#: The most inodes that one message tells to be open for writing, or no more.
+MAX_WRITING: Final = 8192
 #: The largest size of a file, in bytes.
 MAX_FILE: Final = 2**56
 MAX_TARGET: Final = 4095
@@ -170,12 +172,13 @@ class OpenSession(_Message, tag=3):
     """Open a session on a volume. Every other request below needs one on its connection.
 
     ``resume`` continues an earlier session of this client over a new connection; if that is gone a new one is opened,
-    which the reply says.
+    which the reply says. ``writing``: what this client has open for writing in it.
     """
 
     volume: VolumeName
     client: Annotated[str, Meta(max_length=256)]
     resume: SessionId | None = None
+    writing: Annotated[list[Ino], Meta(max_length=MAX_WRITING)] = []
 
 
 class Renew(_Message, tag=4):
@@ -245,6 +248,8 @@ class MakeNode(_Message, tag=10):
     target: Target | None = None
     #: The reply may come before the change is durable: Sync, and every later change that is not lazy, makes it so.
     lazy: bool = False
+    #: It is open for writing then, as after :class:`OpenForWriting`.
+    writing: bool = False
 
 
 class Link(_Message, tag=11):
@@ -375,6 +380,7 @@ class MakeTemporary(_Message, tag=27):
     mode: U32
     uid: U32
     gid: U32
+    writing: bool = False
 
 
 class Allocate(_Message, tag=28):
@@ -410,6 +416,18 @@ class Seek(_Message, tag=30):
     ino: Ino
     offset: U63
     hole: bool
+
+
+class OpenForWriting(_Message, tag=34):
+    """As GetAttributes; and what others are told of the inode they do not keep, until this client has closed it."""
+
+    ino: Ino
+
+
+class ClosedForWriting(_Message, tag=35):
+    """This client has these inodes open for writing no more."""
+
+    inos: Annotated[list[Ino], Meta(max_length=MAX_WRITING)]
 
 
 class Sync(_Message, tag=40):
@@ -605,7 +623,8 @@ Request = (
     Hello | CreateVolume | OpenSession | Renew | CloseSession | Lookup | FetchDirectory | GetAttributes | SetAttributes
     | MakeNode | Link | Remove | Rename | Reap | ReadLink | GetXattr | ListXattrs | SetXattr | RemoveXattr | GetContent
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
-    | CopyRange | Seek | Sync | CompactSlices | InspectSlices | RetireSlices | Acknowledge
+    | CopyRange | Seek | OpenForWriting | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
+    | Acknowledge
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs

@@ -38,6 +38,14 @@ class MountFactory(Protocol):
         """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Workers that run in a test's own process keep files elsewhere than those of the machine's mounts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BPFUSE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def sandbox() -> Iterator[rig.Sandbox]:
     """A directory and a runtime directory of the test's own; at the end nothing may be left of what ran in it."""

@@ -55,6 +55,8 @@ REQUESTS: Final[list[wire.Request]] = [
     wire.Allocate(2, 0, 4096, True, True),
     wire.CopyRange(2, 0, 3, 4096, 2**63 - 1),
     wire.Seek(2, 4096, True),
+    wire.OpenForWriting(5),
+    wire.ClosedForWriting([5, 2**48 - 1]),
     wire.Sync(),
     wire.CompactSlices(2, 0, 1, bytes(16), [SLICE]),
     wire.InspectSlices([1, 2]),

@@ -179,6 +179,8 @@ class Mount:
     accel: str
     options: tuple[str, ...]
     allowed: list[str] = field(default_factory=list)
+    #: What the command is run by, to have the mount's processes in another network namespace.
+    prefix: tuple[str, ...] = ()
 
     @property
     def log(self) -> Path:
@@ -206,7 +208,7 @@ class Mount:
             self.log,
             *self.options,
         )
-        outcome = self.sandbox.run("mount", *arguments)
+        outcome = self.sandbox.run("mount", *arguments, prefix=self.prefix)
         assert outcome.code == 0, f"{outcome.err}\n{self.read_log()}"
 
     def unmount(self, *options: str) -> None:

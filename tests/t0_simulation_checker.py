@@ -172,6 +172,16 @@ def test_a_write_may_be_overwritten_before_it_is_committed_by_its_own_client_onl
     assert story.complaints()
 
 
+def test_what_is_being_written_is_seen_on_its_own_machine_only() -> None:
+    def story() -> Story:
+        return Story().change(0, {DATA: b"x"}, 1, 2, 3).change(0, {DATA: b"y"}, 10, 20, 21)
+
+    assert story().read(0, DATA, b"y", 12, 13).complaints() == []
+    assert story().read(1, DATA, b"y", 12, 13).complaints()
+    assert story().read(0, DATA, b"y", 8, 9).complaints(), "before it was written"
+    assert story().read(0, DATA, b"x", 12, 13).complaints() == []
+
+
 # The tree
 
 

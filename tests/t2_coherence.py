@@ -12,7 +12,7 @@ from served import DIRECTORY, FILE, VOLUME, Client, Metaserver, serving, until
 
 from fuseclient.data.compaction import digest
 from fuseclient.worker import rpc
-from metaserver import coherence, fencing, recovery, wire
+from metaserver import coherence, fencing, opens, recovery, wire
 from metaserver.errors import Fenced
 from metaserver.server import Server
 from metaserver.wire import ErrorCode
@@ -194,6 +194,23 @@ async def test_a_break_is_sent_again_to_one_who_comes_back(metaserver: Metaserve
     assert (await again.open(VOLUME, two.session.session)).resumed
     await making
     assert again.told == two.told
+
+
+async def test_a_change_that_waits_is_not_made_for_a_connection_that_was_replaced(metaserver: Metaserver) -> None:
+    """Who resumes the session may be a worker that knows nothing of it."""
+    one, two = await holder(metaserver, silent=True), await holder(metaserver)
+    await one.lookup(b"file")
+    making = asyncio.create_task(two.make(b"file"))
+    await until(lambda: one.told)
+    again = Holder(await metaserver.connect())
+    assert (await again.open(VOLUME, two.session.session)).resumed
+    assert await again.lookup(b"file") is None
+    assert again.told == [wire.Break(0, [(ROOT, b"file")], [])], "it may be made still"
+    assert (ROOT, b"file") in (await again.renew(again.session.version)).names
+    one.acknowledge()
+    assert await refused(making) is ErrorCode.STALE_SESSION
+    assert await again.lookup(b"file") is None
+    assert len(again.told) == 1, "it cannot be made any more"
 
 
 async def test_one_who_holds_too_much_is_to_drop_everything(
@@ -430,3 +447,122 @@ async def test_scenario_15_very_many_holders(metaserver: Metaserver) -> None:
     await making
     assert time.monotonic() - began < 5
     assert not any(session.pending for session in sessions)
+
+
+# Files open for writing
+
+
+async def _open(client: Client, ino: int) -> wire.Attributes:
+    return (await client.connection.call(wire.OpenForWriting(ino), wire.Found)).attributes
+
+
+async def _close(client: Client, *inos: int) -> None:
+    await client.connection.call(wire.ClosedForWriting(list(inos)), wire.Done)
+
+
+async def _keeps(client: Holder, name: bytes) -> bool:
+    """Look a name up and say whether the inode may be kept."""
+    client.told.clear()
+    found = await client.lookup(name)
+    assert found is not None
+    return all(found.attributes.ino not in told.inodes for told in client.told)
+
+
+async def test_a_file_that_is_made_open_is_not_kept_by_others_until_it_is_closed(metaserver: Metaserver) -> None:
+    one, two = await holder(metaserver), await holder(metaserver)
+    file = await one.make(b"file", writing=True)
+    assert not await _keeps(two, b"file")
+    assert two.told == [wire.Break(0, [], [file.ino])], "the name may be kept"
+    assert await _keeps(one, b"file"), "its writer knows what it does"
+    await one.change(wire.WriteInline(file.ino, 0, b"data"))
+    found = await two.lookup(b"file")
+    assert found is not None
+    assert found.attributes.size == 4, "each commit is seen"
+    await _close(one, file.ino)
+    assert await _keeps(two, b"file")
+
+
+async def test_an_open_for_writing_has_the_others_drop_the_inode(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver, silent=True)
+    file = await one.make(b"file")
+    await two.lookup(b"file")
+    opening = asyncio.create_task(_open(one, file.ino))
+    await until(lambda: two.told)
+    assert (two.told[0].names, two.told[0].inodes) == ([], [file.ino])
+    assert not opening.done()
+    two.acknowledge()
+    assert (await opening).ino == file.ino
+    two.silent = False
+    assert not await _keeps(two, b"file")
+
+
+async def test_two_writers_know_of_each_other(metaserver: Metaserver) -> None:
+    one, two = await holder(metaserver), await holder(metaserver)
+    file = await one.make(b"file", writing=True)
+    await _open(two, file.ino)
+    assert not await _keeps(one, b"file")
+    assert not await _keeps(two, b"file")
+    await _close(one, file.ino)
+    assert await _keeps(two, b"file")
+    assert not await _keeps(one, b"file")
+
+
+async def test_pages_of_a_directory_leave_out_what_is_being_written(metaserver: Metaserver) -> None:
+    one, two = await holder(metaserver), await holder(metaserver)
+    made = [await one.make(b"%d" % number, writing=number == 5) for number in range(10)]
+    assert [page async for page in two.connection.stream(wire.FetchDirectory(ROOT, 0, 100, 0, 0))]
+    assert [told.inodes for told in two.told] == [[made[5].ino]]
+
+
+@pytest.mark.parametrize("how", ["close", "end", "evict"])
+async def test_what_a_session_had_open_ends_with_it(tmp_path: Path, how: str) -> None:
+    async with serving(tmp_path, lease_s=0.5 if how == "evict" else 30) as metaserver:
+        two = await holder(metaserver)
+        one = await metaserver.client()
+        file = await one.make(b"file", writing=True)
+        if how == "close":
+            await _close(one, file.ino)
+        elif how == "end":
+            await one.connection.call(wire.CloseSession(), wire.Done)
+        else:
+            await until(lambda: _renewed(two, one, metaserver))
+        assert await _keeps(two, b"file")
+
+
+async def _renewed(client: Client, gone: Client, metaserver: Metaserver) -> bool:
+    await client.renew(0)
+    return all(each.id != gone.session.session for each in metaserver.server.sessions.all())
+
+
+@pytest.mark.parametrize("restart", [False, True])
+async def test_who_comes_back_tells_what_it_has_open(metaserver: Metaserver, restart: bool) -> None:
+    one, two = await metaserver.client(), await holder(metaserver)
+    kept, closed = await one.make(b"kept", writing=True), await one.make(b"closed", writing=True)
+    sessions = [client.session.session for client in (one, two)]
+    if restart:
+        await _restart(metaserver)
+        two = Holder(await metaserver.connect())
+        assert (await two.open(VOLUME, sessions[1])).resumed
+    back = await metaserver.connect()
+    request = wire.OpenSession(VOLUME, "test", sessions[0], [kept.ino])
+    assert (await back.call(request, wire.SessionOpened)).resumed
+    assert not await _keeps(two, b"kept")
+    assert await _keeps(two, b"closed"), "it was closed while the connection was away"
+    assert closed.ino != kept.ino
+
+
+async def test_an_open_of_what_is_no_more_is_not_noted(metaserver: Metaserver) -> None:
+    one = await metaserver.client()
+    assert await refused(_open(one, 12345)) is ErrorCode.NOT_FOUND
+    (session,) = [each for each in metaserver.server.sessions.all() if each.id == one.session.session]
+    assert not session.writing
+
+
+async def test_a_session_with_too_many_open_files_is_served_all_the_same(
+    metaserver: Metaserver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opens, "MOST_OPEN", 2)
+    one, two = await metaserver.client(), await holder(metaserver)
+    for number in range(4):
+        await one.make(b"%d" % number, writing=True)
+    assert [await _keeps(two, b"%d" % number) for number in range(4)] == [False, False, True, True]

@@ -46,13 +46,14 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def spied(rig: Rig) -> list[wire.Request]:
-    """Return the list that every request to the metaserver goes into from now on."""
+    """Return the list that every request to the metaserver goes into from now on, but for what is told in passing."""
     log: list[wire.Request] = []
     session = rig.session
     call, stream = session.call, session.stream
 
     async def spy(request: wire.Request, reply_type: Any) -> Any:
-        log.append(request)
+        if not isinstance(request, wire.ClosedForWriting):
+            log.append(request)
         return await call(request, reply_type)
 
     def spy_stream(request: wire.FetchDirectory) -> Any:
@@ -379,7 +380,7 @@ async def test_attributes(both: Rig) -> None:
     assert (changed.st_mode, changed.st_uid, changed.st_gid) == (stat.S_IFREG | 0o4755, 12, 34)
     far = 2**40 * 10**9
     assert (await both.set_attributes(ino, mtime_ns=far)).st_mtime_ns == 2**63 - 1
-    with fails(errno.ENOENT):
+    with fails(errno.ESTALE):
         await both.ops.getattr(ino + 1000, ME)
     with fails(errno.EFBIG):
         await both.set_attributes(ino, size=2**62)
@@ -560,6 +561,63 @@ async def test_many_orphans_are_reaped_at_once(rig: Rig) -> None:
     await rig.ops.forget([(ino, 1) for ino in inos])
     await until(lambda: log)
     assert [type(each) for each in log] == [wire.Reap]
+
+
+# Files open for writing
+
+
+async def test_opening_for_writing_takes_one_request_and_closing_tells_in_passing(rig: Rig) -> None:
+    log = spied(rig)
+    info, entry = await rig.ops.create(ROOT, b"file", stat.S_IFREG | 0o644, os.O_CREAT | os.O_RDWR, ME)
+    await rig.close(info.fh)
+    assert [type(each) for each in log if not isinstance(each, wire.Sync)] == [wire.MakeNode]
+    ino = entry.st_ino
+    log.clear()
+    infos = [await rig.ops.open(ino, os.O_RDWR, ME) for _ in range(2)]
+    assert log == [wire.OpenForWriting(ino)] * 2
+    for each in infos:
+        assert await keeps(rig, ino) is False
+        await rig.close(each.fh)
+    await until(lambda: keeps(rig, ino))
+
+
+async def keeps(rig: Rig, ino: int) -> bool:
+    """Say whether the other client may keep what it is told of an inode."""
+    told: list[wire.Break] = []
+
+    def note(each: wire.Break) -> None:
+        told.append(each)
+        rig.other.connection.acknowledge(each.number)
+
+    rig.other.connection.on_break(note)
+    await rig.other.attributes(ino)
+    return not any(ino in each.inodes for each in told if not each.number)
+
+
+async def test_what_another_writes_is_asked_for_each_time_and_kept_when_it_is_closed(rig: Rig) -> None:
+    ino = await rig.create(b"file", b"old")
+    await rig.other.connection.call(wire.OpenForWriting(ino), wire.Found)
+    log = spied(rig)
+    for size in (4, 5, 6):
+        await rig.other.change(wire.WriteInline(ino, 0, b"x" * size))
+        assert (await rig.ops.getattr(ino, ME)).st_size == size
+        assert ino not in rig.maps.inodes
+        assert await rig.content(ino) == b"x" * size
+        assert ino not in rig.maps.inodes
+    await rig.other.connection.call(wire.ClosedForWriting([ino]), wire.Done)
+    assert len(log) > 6
+    await rig.ops.getattr(ino, ME)
+    assert (ino in rig.maps.inodes) == rig.remembers
+
+
+async def test_a_session_that_is_resumed_tells_what_is_open(rig: Rig) -> None:
+    info, entry = await rig.ops.create(ROOT, b"file", stat.S_IFREG | 0o644, os.O_CREAT | os.O_RDWR, ME)
+    (session,) = [each for each in rig.metaserver.server.sessions.all() if each.id == rig.session.id]
+    session.writing.clear()
+    rig.session._connection.abort()
+    await until(lambda: session.writing == {entry.st_ino})
+    await rig.close(info.fh)
+    await until(lambda: not session.writing)
 
 
 # Changes made elsewhere

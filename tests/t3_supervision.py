@@ -15,10 +15,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
+import background
 import figures
 import pytest
 import rig
@@ -28,8 +28,6 @@ from fuseclient import processes
 
 pytestmark = pytest.mark.usefixtures("needs_mounts")
 
-T = TypeVar("T")
-
 NO_TTL: Final = ("--kernel-ttl", "0")
 URING_SWITCH: Final = Path("/sys/module/fuse/parameters/enable_uring")
 #: Log lines that killing a process provokes.
@@ -37,29 +35,6 @@ WORKER_KILLED: Final = r"the worker \(pid \d+\) ended with -9"
 SERVER_KILLED: Final = r"the metaserver \(pid \d+\) ended with -9"
 #: What a connection that was cut off answers.
 CUT_OFF: Final = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED)
-
-
-def background(call: Callable[[], T]) -> tuple[Future[T], int]:
-    """Make a call on a thread of its own; return its future and the thread's number."""
-    future: Future[T] = Future()
-    started: Future[int] = Future()
-
-    def run() -> None:
-        started.set_result(threading.get_native_id())
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future, started.result(rig.WAIT_S)
-
-
-def until_blocked(call: Callable[[], T]) -> Future[T]:
-    """Make a call on a thread of its own, and return when a request of it waits for a reply."""
-    future, thread = background(call)
-    rig.wait_for(lambda: figures.is_blocked(Path(f"/proc/self/task/{thread}")), "the request waits for a reply")
-    return future
 
 
 def kill_worker(mounted: rig.Mount) -> None:
@@ -209,9 +184,9 @@ def test_requests_of_a_dead_worker_are_repeated_or_refused(mount: MountFactory, 
     (mounted.path / "file").write_bytes(b"x" * 100_000)
     fd = os.open(mounted.path / "file", os.O_WRONLY)
     with killed_while_stopped(mounted):
-        miss = until_blocked(lambda: (mounted.path / "directory" / "none").exists())
-        writing = until_blocked(lambda: os.write(fd, b"written"))
-        change = until_blocked(old.unlink)
+        miss = background.until_blocked(lambda: (mounted.path / "directory" / "none").exists())
+        writing = background.until_blocked(lambda: os.write(fd, b"written"))
+        change = background.until_blocked(old.unlink)
     assert miss.result(rig.WAIT_S) is False
     assert writing.result(rig.WAIT_S) == len(b"written")
     fails_with(lambda: change.result(rig.WAIT_S), errno.EIO)
@@ -308,7 +283,7 @@ def test_changes_in_hand_when_the_metaserver_dies_are_done_or_refused(mount: Mou
             else:
                 made.add(name)
 
-    making, _ = background(make)
+    making, _ = background.start(make)
     rig.wait_for(lambda: len(made) > 20, "directories are made")
     os.kill(before, signal.SIGKILL)
     rig.wait_for(lambda: mounted.process("metaserver").pid != before, "the metaserver is started again")

@@ -170,6 +170,10 @@ class Writer:
         """Whether a file is open for writing."""
         return ino in self._files
 
+    def open_inodes(self) -> list[int]:
+        """Return the files that are open for writing."""
+        return list(self._files)
+
     def open(self, attributes: wire.Attributes, *, is_new: bool = False) -> None:
         """Count one more writer of a file; each is to be ended by :meth:`close`.
 

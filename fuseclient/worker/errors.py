@@ -1,4 +1,8 @@
-"""Domain errors to errno: what operations.py shows the kernel. The funnel through which every operation answers."""
+"""Domain errors to errno: what operations.py shows the kernel. The funnel through which every operation answers.
+
+What is gone is ENOENT where a name was asked for, and ESTALE where an inode was: between the kernel's look for a name
+and its request, others may have removed the file or put another in its place. The kernel then looks once more.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,6 @@ from metaserver.wire import ErrorCode
 _log = logging.getLogger(__name__)
 
 _ERRNO: Final = {
-    ErrorCode.NOT_FOUND: errno.ENOENT,
     ErrorCode.EXISTS: errno.EEXIST,
     ErrorCode.NOT_A_DIRECTORY: errno.ENOTDIR,
     ErrorCode.IS_A_DIRECTORY: errno.EISDIR,
@@ -43,7 +46,9 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def answered(operation: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, Coroutine[Any, Any, _R]]:
+def answered(
+    operation: Callable[_P, Coroutine[Any, Any, _R]], *, gone: int = errno.ENOENT
+) -> Callable[_P, Coroutine[Any, Any, _R]]:
     """Let an operation raise what it likes: pyfuse3 sees :exc:`FUSEError` only. What is not expected is logged."""
 
     @functools.wraps(operation)
@@ -53,15 +58,20 @@ def answered(operation: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, C
         except FUSEError:
             raise
         except Exception as error:
-            raise FUSEError(errno_of(error, operation.__name__)) from error
+            raise FUSEError(errno_of(error, operation.__name__, gone=gone)) from error
 
     return wrapper
 
 
-def errno_of(error: Exception, operation: str) -> int:
+def answered_of_inode(operation: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, Coroutine[Any, Any, _R]]:
+    """As :func:`answered`, of an operation that names an inode and no name."""
+    return answered(operation, gone=errno.ESTALE)
+
+
+def errno_of(error: Exception, operation: str, *, gone: int = errno.ENOENT) -> int:
     """Return the errno that stands for an error, and log those that are not a plain answer."""
     if isinstance(error, Refused):
-        code = _ERRNO[error.code]
+        code = gone if error.code is ErrorCode.NOT_FOUND else _ERRNO[error.code]
         if code == errno.EIO:
             _log.error("%s: %s", operation, error)
         return code

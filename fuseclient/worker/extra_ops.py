@@ -110,7 +110,8 @@ class ExtraOps:
         except FUSEError as error:
             reply = messages.encode_error(header.unique, error.errno)
         except Exception as error:
-            reply = messages.encode_error(header.unique, errno_of(error, type(body).__name__.lower()))
+            gone = errno.ENOENT if isinstance(body, messages.Tmpfile) else errno.ESTALE
+            reply = messages.encode_error(header.unique, errno_of(error, type(body).__name__.lower(), gone=gone))
         finally:
             self._running.discard(header.unique)
             self._interrupted.discard(header.unique)

@@ -16,6 +16,7 @@ from fuseclient.data.ranges import Ranges
 from fuseclient.data.unused import UnusedObjects
 from fuseclient.data.writer import Writer
 from fuseclient.worker.changes import Changes, OldPages, OpenedVersions
+from fuseclient.worker.closings import Closings
 from fuseclient.worker.committing import Committing
 from fuseclient.worker.directories import WINDOW, Directories
 from fuseclient.worker.feeding import Feeder
@@ -68,6 +69,7 @@ class Mount:
             on_lost=lambda: self._tell(lambda changes: changes.lost()),
             on_break=self._broken,
             on_restarted=lambda: self._tell(lambda changes: changes.restarted()),
+            writing=lambda: self._writer.open_inodes()[: wire.MAX_WRITING] if self._changes is not None else [],
             resume=bytes.fromhex(config.session) if config.session else None,
         )
 
@@ -171,6 +173,7 @@ class Mount:
                 writer=writer,
                 reader=reading.reader,
                 orphans=orphans,
+                closings=Closings(session),
                 lease=lease,
                 cache=cache,
                 opened=versions,

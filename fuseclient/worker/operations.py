@@ -28,8 +28,9 @@ from fuseclient.data.writer import Writer
 from fuseclient.worker import handles
 from fuseclient.worker.attributes import absent_entry, dot_entry, entry_of, statistics_of
 from fuseclient.worker.changes import OpenedVersions
+from fuseclient.worker.closings import Closings
 from fuseclient.worker.directories import Directories, Session
-from fuseclient.worker.errors import answered
+from fuseclient.worker.errors import answered, answered_of_inode
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.guard import Token
 from fuseclient.worker.invalidation import Invalidator
@@ -63,6 +64,7 @@ class Parts:
     writer: Writer
     reader: Reader
     orphans: Orphans
+    closings: Closings
     lease: Lease
     cache: Cache
     opened: OpenedVersions
@@ -91,6 +93,7 @@ class Operations(pyfuse3.Operations):
         self._writer = parts.writer
         self._reader = parts.reader
         self._orphans = parts.orphans
+        self._closings = parts.closings
         self._lease = parts.lease
         self._cache = parts.cache
         self._opened = parts.opened
@@ -244,7 +247,7 @@ class Operations(pyfuse3.Operations):
         if attributes.nlink == 0:
             self._orphans.add(attributes.ino)
 
-    @answered
+    @answered_of_inode
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
         return (await self._session.call(wire.ReadLink(inode), wire.TargetIs)).target
 
@@ -253,7 +256,7 @@ class Operations(pyfuse3.Operations):
 
     # Attributes
 
-    @answered
+    @answered_of_inode
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         if self._may_remember and self._lease.left_s() > 0 and (new := self._writer.known_new(inode)) is not None:
             return self._entry(new)
@@ -266,7 +269,7 @@ class Operations(pyfuse3.Operations):
             found = await self._session.call(wire.GetAttributes(ino), wire.Found)
             return found.attributes, self._feeder.inode(token, found.attributes)
 
-    @answered
+    @answered_of_inode
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
@@ -333,7 +336,7 @@ class Operations(pyfuse3.Operations):
 
     # Extended attributes
 
-    @answered
+    @answered_of_inode
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """The kernel asks for security.capability before each write: so files that are written are answered here."""
         _check_xattr(name)
@@ -342,12 +345,12 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.ENODATA)
         return (await self._session.call(wire.GetXattr(inode, name), wire.XattrIs)).value
 
-    @answered
+    @answered_of_inode
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
         names = (await self._session.call(wire.ListXattrs(inode), wire.XattrNames)).names
         return names if ctx.uid == 0 else [name for name in names if not name.startswith(_ROOT_XATTRS)]
 
-    @answered
+    @answered_of_inode
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         _check_xattr(name)
         if name.startswith(_ACLS):
@@ -356,7 +359,7 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.ENOSPC)
         await self._change_inode(wire.SetXattr(inode, name, value))
 
-    @answered
+    @answered_of_inode
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
         _check_xattr(name)
         if name.startswith(_ACLS):
@@ -396,7 +399,7 @@ class Operations(pyfuse3.Operations):
 
     # Files
 
-    @answered
+    @answered_of_inode
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file without passthrough. The channel sends OPEN to extra_ops.py, which does more."""
         return (await self.open_file(inode, flags, passthrough=False))[0]
@@ -405,8 +408,7 @@ class Operations(pyfuse3.Operations):
         """Open a file, and say from which backing the kernel may read it."""
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         with self._feeder.begin() as token:
-            attributes = (await self._session.call(wire.GetAttributes(ino), wire.Found)).attributes
-            fresh = self._feeder.inode(token, attributes)
+            attributes, fresh = await self._open_inode(token, ino, writing=writing)
             if writing:
                 self._begin_writing(attributes, fresh)
             try:
@@ -432,7 +434,7 @@ class Operations(pyfuse3.Operations):
         writing = flags & os.O_ACCMODE != os.O_RDONLY
         kind = stat.S_IFREG | stat.S_IMODE(mode)
         # Its closing, or an fsync, waits until it is durable; so this need not.
-        request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing)
+        request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing, writing=writing)
         try:
             with self._changing((parent_inode, name)) as token:
                 changed = await self._session.call(request, wire.Changed)
@@ -451,7 +453,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """Make a file without a name and open it; pyfuse3 has no such method, extra_ops.py calls it."""
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        request = wire.MakeTemporary(parent_inode, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
+        request = wire.MakeTemporary(parent_inode, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid, writing)
         with self._changing() as token:
             made = (await self._session.call(request, wire.Changed)).attributes[0]
             opened, fresh = self._opened_new(token, made, writing=writing), self._feeder.unchanged(token, made.ino)
@@ -468,7 +470,7 @@ class Operations(pyfuse3.Operations):
         self._feeder.paged.add(made.ino)
         return FileInfo(fh=self._handle(made.ino, writing=writing), keep_cache=True)
 
-    @answered
+    @answered_of_inode
     async def read(self, fh: int, off: int, size: int) -> bytes:
         ino = handles.decode(fh).ino
         if self._passthrough.has(ino):
@@ -483,7 +485,7 @@ class Operations(pyfuse3.Operations):
         self._on_read(reading.attributes, len(reading.data))
         return reading.data
 
-    @answered
+    @answered_of_inode
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         if off + len(buf) > wire.MAX_FILE:
             raise FUSEError(errno.EFBIG)
@@ -505,11 +507,11 @@ class Operations(pyfuse3.Operations):
         yield
         await self._passthrough.changed_here(inos[-1])
 
-    @answered
+    @answered_of_inode
     async def flush(self, fh: int) -> None:
         await self._sync(fh, self._writer.flush)
 
-    @answered
+    @answered_of_inode
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._sync(fh, self._writer.sync)
 
@@ -558,10 +560,19 @@ class Operations(pyfuse3.Operations):
     async def adopt(self, fh: int) -> None:
         """Open the file of a writing handle that an earlier worker gave out, at its first use here."""
         if self._is_earlier_writer(fh) and fh not in self._adopted:
-            attributes, fresh = await self._get_attributes(handles.decode(fh).ino)
-            if fh not in self._adopted:
-                self._adopted.add(fh)
-                self._begin_writing(attributes, fresh)
+            with self._feeder.begin() as token:
+                attributes, fresh = await self._open_inode(token, handles.decode(fh).ino, writing=True)
+                if fh not in self._adopted:
+                    self._adopted.add(fh)
+                    self._begin_writing(attributes, fresh)
+
+    async def _open_inode(self, token: Token, ino: int, *, writing: bool) -> tuple[wire.Attributes, bool]:
+        """Return the attributes of a file that is being opened, and whether they are fresh."""
+        if writing:
+            self._closings.opening(ino)
+        request = wire.OpenForWriting(ino) if writing else wire.GetAttributes(ino)
+        attributes = (await self._session.call(request, wire.Found)).attributes
+        return attributes, self._feeder.inode(token, attributes)
 
     def _begin_writing(self, attributes: wire.Attributes, fresh: bool) -> None:
         self._writer.open(attributes)
@@ -574,6 +585,8 @@ class Operations(pyfuse3.Operations):
         closed = await self._writer.close(ino)
         if closed is not None:
             self._feeder.closed(closed)
+        if not self._writer.is_open(ino):
+            self._closings.closed(ino)
 
 
 def _check_name(name: bytes) -> None:

@@ -50,7 +50,7 @@ _CALLS: Final = 64
 _REPEATABLE: Final = (
     wire.Lookup, wire.FetchDirectory, wire.GetAttributes, wire.ReadLink, wire.GetXattr, wire.ListXattrs,
     wire.GetContent, wire.GetStatistics, wire.ListSlices, wire.InspectSlices, wire.Seek, wire.NewSlices, wire.Reap,
-    wire.ForgetSlices, wire.Sync,
+    wire.ForgetSlices, wire.Sync, wire.OpenForWriting, wire.ClosedForWriting,
 )  # fmt: skip
 
 
@@ -98,6 +98,7 @@ class Session:
 
     The callbacks are plain functions on the event loop's thread. ``resume`` is the id of the session of the worker
     before this one; if it is resumed, ``on_changes`` tells of everything that changed since the metaserver's start.
+    ``writing`` says which inodes are open for writing, whenever the session is opened.
     """
 
     #: The lease's end on CLOCK_BOOTTIME; 0 while there is none.
@@ -116,6 +117,7 @@ class Session:
         on_lost: Callable[[], object],
         on_break: Callable[[wire.Break, Callable[[], None]], object] = _acknowledge_at_once,
         on_restarted: Callable[[], object] = lambda: None,
+        writing: Callable[[], list[int]] = list,
         resume: bytes | None = None,
         clock: Callable[[], int] = boottime_ns,
         connect: Callable[[str], Awaitable[Connection]] = rpc.connect,
@@ -129,6 +131,7 @@ class Session:
         self._on_lost = on_lost
         self._on_break = on_break
         self._on_restarted = on_restarted
+        self._writing = writing
         self._calls = asyncio.Semaphore(_CALLS)
         self._slots = Slots(clock())
         self._clock = clock
@@ -301,7 +304,7 @@ class Session:
     async def _open(self, connection: Connection) -> None:
         connection.on_break(lambda told: self._on_break(told, lambda: connection.acknowledge(told.number)))
         sent_ns = self._clock()
-        request = wire.OpenSession(self._volume, self._client, self.id)
+        request = wire.OpenSession(self._volume, self._client, self.id, self._writing())
         opened = await connection.call(request, wire.SessionOpened)
         if opened.resumed:
             if self._epoch not in (None, connection.welcome.server_epoch):

@@ -131,8 +131,9 @@ class Maps:
         return left_s if self.checks_deadline else max(left_s, 3600.0)
 
     def _peek(self, ino: int) -> _Inode | None:
+        """Return what may be answered of an inode: nothing of one with a mode of 0, which is being written."""
         inode = self._inodes.get(ino)
-        if inode is None or inode.epoch != self.epoch or self._left_s() <= 0:
+        if inode is None or inode.epoch != self.epoch or self._left_s() <= 0 or not inode.attributes.mode:
             return None
         return inode
 

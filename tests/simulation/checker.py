@@ -6,6 +6,7 @@
    its commit until the change that replaced it has *returned* to its program, or anybody has seen the new one.
 3. The exception to the last: while a change is under way, its own client may still see what was before, though others
    have seen the new value. If its worker died over it, this lasts until the next worker has its session.
+4. What a program writes is seen at once by all on its machine; by others when it is committed.
 
 Writes are told apart by the commits that they match, so nothing is searched: each read is given the oldest version that
 is allowed, which leaves most room for those after it.
@@ -48,9 +49,14 @@ def check(history: History, commits: Sequence[Commit], given: int = 0) -> list[s
     by_register: defaultdict[Register, list[Read]] = defaultdict(list)
     for read in history.reads:
         by_register[read.register].append(read)
+    writes: defaultdict[Register, list[Change]] = defaultdict(list)
+    for change in history.changes:
+        for register in change.effect:
+            if register[0] == "data":
+                writes[register].append(change)
     for register, reads in by_register.items():
         versions = registers.get(register) or [Version(0, _BEGINNING)]
-        complaints += _Register(versions).check(reads)
+        complaints += _Register(versions, writes[register]).check(reads)
     return complaints
 
 
@@ -154,6 +160,7 @@ class _Register:
     """The check of one register. ``seen``: reads that have been given a version, with its place."""
 
     versions: list[Version]
+    writes: list[Change]
     seen: list[tuple[Read, int]] = field(default_factory=list)
 
     def check(self, reads: list[Read]) -> list[str]:
@@ -161,11 +168,21 @@ class _Register:
         for read in sorted(reads, key=lambda each: each.invoked.order):
             oldest = max(self._replaced(read), self._seen_before(read))
             found = self._first(read, oldest)
-            if found is None:
+            if found is None and not self._is_being_written(read):
                 complaints.append(self._complaint(read, oldest))
-            else:
+            elif found is not None:
                 self.seen.append((read, found))
         return complaints
+
+    def _is_being_written(self, read: Read) -> bool:
+        """Say whether the read's own machine was writing what it saw."""
+        return any(
+            each.client == read.client
+            and agrees(read.value, each.effect[read.register])
+            and each.invoked.order < read.returned.order
+            and (each.returned is None or read.invoked.order < each.returned.order)
+            for each in self.writes
+        )
 
     def _first(self, read: Read, oldest: int) -> int | None:
         """Return the oldest version from ``oldest`` on that the read can have seen."""

@@ -108,7 +108,7 @@ class Client:
 
     def _config(self) -> WorkerConfig:
         return WorkerConfig(
-            options=MountOptions(url="file:///volume", mountpoint=f"/mnt{self.index}"),
+            options=MountOptions(url="file:///volume", mountpoint=f"/mnt{self.index}", cache_bytes=0),
             address=self._address,
             volume=self._volume,
             fuse_fd=-1,

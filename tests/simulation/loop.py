@@ -180,6 +180,8 @@ class VirtualLoop(BaseEventLoop):
 
     def spawn(self, node: Node, coroutine: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
         """Start a task of a node."""
+        if self._discarded:  # a finaliser of what the run left has begun this
+            coroutine.close()
         return self.create_task(coroutine, name=name, context=node.context)
 
     def post(self, node: Node, callback: Callable[..., object], *args: Any) -> None:

@@ -13,19 +13,20 @@
 enum bpfuse_limit {
 	BPFUSE_PAGE = 4096,
 	BPFUSE_NAME_MAX = 255,
-	BPFUSE_MAX_WRITE = 262144, /* the largest WRITE, READ or READDIR the kernel is told to send */
-	BPFUSE_PAYLOAD = 266240,   /* BPFUSE_MAX_WRITE and one page: names travel in front of data */
-	BPFUSE_MAX_DATA = 65536,   /* the largest file whose bytes lie in `pages` */
-	BPFUSE_OPEN_SLOTS = 65536, /* counters in `opens`; a power of two */
-	BPFUSE_OPCODES = 64,       /* FUSE opcodes below this have counters of their own */
+	BPFUSE_MAX_WRITE = 262144,   /* the largest WRITE, READ or READDIR the kernel is told to send */
+	BPFUSE_PAYLOAD = 266240,     /* BPFUSE_MAX_WRITE and one page: names travel in front of data */
+	BPFUSE_MAX_DATA = 65536,     /* the largest file whose bytes lie in `pages` */
+	BPFUSE_RECENT_SLOTS = 65536, /* slots in `recent`; a power of two */
+	BPFUSE_OPEN_SLOTS = 65536,   /* slots in `opens`; a power of two */
+	BPFUSE_OPCODES = 64,         /* FUSE opcodes below this have counters of their own */
 	BPFUSE_OUTCOMES = 16,
 };
 
 /* Handles (fh). The worker's own handles have BPFUSE_FH_KERNEL clear. */
 enum bpfuse_fh_bit {
-	BPFUSE_FH_KERNEL_BIT = 63,  /* given out by the BPF program; the low 48 bits are the inode */
-	BPFUSE_FH_LISTING_BIT = 48, /* of a directory: 14 bits of `listing` of its inode */
-	BPFUSE_FH_LISTING_BITS = 14,
+	BPFUSE_FH_KERNEL_BIT = 63,   /* given out by the BPF program; the low 48 bits are the inode */
+	BPFUSE_FH_SERIAL_SHIFT = 48, /* the 15 bits from here tell handles of one inode apart; */
+	BPFUSE_FH_VERSION_BITS = 8,  /* of a directory these of them are its version, and so that of its listing */
 };
 
 enum bpfuse_inode_flag {
@@ -82,7 +83,7 @@ struct bpfuse_inode_value {
 	__u32 data_bytes;
 	__u32 backing_id; /* what it is opened for reading with, in passthrough; 0: none */
 	__u32 epoch;
-	__u32 listing; /* of a directory: another one when entries have come or gone, see BPFUSE_FH_LISTING_BIT */
+	__u32 file_version; /* the low bits of the inode's own version: it rises with each change of the inode */
 	__u64 version;
 };
 
@@ -143,11 +144,16 @@ struct bpfuse_entry {
 	__u8 payload[266240]; /* BPFUSE_PAYLOAD */
 };
 
+/* `recent`: array of __u64, the uniques of requests answered in the kernel lately, at unique / 2 & (slots - 1): what
+   `bpfuse trace` tells them by. */
 /* `counters`: per-CPU array, index opcode * BPFUSE_OUTCOMES + outcome, value __u64. */
-/*
- * `opens`: mmapable array of BPFUSE_OPEN_SLOTS __u64 (smaller ones would be spread out to 8 bytes): handles given out by
- * BPF and not yet released, by a hash of the inode.
- */
+/* `opens`: mmapable array of BPFUSE_OPEN_SLOTS of these, by a hash of the inode. */
+struct bpfuse_open_slot {
+	__u32 handles; /* given out and not yet released */
+	__u32 locks;   /* inodes that programs of this mount have locked: their FLUSH and RELEASE are the worker's */
+	__u32 serial;  /* of the next handle that BPF gives out */
+	__u32 reserved;
+};
 
 /* user_data of the channel's ring requests: magic in the high 32 bits, entry index in the low. */
 enum bpfuse_magic {

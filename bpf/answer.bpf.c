@@ -115,6 +115,16 @@ static enum bpfuse_outcome dispatch(struct request *request, __u32 opcode)
 	}
 }
 
+/* Requests are numbered in steps of two. */
+static void remember(__u64 unique)
+{
+	__u32 slot = unique / 2 & (BPFUSE_RECENT_SLOTS - 1);
+	__u64 *recently = bpf_map_lookup_elem(&recent, &slot);
+
+	if (recently)
+		WRITE_ONCE(*recently, unique);
+}
+
 static void finish(struct request *request)
 {
 	struct bpfuse_uring_header *uring = &request->entry->uring;
@@ -123,6 +133,7 @@ static void finish(struct request *request)
 	out->len = sizeof(*out) + request->reply_size;
 	out->error = request->error; /* `unique` stands where the request had it */
 	uring->payload_size = request->reply_size;
+	remember(out->unique);
 	WRITE_ONCE(request->entry->answered, 1);
 }
 

@@ -150,7 +150,9 @@ static enum bpfuse_outcome listing_find(const struct request *request, struct bp
 /* Whether a handle goes on with this listing. A mount that opens no directories has handles of 0. */
 static bool goes_on(const struct fuse_read_in *in, const struct bpfuse_inode_value *inode)
 {
-	return !in->offset || !in->fh || (in->fh & FH_KERNEL && ((in->fh ^ fh_of_listing(inode)) & FH_LISTING) == 0);
+	__u32 other = (in->fh >> BPFUSE_FH_SERIAL_SHIFT ^ inode->file_version) & FH_VERSION;
+
+	return !in->offset || !in->fh || (in->fh & FH_KERNEL && !other);
 }
 
 static enum bpfuse_outcome fill_plain(struct request *request, struct listing *listing, __u32 first, __u32 size)

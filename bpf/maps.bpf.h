@@ -50,8 +50,15 @@ struct {
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, BPFUSE_OPEN_SLOTS);
 	__type(key, __u32);
-	__type(value, __u64);
+	__type(value, struct bpfuse_open_slot);
 } opens SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, BPFUSE_RECENT_SLOTS);
+	__type(key, __u32);
+	__type(value, __u64);
+} recent SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

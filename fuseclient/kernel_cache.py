@@ -31,15 +31,14 @@ def _record_format() -> str:
     """Return the format of ``struct bpfuse_record`` for :mod:`struct`, without what is not the caller's to write."""
     fields = dict(ffi.typeof("struct bpfuse_record").fields)
     del fields["first_page"]
-    return "=" + "".join("4x" if name == "reserved" else _FORMATS[field.type.cname] for name, field in fields.items())
+    unused = ("reserved", "padding")
+    return "=" + "".join("4x" if name in unused else _FORMATS[field.type.cname] for name, field in fields.items())
 
 
 _RECORD: Final = struct.Struct(_record_format())
 _RECORD_BYTES: Final[int] = ffi.sizeof("struct bpfuse_record")
 _RECORD_WORDS: Final = _RECORD_BYTES // 4
 _FIRST_PAGE_WORD: Final[int] = ffi.offsetof("struct bpfuse_record", "first_page") // 4
-#: The fields of Attributes that a record begins with: all but ``version``.
-_ATTRIBUTES: Final = len(Attributes.__struct_fields__) - 1
 
 
 class Cache(Protocol):
@@ -66,6 +65,8 @@ class Cache(Protocol):
     def is_open(self, ino: int) -> bool: ...
     def opened(self, ino: int) -> None: ...
     def released(self, ino: int) -> None: ...
+    def locked(self, ino: int) -> None: ...
+    def unlocked(self, ino: int) -> None: ...
     def set_backing(self, ino: int, backing_id: int) -> bool: ...
     def forget_backing(self, ino: int) -> None: ...
     def figures(self) -> dict[str, Any]: ...
@@ -115,7 +116,7 @@ class KernelCache:
             else:
                 data_bytes = len(data)
                 contents.append((index, data))
-            pack(records, offset, *astuple(entry.attributes)[:_ATTRIBUTES], len(name), data_bytes)
+            pack(records, offset, *astuple(entry.attributes), len(name), data_bytes)
             offset += _RECORD_BYTES
             names.append(name)
         lib.bpfuse_cache_place(handle, len(names))
@@ -132,10 +133,13 @@ class KernelCache:
                 pages[offset : offset + len(data)] = data
 
     def put_inode(self, attributes: Attributes, data: bytes | None = None) -> None:
-        """Put one inode; ``data`` is the whole content of a file of at most 64 KiB, or a symlink's target."""
+        """Put one inode; ``data`` is the whole content of a file of at most 64 KiB, or a symlink's target.
+
+        Without it the content that was put with the same version of the inode stays.
+        """
         handle = self._handle()
         data_bytes = _NO_DATA if data is None else len(data)
-        _RECORD.pack_into(self._records, 0, *astuple(attributes)[:_ATTRIBUTES], 0, data_bytes)
+        _RECORD.pack_into(self._records, 0, *astuple(attributes), 0, data_bytes)
         lib.bpfuse_cache_place(handle, 1)
         if data is not None:
             self._copy([(0, data)])
@@ -218,6 +222,17 @@ class KernelCache:
     def released(self, ino: int) -> None:
         """Count the release, seen by the worker, of a handle that BPF gave out or :meth:`opened` has counted."""
         lib.bpfuse_cache_released(self._handle(), ino)
+
+    def locked(self, ino: int) -> None:
+        """Have the worker answer FLUSH and RELEASE of an inode, until as many calls of :meth:`unlocked`.
+
+        That stays so when this worker ends.
+        """
+        lib.bpfuse_cache_locked(self._handle(), ino)
+
+    def unlocked(self, ino: int) -> None:
+        """Take one :meth:`locked` back."""
+        lib.bpfuse_cache_unlocked(self._handle(), ino)
 
     def set_backing(self, ino: int, backing_id: int) -> bool:
         """Have BPF open an inode with this backing, 0: have the worker open it, when it is put the next time.
@@ -310,6 +325,12 @@ class NoKernelCache:
         pass
 
     def released(self, ino: int) -> None:
+        pass
+
+    def locked(self, ino: int) -> None:
+        pass
+
+    def unlocked(self, ino: int) -> None:
         pass
 
     def set_backing(self, ino: int, backing_id: int) -> bool:

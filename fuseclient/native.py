@@ -84,6 +84,12 @@ class Bpf:
         """Return a map's descriptor, which belongs to this object; raise :exc:`NativeError`."""
         return check(lib.bpfuse_bpf_map_fd(self._handle(), name.encode()), f"BPF map {name}")
 
+    def map_id(self, name: str) -> int:
+        """Return the number by which other processes open a map (:func:`open_map`); raise :exc:`NativeError`."""
+        number = ffi.new("__u32 *")
+        check(lib.bpfuse_bpf_map_id(self._handle(), name.encode(), number), f"BPF map {name}")
+        return int(number[0])
+
     def program_fd(self, name: str) -> int:
         """Return a program's descriptor, which belongs to this object; raise :exc:`NativeError`."""
         return check(lib.bpfuse_bpf_program_fd(self._handle(), name.encode()), f"BPF program {name}")
@@ -108,6 +114,16 @@ class Bpf:
         if self._bpf is None:
             raise ValueError("the BPF object is closed")
         return self._bpf
+
+
+def recent_slots() -> int:
+    """Return how many entries the map ``recent`` has."""
+    return int(lib.BPFUSE_RECENT_SLOTS)
+
+
+def open_map(number: int) -> int:
+    """Return a descriptor, which is the caller's to close, of a map that exists; raise :exc:`NativeError`."""
+    return check(lib.bpfuse_map_open(number), f"BPF map {number}")
 
 
 def hash_name(name: bytes, key: tuple[int, int]) -> tuple[int, int]:

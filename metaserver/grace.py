@@ -48,6 +48,11 @@ class Grace:
         """Whether no session can come back any more."""
         return self._closed.is_set() and not self._missing
 
+    @property
+    def may_change(self) -> bool:
+        """Whether a change may be made now; if not, see :meth:`over`."""
+        return self._free.is_set()
+
     def missing(self, session: bytes) -> SessionRecord | None:
         """Return the record of a session that may come back now."""
         return None if self._closed.is_set() or self._clock() >= self._until_ns else self._missing.get(session)

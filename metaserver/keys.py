@@ -19,7 +19,7 @@ V 'g' ino                               rules (chunk, version)               par
                                                                              be deleted (see chunks.py)
 V 'i' ino                               Inode                                an inode
 V 'l' directory cookie                  ino, name                            the same entry, in the listing's order
-V 'o' session ino                       nothing                              an orphan: no links, perhaps open there
+V 'o' session ino                       other sessions that it was held for  an orphan: no links, perhaps open there
 V 'p' ino chunk version index           slices                               a part of a chunk's list of slices
 V 'q' number                            a task                               deletions put off (see deferred.py)
 V 'r' slice                             u64                                  the number of chunks that use the slice
@@ -207,6 +207,11 @@ def orphan_session(key: bytes) -> bytes:
 
 def orphan_ino(key: bytes) -> int:
     return int.from_bytes(key[-8:])
+
+
+def orphans_beside(volume: int, ino: int, value: bytes) -> list[bytes]:
+    """The keys under which an inode was held for others, by the value of one."""
+    return [orphan(volume, value[at : at + 16], ino) for at in range(0, len(value), 16)]
 
 
 # Slices

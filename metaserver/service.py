@@ -19,6 +19,7 @@ from metaserver.errors import Refused, Unknown
 from metaserver.fencing import SessionRecord, Slot, Tenure
 from metaserver.grace import Grace
 from metaserver.janitor import Janitor
+from metaserver.locking import Locking, LockRequest
 from metaserver.namespace import Context
 from metaserver.sessions import Session, Sessions, changed_inodes, changed_names
 from metaserver.volumes import Volume
@@ -57,6 +58,7 @@ class Service:
         self._sessions = sessions
         self._coherence = coherence
         self._janitor = janitor
+        self._locking = Locking(sessions, lambda: self.grace)
         self._losses = engine.losses
         self._wall = wall
 
@@ -68,14 +70,14 @@ class Service:
         """Take note that a client has dropped what a break told."""
         session = caller.bound()
         if session is not None:
-            self._coherence.acknowledge(session, request.number)
+            self._coherence.acknowledge(session, request.number, request.open)
 
     async def answer(self, caller: Caller, frame: wire.Frame) -> Answer:
         """Answer any request but a Hello or a FetchDirectory; raise :exc:`~metaserver.errors.Refused`."""
         self._notice_losses()
         request = frame.request
-        if isinstance(request, wire.OpenForWriting):
-            return await self._open_for_writing(caller, request)
+        if isinstance(request, wire.OpenFile):
+            return await self._open_file(caller, request)
         if (verb := namespace.READS.get(type(request))) is not None:
             return await self._read(caller, verb, request)
         if (change := namespace.WRITES.get(type(request))) is not None:
@@ -88,6 +90,8 @@ class Service:
         if isinstance(request, wire.ClosedForWriting):
             self._coherence.closed(caller.session(), request.inos)
             return wire.Done()
+        if isinstance(request, LockRequest):
+            return self._locking.answer(caller.session(), request)
         if isinstance(request, wire.Sync):
             return await self._sync(caller)
         if isinstance(request, wire.OpenSession):
@@ -121,11 +125,13 @@ class Service:
             reply = failure(refused.code, refused.message)
         return self._granted(session, since, request, reply)
 
-    async def _open_for_writing(self, caller: Caller, request: wire.OpenForWriting) -> Answer:
+    async def _open_file(self, caller: Caller, request: wire.OpenFile) -> Answer:
         session = caller.session()
-        await self._coherence.open_for_writing(session, caller.incarnation, request.ino)
-        answer = await self._read(caller, namespace.READS[wire.OpenForWriting], request)
-        if isinstance(answer.reply, wire.Failure):
+        if request.writing:
+            await self._coherence.open_for_writing(session, caller.incarnation, request.ino)
+        await self._coherence.before_opening(session, request.ino)
+        answer = await self._read(caller, namespace.READS[wire.OpenFile], request)
+        if request.writing and isinstance(answer.reply, wire.Failure):
             self._coherence.closed(session, [request.ino])
         return answer
 
@@ -142,6 +148,8 @@ class Service:
 
     async def _write(self, caller: Caller, verb: Callable[..., Any], frame: wire.Frame) -> Answer:
         session, author = caller.session(), caller.incarnation
+        if isinstance(frame.request, wire.Reap):
+            self._coherence.reaping(session, frame.request.inos)
         await self.grace.over()
         change = self._coherence.begin(session, author, changed_names(frame.request))
         try:
@@ -168,7 +176,7 @@ class Service:
 
     def _body(self, change: Change, verb: Callable[..., Any], frame: wire.Frame) -> Callable[[Transaction], _Outcome]:
         session = change.session
-        context = Context(session.volume, session.id, self._wall())
+        now_ns = self._wall()
         slot = Slot(session.id, frame.slot, frame.sequence)
 
         def body(txn: Transaction) -> _Outcome:
@@ -176,6 +184,7 @@ class Service:
             before = fencing.outcome(txn, slot)
             if before is not None:
                 return _Outcome(before, True)
+            context = Context(session.volume, session.id, now_ns, change.openers)
             reply: wire.Reply = verb(txn, context, frame.request)
             change.check(changed_inodes(frame.request, reply))
             fencing.remember(txn, slot, reply)
@@ -204,7 +213,7 @@ class Service:
     def _grant_own(self, change: Change, since: int, grants: list[Grant]) -> wire.Break | None:
         """Grant what a change's own reply tells; return what of it is not to be kept."""
         self._notice_losses()
-        notices = [self._coherence.grant(change.session, since, grant) for grant in grants]
+        notices = [self._coherence.grant(change.session, since, grant, own=True) for grant in grants]
         refused = [notice for notice in notices if notice is not None]
         if not refused:
             return None
@@ -220,7 +229,9 @@ class Service:
         now_ns = self._sessions.clock()
         await self._engine.read(self._tenure.check)
         session = caller.session()
-        return self._sessions.renew(session, request.seen, now_ns, self._coherence.left_over(session))
+        renewed = self._sessions.renew(session, request.seen, now_ns, self._coherence.left_over(session))
+        self._locking.is_known(session)
+        return renewed
 
     def _notice_losses(self) -> None:
         """If the engine has lost what it had acknowledged, have everybody drop everything."""

@@ -133,7 +133,7 @@ class Session:
 
 
 class Sessions:
-    """The sessions and feeds of one server. ``on_end`` is called with each session that ends, once."""
+    """The sessions and feeds of one server. Each of ``on_end`` is called with each session that ends, once."""
 
     def __init__(
         self, lease_ns: int, clock: Callable[[], int], feed_changes: int = FEED_CHANGES, first_version: int = 0
@@ -142,7 +142,7 @@ class Sessions:
         self.clock = clock
         #: Where the versions of the feeds begin: above those of every earlier run.
         self.first_version = first_version
-        self.on_end: Callable[[Session], None] = lambda session: None
+        self.on_end: list[Callable[[Session], None]] = []
         self._feed_changes = feed_changes
         self._sessions: dict[bytes, Session] = {}
         self._feeds: dict[int, Feed] = {}
@@ -220,7 +220,8 @@ class Sessions:
         """End a session: from here on it is refused, in transactions that wait for the engine too."""
         session.ended = True
         if self._sessions.pop(session.id, None) is not None:
-            self.on_end(session)
+            for each in self.on_end:
+                each(session)
 
     def expired(self) -> list[Session]:
         """Return the sessions whose lease has run out."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from metaserver import keys, records, wire
 from metaserver.engine.base import Snapshot, Transaction
@@ -33,6 +34,8 @@ class Context:
     volume: Volume
     session: bytes
     now_ns: int
+    #: Other sessions that have inodes open, of those that this change is about to unlink.
+    openers: Mapping[int, Collection[bytes]] = field(default_factory=dict)
 
 
 def create_volume(txn: Transaction, request: wire.CreateVolume, now_ns: int) -> Volume:

@@ -34,10 +34,11 @@ def list_xattrs(snapshot: Snapshot, context: Context, request: wire.ListXattrs) 
 
 
 def set_xattr(txn: Transaction, context: Context, request: wire.SetXattr) -> wire.Changed:
-    """Set a value; ``create`` and ``replace`` ask that it is, or is not, new. NO_SPACE when there are too many."""
+    """Set a value; ``create`` and ``replace`` ask that it is, or is not, new: both never are, and are refused.
+
+    XATTR_EXISTS, NO_XATTR, and NO_SPACE when there are too many.
+    """
     _check_name(request.name)
-    if request.create and request.replace:
-        raise Refused(ErrorCode.INVALID, "an extended attribute cannot be both created and replaced")
     edit = Edit(txn, context)
     inode = edit.inode(request.ino)
     key = keys.xattr(context.volume.id, inode.ino, request.name)

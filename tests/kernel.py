@@ -53,7 +53,9 @@ class Answer(NamedTuple):
     payload: bytes
 
 
-def attributes(ino: int, mode: int = REGULAR, size: int = 0, *, xattrs: bool = False, nlink: int = 1) -> Attributes:
+def attributes(
+    ino: int, mode: int = REGULAR, size: int = 0, *, xattrs: bool = False, nlink: int = 1, version: int = 5
+) -> Attributes:
     """Return attributes whose every field differs."""
     return Attributes(
         ino=ino,
@@ -67,7 +69,7 @@ def attributes(ino: int, mode: int = REGULAR, size: int = 0, *, xattrs: bool = F
         mtime_ns=1_700_000_000_000_000_002,
         ctime_ns=1_800_000_000_000_000_003,
         flags=int(xattrs),
-        version=5,
+        version=version,
     )
 
 

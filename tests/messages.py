@@ -22,6 +22,7 @@ ATTRIBUTES: Final = wire.Attributes(
 )
 ENTRY: Final = wire.DirectoryEntry(b"\xff name", 3, ATTRIBUTES, b"content")
 SLICE: Final = wire.Slice(0, 4096, 5, 0)
+LOCK: Final = wire.Lock(5, -(2**63), True, 0, 2**63 - 1, True, 2**32 - 1)
 SESSION: Final = bytes(range(16))
 
 REQUESTS: Final[list[wire.Request]] = [
@@ -55,13 +56,17 @@ REQUESTS: Final[list[wire.Request]] = [
     wire.Allocate(2, 0, 4096, True, True),
     wire.CopyRange(2, 0, 3, 4096, 2**63 - 1),
     wire.Seek(2, 4096, True),
-    wire.OpenForWriting(5),
+    wire.OpenFile(5, True),
     wire.ClosedForWriting([5, 2**48 - 1]),
     wire.Sync(),
     wire.CompactSlices(2, 0, 1, bytes(16), [SLICE]),
     wire.InspectSlices([1, 2]),
     wire.RetireSlices([1, 2]),
-    wire.Acknowledge(7),
+    wire.TestLock(LOCK),
+    wire.SetLock(LOCK, 2**63 - 1, True, True),
+    wire.CancelLock(7),
+    wire.HoldLocks([LOCK], True),
+    wire.Acknowledge(7, [5, 2**48 - 1]),
 ]
 
 REPLIES: Final[list[wire.Reply]] = [
@@ -81,7 +86,11 @@ REPLIES: Final[list[wire.Reply]] = [
     wire.Statistics(1, 2, 3, 4),
     wire.Sought(4096, True),
     wire.SlicesInspected([1], [2], [3]),
-    wire.Break(7, [(1, b"name")], [1, 2], True),
+    wire.LockIs(LOCK),
+    wire.LockAnswer(wire.LockOutcome.DEADLOCK),
+    wire.LocksLost([0, 2**32 - 1]),
+    wire.LockSettled(7, wire.LockOutcome.CANCELLED),
+    wire.Break(7, [(1, b"name")], [1, 2], True, [3]),
 ]
 
 

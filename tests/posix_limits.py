@@ -23,7 +23,6 @@ LIMITS: Final[tuple[Limit, ...]] = (
     Limit(
         "far_times", "year 2400: set", "times are kept from 1677 to 2262, to the nanosecond; others become the nearest"
     ),
-    Limit("xattr_flags", "user.new with 3*", "pyfuse3 takes XATTR_CREATE and XATTR_REPLACE together for neither"),
     Limit(
         "rename_open_files", "whiteout", "only overlayfs asks for whiteouts, and the kernel takes no FUSE as its upper"
     ),

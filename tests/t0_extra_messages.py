@@ -27,6 +27,7 @@ WHOLE: dict[int, tuple[bytes, messages.Body]] = {
         struct.pack("=7Q", 1, 2, 3, 4, 5, 6, 7),
         messages.CopyFileRange(1, 2, 3, 4, 5, 6, 7, size_64=True),
     ),
+    Opcode.SETXATTR: (struct.pack("=II", 3, 2) + b"user.a\0v\0w", messages.SetXattr(b"user.a", b"v\0w", 2)),
     Opcode.TMPFILE: (struct.pack("=IIII", 2, 0o644, 0o22, 0) + b"/\0", messages.Tmpfile(2, 0o644)),
 }
 

@@ -240,10 +240,11 @@ def test_a_listing_is_gone_on_with_by_its_own_handles(bpf: Kernel) -> None:
         fill(bpf, entries)
         assert ask(bpf, 2, fh=old, plus=False) == expected(entries, plus=False)[2:]
         bpf.cache.put_inode(attributes(TOP, DIRECTORY))
-    bpf.cache.drop_listing(TOP)
+    bpf.cache.put_inode(attributes(TOP, DIRECTORY, version=6))
+    assert not is_listed(bpf)
     fill(bpf, entries)
     new = struct.unpack_from("<Q", bpf.ask(kernel.opendir(TOP)).payload)[0]
-    worker = 5 << 52 | TOP
+    worker = 6 << 48 | TOP
     for fh in (old, worker, FH_KERNEL | TOP):
         assert missed(bpf, 2, fh=fh, plus=False) == "MISS_HANDLE"
         assert ask(bpf, 0, fh=fh, plus=False) == expected(entries, plus=False)
@@ -283,10 +284,13 @@ def test_a_listing_goes_with_its_directory(bpf: Kernel) -> None:
 def test_a_directory_put_anew_keeps_its_listing(bpf: Kernel) -> None:
     entries = entries_of(b"file")
     fill(bpf, entries)
-    bpf.cache.put_inode(attributes(TOP, DIRECTORY, size=77))
+    bpf.cache.put_inode(attributes(TOP, DIRECTORY))
     assert ask(bpf, plus=True) == expected(entries, plus=True)
-    bpf.cache.put(OTHER, [wire.DirectoryEntry(b"top", 1, attributes(TOP, DIRECTORY, size=78), None)])
+    bpf.cache.put(OTHER, [wire.DirectoryEntry(b"top", 1, attributes(TOP, DIRECTORY), None)])
     assert ask(bpf, plus=True) == expected(entries, plus=True)
+    bpf.cache.put_inode(attributes(TOP, DIRECTORY, version=6))
+    assert not is_listed(bpf)
+    fill(bpf, entries)
     bpf.cache.bump_epoch()
     bpf.cache.put_inode(attributes(TOP, DIRECTORY))
     assert not is_listed(bpf)
@@ -345,7 +349,7 @@ def test_entries_that_are_not_whole_are_refused(bpf: Kernel, cut: int) -> None:
 def test_the_next_worker_drops_the_listings_of_this_one(bpf: Kernel) -> None:
     fill(bpf, entries_of(b"file"))
     second = KernelCache(bpf.fds)
-    second.put_inode(attributes(TOP, DIRECTORY, size=9))
+    second.put_inode(attributes(TOP, DIRECTORY))
     assert is_listed(bpf)
     second.drop_listing(TOP)
     assert not is_listed(bpf)

@@ -123,9 +123,28 @@ def test_an_inode_put_anew_replaces_attributes_and_content(bpf: Kernel) -> None:
     bpf.cache.put_inode(attributes(2, size=3), b"one")
     bpf.cache.put_inode(attributes(2, size=5), b"three")
     assert read_all(bpf, 2) == b"three"
-    bpf.cache.put_inode(attributes(2, size=5))
+    bpf.cache.put_inode(attributes(2, size=5, version=6))
     assert outcome(bpf, kernel.read(2, 0, 10)) == "MISS_DATA"
     assert outcome(bpf, kernel.getattr_(2)) == "ANSWERED"
+
+
+def test_attributes_alone_leave_the_content_of_the_same_version(bpf: Kernel) -> None:
+    data = content(2, 1, 5000)
+    bpf.cache.put_inode(attributes(2, size=5000), data)
+    bpf.cache.put_inode(attributes(2, size=5000))
+    bpf.cache.put(ROOT, [file_entry(2, None, 5000)])
+    assert read_all(bpf, 2) == data
+    for changed in (attributes(2, size=5000, version=6), attributes(2, size=4999), attributes(2, mode=0, size=5000)):
+        bpf.cache.put_inode(changed)
+        assert read_all(bpf, 2) is None
+        bpf.cache.put_inode(attributes(2, size=5000), data)
+    bpf.cache.drop_inode(2)
+    bpf.cache.put_inode(attributes(2, size=5000))
+    assert read_all(bpf, 2) is None
+    bpf.cache.put_inode(attributes(2, size=5000), data)
+    bpf.cache.bump_epoch()
+    bpf.cache.put_inode(attributes(2, size=5000))
+    assert read_all(bpf, 2) is None
 
 
 def test_a_symlinks_target_is_content(bpf: Kernel) -> None:
@@ -212,6 +231,8 @@ def test_the_ring_never_shows_foreign_bytes(make: MakeKernel, seed: int) -> None
             put[ino] = content(ino, generation, size)
             batch.append(file_entry(ino, put[ino]))
         bpf.cache.put(ROOT, batch)
+        for ino in chance.sample(sorted(put), min(3, len(put))):
+            bpf.cache.put_inode(attributes(ino, size=len(put[ino])))
         if generation % 10 == 3:
             bpf.cache.drop_inode(chance.choice(list(put)))
         if generation % 50 == 30:

@@ -58,9 +58,10 @@ async def test_root(fs: Files) -> None:
 
 
 async def test_tables_cover_the_protocol() -> None:
-    session = {wire.OpenSession, wire.Renew, wire.Sync, wire.CloseSession, wire.Acknowledge}
+    session = {wire.OpenSession, wire.Renew, wire.Sync, wire.CloseSession, wire.ClosedForWriting, wire.Acknowledge}
     server = {wire.Hello, wire.CreateVolume, *session}
-    assert {*namespace.READS, *namespace.WRITES, *server} == set(wire.Request.__args__)
+    locks = {wire.TestLock, wire.SetLock, wire.CancelLock, wire.HoldLocks}
+    assert {*namespace.READS, *namespace.WRITES, *server, *locks, wire.ClosedForWriting} == set(wire.Request.__args__)
     assert not namespace.READS.keys() & namespace.WRITES.keys()
 
 
@@ -450,7 +451,8 @@ async def test_xattr_create_and_replace(fs: Files) -> None:
     await fs.change(wire.SetXattr(ROOT, b"user.a", b"1", create=True))
     await fs.refused(ErrorCode.XATTR_EXISTS, wire.SetXattr(ROOT, b"user.a", b"2", create=True))
     await fs.change(wire.SetXattr(ROOT, b"user.a", b"3", replace=True))
-    await fs.refused(ErrorCode.INVALID, wire.SetXattr(ROOT, b"user.a", b"", create=True, replace=True))
+    await fs.refused(ErrorCode.XATTR_EXISTS, wire.SetXattr(ROOT, b"user.a", b"", create=True, replace=True))
+    await fs.refused(ErrorCode.NO_XATTR, wire.SetXattr(ROOT, b"user.b", b"", create=True, replace=True))
     assert (await fs.call(wire.GetXattr(ROOT, b"user.a"), wire.XattrIs)).value == b"3"
 
 

@@ -226,3 +226,26 @@ async def test_the_end_of_the_socket(channel: Channel) -> None:
     channel.send(Opcode.LSEEK, ROOT, bytes(24))
     channel.socket.close()
     await channel.extra.close()
+
+
+async def _set_xattr(channel: Channel, ino: int, name: bytes, value: bytes, flags: int) -> None:
+    body = struct.pack("=II", len(value), flags) + name + b"\0" + value
+    assert await channel.request(Opcode.SETXATTR, ino, body) == b""
+
+
+async def test_extended_attributes_that_must_or_must_not_be_there(channel: Channel) -> None:
+    ino, _ = await _open(channel, b"file")
+    with fails(errno.ENODATA):
+        await _set_xattr(channel, ino, b"user.a", b"1", os.XATTR_REPLACE)
+    await _set_xattr(channel, ino, b"user.a", b"2", os.XATTR_CREATE)
+    with fails(errno.EEXIST):
+        await _set_xattr(channel, ino, b"user.a", b"3", os.XATTR_CREATE)
+    await _set_xattr(channel, ino, b"user.a", bytes(wire.MAX_XATTR_VALUE), os.XATTR_REPLACE)
+    assert await channel.rig.ops.getxattr(ino, b"user.a", ME) == bytes(wire.MAX_XATTR_VALUE)
+    for name, value, number in (
+        (b"user.b", bytes(wire.MAX_XATTR_VALUE + 1), errno.ENOSPC),
+        (b"system.posix_acl_access", b"", errno.EOPNOTSUPP),
+        (b"other.name", b"", errno.EOPNOTSUPP),
+    ):
+        with fails(number):
+            await _set_xattr(channel, ino, name, value, 0)

@@ -187,7 +187,7 @@ async def _every_request(client: Client) -> None:
     assert (await change(wire.Allocate(copy.ino, 0, 100_000, False, False))).attributes[0].size == 100_000
     assert (await change(wire.CopyRange(file.ino, 0, copy.ino, 0, 5000))).done == 5000
     assert (await call(wire.Seek(copy.ino, 0, True), wire.Sought)).offset == 5000
-    assert (await call(wire.OpenForWriting(copy.ino), wire.Found)).attributes.ino == copy.ino
+    assert (await call(wire.OpenFile(copy.ino, True), wire.Found)).attributes.ino == copy.ino
     await call(wire.ClosedForWriting([copy.ino]), wire.Done)
     await call(wire.Reap([copy.ino]), wire.Done)
     assert (await call(wire.GetStatistics(), wire.Statistics)).inodes >= 4

@@ -54,6 +54,7 @@ class Maps:
         self.listings: dict[int, bytes] = {}
         self.listing_limit = 1 << 30
         self.opens: dict[int, int] = {}
+        self.locks: dict[int, int] = {}
         self.backings: dict[int, int] = {}
         self.deadline_ns = 0
         self.epoch = 0
@@ -118,6 +119,12 @@ class Maps:
 
     def opened(self, ino: int) -> None:
         self.opens[ino] = self.opens.get(ino, 0) + 1
+
+    def locked(self, ino: int) -> None:
+        self.locks[ino] = self.locks.get(ino, 0) + 1
+
+    def unlocked(self, ino: int) -> None:
+        self.locks[ino] -= 1
 
     def released(self, ino: int) -> None:
         self.opens[ino] -= 1

@@ -73,7 +73,7 @@ class Mount:
             await self._start_server()
             await self._start_chosen()
             self._control = await control_server.serve(
-                self.directory.control_socket, {"stats": self.stats, "stop": self._stop_command}
+                self.directory.control_socket, {"stats": self.stats, "trace": self.trace, "stop": self._stop_command}
             )
             self._write_record()
         except BaseException:
@@ -293,6 +293,10 @@ class Mount:
             worker_pid=worker.pid if worker is not None and worker.running else None,
             restarts=self.restarts,
         )
+
+    async def trace(self) -> dict[str, Any]:
+        """Return what ``bpfuse trace`` needs to tell who answered: the number of the map ``recent``."""
+        return {"recent": self._bpf.map_id("recent") if self._bpf is not None else None}
 
     async def _stop_command(self) -> dict[str, Any]:
         await self.unmount()

@@ -27,9 +27,10 @@ _COPY_64_REPLY: Final = struct.Struct("=Q")
 _ENTRY: Final = struct.Struct("=QQQQIIQQQQQQIIIIIIIIII")
 _OPEN: Final = struct.Struct("=QII")
 _OPEN_REQUEST: Final = struct.Struct("=II")
+_SETXATTR: Final = struct.Struct("=II")
 
-#: The longest message that is a request of these kinds, in bytes: a TMPFILE with a name of 255 bytes is shorter.
-MESSAGE_MAX: Final = 4096
+#: The longest message that is a request of these kinds, in bytes: a SETXATTR of the longest name and value is shorter.
+MESSAGE_MAX: Final = 65536 + 4096
 _INT64: Final = 1 << 63
 _SECOND_NS: Final = 1_000_000_000
 _FOPEN_DIRECT_IO: Final = 1 << 0
@@ -50,6 +51,7 @@ class Opcode(enum.IntEnum):
     """The opcodes of this socket."""
 
     OPEN = 14
+    SETXATTR = 21
     INTERRUPT = 36
     FALLOCATE = 43
     LSEEK = 46
@@ -70,6 +72,14 @@ class Header(NamedTuple):
 
 
 class Open(NamedTuple):
+    flags: int
+
+
+class SetXattr(NamedTuple):
+    """``flags``: XATTR_CREATE and XATTR_REPLACE."""
+
+    name: bytes
+    value: bytes
     flags: int
 
 
@@ -116,7 +126,7 @@ class Unknown(NamedTuple):
     """A request of a kind that is not decoded."""
 
 
-Body: TypeAlias = Open | Fallocate | Lseek | CopyFileRange | Tmpfile | Interrupt | Unknown
+Body: TypeAlias = Open | SetXattr | Fallocate | Lseek | CopyFileRange | Tmpfile | Interrupt | Unknown
 
 
 def decode(message: bytes) -> tuple[Header, Body]:
@@ -142,6 +152,12 @@ def _decode_body(opcode: int, body: bytes) -> Body:
     match opcode:
         case Opcode.OPEN:
             return Open(_OPEN_REQUEST.unpack(body)[0])
+        case Opcode.SETXATTR:
+            size, flags = _SETXATTR.unpack_from(body)
+            name, end, value = body[_SETXATTR.size :].partition(b"\0")
+            if not end or len(value) != size:
+                raise ValueError(f"a value of {len(value)} bytes that says {size}")
+            return SetXattr(name, value, flags)
         case Opcode.FALLOCATE:
             fh, offset, length, mode, _ = _FALLOCATE.unpack(body)
             _check_range(offset, length)

@@ -1,5 +1,5 @@
-"""The FUSE requests that pyfuse3 has no method for: FALLOCATE, LSEEK, COPY_FILE_RANGE and TMPFILE; and OPEN, which it
-cannot answer with a backing for passthrough.
+"""The FUSE requests that pyfuse3 has no method for: FALLOCATE, LSEEK, COPY_FILE_RANGE and TMPFILE; OPEN, which it
+cannot answer with a backing for passthrough; and SETXATTR, of which it makes two requests when it has flags.
 
 They come over a socket of their own, one message each, and are answered on it, each by a task of its own; what is not
 known here is answered ENOSYS, after which the kernel does without. This is an edge to the kernel, as operations.py is
@@ -129,6 +129,10 @@ class ExtraOps:
         match body:
             case messages.Open():
                 return messages.encode_open(*await self._operations.open_file(header.nodeid, body.flags))
+            case messages.SetXattr(name, value, flags):
+                create, replace = bool(flags & os.XATTR_CREATE), bool(flags & os.XATTR_REPLACE)
+                await self._operations.set_xattr(header.nodeid, name, value, create=create, replace=replace)
+                return b""
             case messages.Fallocate():
                 return await self._fallocate(header, body)
             case messages.Lseek():

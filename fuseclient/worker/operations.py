@@ -99,6 +99,7 @@ class Operations(pyfuse3.Operations):
         self._opened = parts.opened
         self._kernel = parts.kernel
         self._open_handles = parts.open_handles
+        self._serials = handles.Serials()
         self._passthrough = parts.passthrough
         self._on_read = parts.on_read
         self._generation = parts.generation % handles.GENERATIONS
@@ -352,12 +353,19 @@ class Operations(pyfuse3.Operations):
 
     @answered_of_inode
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        """Set an xattr. The channel sends SETXATTR to extra_ops.py, which knows its flags."""
+        await self.set_xattr(inode, name, value)
+
+    async def set_xattr(
+        self, ino: int, name: bytes, value: bytes, *, create: bool = False, replace: bool = False
+    ) -> None:
+        """Set an xattr, which must not be there, or must."""
         _check_xattr(name)
         if name.startswith(_ACLS):
             raise FUSEError(errno.EOPNOTSUPP)
         if len(value) > wire.MAX_XATTR_VALUE:
             raise FUSEError(errno.ENOSPC)
-        await self._change_inode(wire.SetXattr(inode, name, value))
+        await self._change_inode(wire.SetXattr(ino, name, value, create, replace))
 
     @answered_of_inode
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -391,7 +399,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def releasedir(self, fh: int) -> None:
-        self._released(handles.decode(fh))
+        self._released(fh)
 
     @answered
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
@@ -407,7 +415,7 @@ class Operations(pyfuse3.Operations):
     async def open_file(self, ino: int, flags: int, *, passthrough: bool = True) -> tuple[FileInfo, Opening | None]:
         """Open a file, and say from which backing the kernel may read it."""
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        with self._feeder.begin() as token:
+        with self._feeder.begin() as token, self._opening(ino):
             attributes, fresh = await self._open_inode(token, ino, writing=writing)
             if writing:
                 self._begin_writing(attributes, fresh)
@@ -419,8 +427,8 @@ class Operations(pyfuse3.Operations):
                 if writing:
                     await self._end_writing(ino)
                 raise
-        # The handle is counted before anything is awaited: see passthrough.py.
-        handle = self._handle(ino, writing=writing)
+            # The handle is counted before anything is awaited: see passthrough.py.
+            handle = self._handle(ino, writing=writing)
         keep = self._opened.opened(ino, attributes.version)
         self._feeder.paged.add(ino)
         return FileInfo(fh=handle, keep_cache=keep), opening
@@ -534,21 +542,36 @@ class Operations(pyfuse3.Operations):
             self._passthrough.end_writing(handle.ino, lambda: self._end_writing(handle.ino))
         elif written:
             await self._end_writing(handle.ino)
-        self._released(handle)
+        self._released(fh)
 
     # Handles
 
     def _handle(self, ino: int, *, writing: bool) -> int:
         self._open_handles[ino] += 1
         self._cache.opened(ino)
-        return handles.encode(ino, writing=writing, generation=self._generation)
+        return handles.encode(ino, writing=writing, generation=self._generation, serial=self._serials.take(ino))
 
-    def _released(self, handle: handles.Handle) -> None:
+    @contextlib.contextmanager
+    def _opening(self, ino: int) -> Iterator[None]:
+        """An inode is being opened: to who asks it is open already."""
+        self._open_handles[ino] += 1
+        try:
+            yield
+        finally:
+            self._closed_here(ino)
+
+    def _closed_here(self, ino: int) -> None:
+        self._open_handles[ino] -= 1
+        if not self._open_handles[ino]:
+            del self._open_handles[ino]
+
+    def _released(self, fh: int) -> None:
+        handle = handles.decode(fh)
         self._cache.released(handle.ino)
         if not handle.kernel and handle.generation == self._generation:
-            self._open_handles[handle.ino] -= 1
-            if not self._open_handles[handle.ino]:
-                del self._open_handles[handle.ino]
+            self._serials.give_back(fh)
+            self._closed_here(handle.ino)
+            if handle.ino not in self._open_handles:
                 self._reader.closed(handle.ino)
         self._passthrough.released(handle.ino)
         self._orphans.closed(handle.ino)
@@ -570,8 +593,7 @@ class Operations(pyfuse3.Operations):
         """Return the attributes of a file that is being opened, and whether they are fresh."""
         if writing:
             self._closings.opening(ino)
-        request = wire.OpenForWriting(ino) if writing else wire.GetAttributes(ino)
-        attributes = (await self._session.call(request, wire.Found)).attributes
+        attributes = (await self._session.call(wire.OpenFile(ino, writing), wire.Found)).attributes
         return attributes, self._feeder.inode(token, attributes)
 
     def _begin_writing(self, attributes: wire.Attributes, fresh: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final, TypeVar, cast
 
 from metaserver import wire
@@ -143,9 +143,13 @@ class Connection:
         """
         self._protocol.on_break = callback
 
-    def acknowledge(self, number: int) -> None:
-        """Tell the metaserver that all a break told has left every cache. Waits for nothing."""
-        self._protocol.acknowledge(number)
+    def on_lock_settled(self, callback: Callable[[wire.LockSettled], object]) -> None:
+        """Hand to ``callback``, as they come, the outcomes of requests for locks that were answered WAITING."""
+        self._protocol.on_lock_settled = callback
+
+    def acknowledge(self, number: int, still_open: Sequence[int] = ()) -> None:
+        """Tell the metaserver that all a break told has left every cache, and what is open here. Waits for nothing."""
+        self._protocol.acknowledge(number, still_open)
 
     def when_lost(self, callback: Callable[[], object]) -> None:
         """Call back, on the event loop, once the connection is closed."""
@@ -165,6 +169,7 @@ class _Protocol(asyncio.Protocol):
         self._waiting: dict[int, asyncio.Future[wire.Reply] | asyncio.Queue[wire.Reply | Disconnected]] = {}
         self._last_id = 0
         self.on_break: Callable[[wire.Break], object] = lambda told: self.acknowledge(told.number)
+        self.on_lock_settled: Callable[[wire.LockSettled], object] = lambda settled: None
         self._resumed: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -196,15 +201,17 @@ class _Protocol(asyncio.Protocol):
                 waiter.set_result(reply)
         elif request_id == 0 and isinstance(reply, wire.Break):
             self.on_break(reply)
+        elif request_id == 0 and isinstance(reply, wire.LockSettled):
+            self.on_lock_settled(reply)
         elif request_id == 0 and isinstance(reply, wire.Failure):
             self.fail(f"the metaserver gave up the connection: {reply.message}")
         elif not 0 < request_id <= self._last_id:
             raise wire.Malformed(f"a reply to request {request_id}, which was never sent")
 
-    def acknowledge(self, number: int) -> None:
+    def acknowledge(self, number: int, still_open: Sequence[int] = ()) -> None:
         """Send an acknowledgement, unless the connection is lost or nobody waits for it."""
         if number and self.lost is None and self._transport is not None:
-            self._transport.write(wire.encode(0, wire.Acknowledge(number)))
+            self._transport.write(wire.encode(0, wire.Acknowledge(number, list(still_open))))
 
     def send(
         self,

@@ -1,9 +1,16 @@
 """The LMDB engine: one directory, one process, durable when a write returns.
 
-LMDB has one writer at a time, and a write transaction belongs to the thread that began it; so one thread writes. It
-takes every transaction that waits, runs each as a nested transaction of one outer transaction, commits that with one
-fsync and answers them all: the more writers, the fewer fsyncs each. Reads run on a thread of their own, because a page
-that is not in memory must not hold up the event loop; those that wait together share one snapshot.
+LMDB has one writer at a time, and a write transaction is begun and committed by the same thread; so one thread writes.
+It takes every transaction that waits, runs each within one outer transaction, commits that with one fsync and answers
+them all: the more writers, the fewer fsyncs each. What a body writes is put into the outer transaction when it has
+returned, so one that fails leaves nothing behind. Reads run on a thread of their own, because a page that is not in
+memory must not hold up the event loop; those that wait together share one snapshot.
+
+While the writer's thread has nothing to do, its outer transaction lies open, and a body runs in it at once on the
+loop's thread: handing a few microseconds' work to another thread and back costs ten times as much as the work. LMDB
+wants a lock to be given back by the thread that took it, and only one at a time to use a transaction; both hold, as
+the thread waits meanwhile. What a body reads is near what was just written, so in memory. Only the commit is handed
+over.
 
 A *lazy* write is answered before it is committed: the outer transaction stays open for up to ``LAZY_S`` (in a lazy
 engine, where every write is lazy, ``INTERVAL_S``), or until a write that is not lazy, or a sync, and whoever reads
@@ -25,7 +32,6 @@ import fcntl
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -53,9 +59,16 @@ _MOST_HELD: Final = 4096
 _RESERVED_PART: Final = 16
 _RESERVED_PAGES: Final = (128, 16384)
 _NO_LARGER: Final = 64
+#: Bytes of the map that the writing of one key may take up beside its value.
+_WRITE_COST: Final = 16 * 1024
 #: With less free than this, in bytes of the file system or as a part of the map, no commit is put off.
 _AMPLE_BYTES: Final = 64 * 1024 * 1024
 _AMPLE_PART: Final = 8
+#: Bytes of zeros that are laid behind the last page at once, and by one call; half of them is when to lay more.
+_FILLED_BYTES: Final = 8 * 1024 * 1024
+_FILLED_STEP: Final = 1024 * 1024
+#: The part of the map's free bytes that an outer transaction may take up before it is looked at closely.
+_SPARE_PART: Final = 4
 
 
 @dataclass(slots=True)
@@ -63,7 +76,8 @@ class _Job:
     """A body, the future that waits for it, and its outcome until the whole batch is known."""
 
     body: Callable[[Any], Any]
-    future: asyncio.Future[Any]
+    #: None: nobody waits in another thread.
+    future: asyncio.Future[Any] | None
     reads: bool = False
     syncs: bool = False
     lazy: bool = False
@@ -80,7 +94,7 @@ class _Job:
 
     def answer(self) -> None:
         """Tell the waiting task, if it still waits; on the loop's thread."""
-        if self.future.done():
+        if self.future is None or self.future.done():
             return
         if self.error is None:
             self.future.set_result(self.result)
@@ -88,32 +102,39 @@ class _Job:
             self.future.set_exception(self.error)
 
 
-def _answer(jobs: list[_Job]) -> None:
-    for job in jobs:
-        job.answer()
-
-
 class _Worker:
-    """A thread that takes jobs in batches and hands each batch to ``process``, and an empty one when it is ``due``.
+    """A thread that takes jobs in batches and hands each batch to ``process``.
 
-    ``due`` gives the seconds until then; without it, or if it gives ``None``, that is never.
+    ``then`` is called when a batch was answered, and ``last`` at the thread's end.
     """
 
     def __init__(
-        self, name: str, process: Callable[[list[_Job]], None], due: Callable[[], float | None] = lambda: None
+        self,
+        name: str,
+        process: Callable[[list[_Job]], None],
+        then: Callable[[], None] = lambda: None,
+        last: Callable[[], None] = lambda: None,
     ) -> None:
         self._process = process
-        self._due = due
+        self._then = then
+        self._last = last
+        self._waiting = 0
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every job was answered: the thread does nothing until the next one."""
+        return self._waiting == 0
 
     def submit(
         self, body: Callable[[Any], Any], *, reads: bool = False, syncs: bool = False, lazy: bool = False
     ) -> asyncio.Future[Any]:
         """Queue a body; the future has its outcome."""
         self._loop = asyncio.get_running_loop()
+        self._waiting += 1
         future: asyncio.Future[Any] = self._loop.create_future()
         self._jobs.put(_Job(body, future, reads, syncs, lazy))
         return future
@@ -136,13 +157,20 @@ class _Worker:
                 continue
             with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
                 assert self._loop is not None
-                self._loop.call_soon_threadsafe(_answer, jobs)
+                self._loop.call_soon_threadsafe(self._answer, jobs)
+            self._then()
+        self._last()
+
+    def _answer(self, jobs: list[_Job]) -> None:
+        self._waiting -= len(jobs)
+        for job in jobs:
+            job.answer()
 
     def _take(self) -> tuple[list[_Job], bool]:
-        """Wait for a job, or until it is due; return all jobs that are there, and whether more will come."""
+        """Wait for a job; return all jobs that are there, and whether more will come."""
         jobs: list[_Job] = []
         with contextlib.suppress(Empty):
-            job = self._jobs.get(timeout=self._due())
+            job = self._jobs.get()
             while job is not None:
                 jobs.append(job)
                 if len(jobs) == _BATCH:
@@ -204,30 +232,51 @@ class _LmdbSnapshot(Snapshot):
 
 
 class _LmdbTransaction(Transaction):
+    """What a body sees; what it writes is kept here until :meth:`apply`."""
+
     def __init__(self, txn: lmdb.Transaction, directory: str) -> None:
         super().__init__()
-        self._txn = txn
         self._view = _LmdbView(txn, directory)
-        #: Bytes of keys and values that the data has become larger by.
-        self.growth = 0
+        self._writes: dict[bytes, bytes | None] = {}
 
     def get(self, key: bytes) -> bytes | None:
-        return self._view.get(key)
+        return self._writes[key] if key in self._writes else self._view.get(key)
 
     def range(self, start: bytes, end: bytes, limit: int | None = None, reverse: bool = False) -> list[Row]:
-        return self._view.range(start, end, limit, reverse)
+        own = {key: value for key, value in self._writes.items() if start <= key < end}
+        if not own:
+            return self._view.range(start, end, limit, reverse)
+        stored = self._view.range(start, end, None if limit is None else limit + len(own), reverse)
+        rows = [row for row in stored if row[0] not in own]
+        rows += [(key, value) for key, value in own.items() if value is not None]
+        return sorted(rows, reverse=reverse)[:limit]
 
     def space(self) -> Space:
         return self._view.space()
 
     def _put(self, key: bytes, value: bytes) -> None:
-        old = self._txn.get(key)
-        self.growth += len(value) - len(old) if old is not None else len(key) + len(value)
-        self._txn.put(key, value)
+        self._writes[key] = value
 
     def _delete(self, key: bytes) -> None:
-        old = self._txn.pop(key)
-        self.growth -= len(key) + len(old) if old is not None else 0
+        self._writes[key] = None
+
+    @property
+    def cost(self) -> int:
+        """Bytes of the map that the writes may take up at most, by estimate: each may split pages on its way."""
+        return sum(_WRITE_COST + len(value or b"") for value in self._writes.values())
+
+    def apply(self, txn: lmdb.Transaction) -> int:
+        """Write what was kept; return how many bytes of keys and values the data has become larger by."""
+        growth = 0
+        for key, value in self._writes.items():
+            old = txn.get(key)
+            growth -= 0 if old is None else len(key) + len(old)
+            if value is None:
+                txn.delete(key)
+            else:
+                growth += len(key) + len(value)
+                txn.put(key, value)
+        return growth
 
 
 def _space(directory: str) -> Space:
@@ -253,16 +302,24 @@ class LmdbEngine(Engine):
             raise
         self._closed = False
         self._main = self._env.open_db()
-        self._usable_pages = _usable_pages(self._map_bytes, self._env.stat()["psize"])
-        #: The writer's: the outer transaction, when it is to be committed (monotonic), and how much it holds.
+        self._page_bytes: int = self._env.stat()["psize"]
+        self._usable_pages = _usable_pages(self._map_bytes, self._page_bytes)
+        #: How far the file is known to reach.
+        self._filled = 0
+        #: The outer transaction, how many writes it holds, and how many bytes of the map they may take up before each
+        #: of them has to be a nested transaction. The writer's thread's, or while that is idle the loop's.
         self._outer: lmdb.Transaction | None = None
-        self._due_s = 0.0
         self._held = 0
-        #: Whether writes were answered that are not committed.
-        self._acknowledged = False
+        self._spare = 0
+        #: What went wrong in it on the loop's thread.
+        self._failure: Exception | None = None
+        #: How many of its writes were answered, though they are not committed.
+        self._acknowledged = 0
+        #: The loop's, that sees to their commit.
+        self._timer: asyncio.TimerHandle | None = None
         self._losses = 0
         self._reader = _Worker("lmdb-read", self._read_batch)
-        self._writer = _Worker("lmdb-write", self._write_batch, self._seconds_left)
+        self._writer = _Worker("lmdb-write", self._write_batch, self._prepare, self._end_outer)
 
     @property
     def is_lazy(self) -> bool:
@@ -283,18 +340,55 @@ class LmdbEngine(Engine):
 
     async def _attempt(self, body: Callable[[Transaction], T], lazy: bool) -> T:
         self._check_open()
-        result: T = await self._writer.submit(body, lazy=lazy or self._lazy)
+        lazy = lazy or self._lazy
+        if self._writer.is_idle and self._outer is not None:
+            return await self._write_here(self._outer, body, lazy)
+        result: T = await self._writer.submit(body, lazy=lazy)
+        self._commit_in_time()
         return result
+
+    async def _write_here(self, outer: lmdb.Transaction, body: Callable[[Transaction], T], lazy: bool) -> T:
+        """Run a body on this thread, with the writer's idle, and have that commit it, now or later."""
+        job = _Job(body, None, lazy=lazy)
+        try:
+            self._run_in(outer, job)
+        except Exception as error:
+            self._failure = error
+            await self._commit_soon()
+        if job.error is not None:
+            raise job.error
+        if lazy and self._held < _MOST_HELD and self._is_ample():
+            self._acknowledged += 1
+            self._commit_in_time()
+        elif self._held:
+            await self._commit_soon()
+        return cast(T, job.result)
+
+    def _commit_in_time(self) -> None:
+        if self._acknowledged and self._timer is None:
+            delay_s = INTERVAL_S if self._lazy else LAZY_S
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._in_time)
+
+    def _in_time(self) -> None:
+        self._timer = None
+        if self._acknowledged:
+            # Who is to know of a failure finds it in the losses.
+            self._commit_soon().add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def _commit_soon(self) -> asyncio.Future[None]:
+        return self._writer.submit(lambda _: None, reads=True, syncs=True)
 
     async def sync(self) -> None:
         self._check_open()
         if self._acknowledged:
-            await self._writer.submit(lambda _: None, reads=True, syncs=True)
+            await self._commit_soon()
 
     async def close(self) -> None:
         if self._closed:
             return
         self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
         await self._reader.stop()
         await self._writer.stop()
         self._env.close()
@@ -315,52 +409,95 @@ class LmdbEngine(Engine):
 
     # The writer's thread
 
-    def _seconds_left(self) -> float | None:
-        return None if self._outer is None else max(0.0, self._due_s - time.monotonic())
-
     def _write_batch(self, jobs: list[_Job]) -> None:
-        """Run the bodies in one transaction and commit it, now or later; after a failed commit none has succeeded."""
-        if not jobs and self._outer is None:
-            return
-        acknowledged = self._held if self._outer is not None else 0
-        wanted = not jobs or any(job.syncs or not (job.reads or job.lazy) for job in jobs)
+        """Run the bodies in the outer transaction and commit it, now or later; if that fails none has succeeded."""
+        acknowledged = self._acknowledged
         try:
+            if self._failure is not None:
+                raise self._failure
             outer = self._outer or self._begin()
             for job in jobs:
                 if job.reads:
                     job.run(_LmdbSnapshot(outer, self._directory))
                 else:
-                    self._run_nested(outer, job)
-                    self._held += 1
-            if wanted or self._held >= _MOST_HELD or self._seconds_left() == 0.0:
-                outer.commit()
-                self._outer, self._acknowledged = None, False
+                    self._run_in(outer, job)
+            if self._is_wanted(jobs) or self._held >= _MOST_HELD:
+                self._commit(outer)
             else:
-                self._acknowledged = True
+                self._acknowledged += sum(job.lazy and job.error is None for job in jobs)
         except Exception as error:
             self._lose(jobs, error, acknowledged)
 
+    def _is_wanted(self, jobs: list[_Job]) -> bool:
+        """Say whether a commit is not to be put off."""
+        return any(job.syncs or not (job.reads or job.lazy) for job in jobs) or not self._is_ample()
+
     def _begin(self) -> lmdb.Transaction:
-        delay_s = (INTERVAL_S if self._lazy else LAZY_S) if self._has_ample_space() else 0.0
-        self._held = 0
-        self._outer = self._env.begin(write=True)
-        self._due_s = time.monotonic() + delay_s
-        return self._outer
+        used = int(self._env.info()["last_pgno"])
+        self._held, self._spare = 0, (self._usable_pages - used) * self._page_bytes // _SPARE_PART
+        # The loop's thread uses it as soon as it is seen there.
+        outer = self._outer = self._env.begin(write=True)
+        return outer
+
+    def _commit(self, outer: lmdb.Transaction) -> None:
+        """Commit what is held."""
+        if self._held:
+            outer.commit()
+            self._outer, self._acknowledged, self._held = None, 0, 0
+
+    def _prepare(self) -> None:
+        """Lay the next transaction open, after making sure of the file's next pages."""
+        if self._outer is not None:
+            return
+        try:
+            self._fill_ahead()
+            self._begin()
+        except (lmdb.Error, OSError) as error:  # the next batch begins one, or says what is in the way
+            _log.debug("the next transaction is not yet begun: %s", error)
+
+    def _fill_ahead(self) -> None:
+        """Have zeros behind the last page, so that a commit only writes into a file that is long enough.
+
+        A commit that makes the file longer waits for the file system's journal, too, and takes twice as long.
+        """
+        used = (int(self._env.info()["last_pgno"]) + 1) * self._page_bytes
+        if used + _FILLED_BYTES // 2 < self._filled or _space(self._directory).free < _AMPLE_BYTES:
+            return
+        end = min(used + _FILLED_BYTES, self._map_bytes)
+        with open(os.path.join(self._directory, "data.mdb"), "r+b", buffering=0) as file:
+            self._filled = max(self._filled, used, os.fstat(file.fileno()).st_size)
+            while self._filled < end:
+                self._filled += os.pwrite(file.fileno(), bytes(min(_FILLED_STEP, end - self._filled)), self._filled)
+            os.fdatasync(file.fileno())
 
     def _lose(self, jobs: list[_Job], error: Exception, acknowledged: int) -> None:
-        """A commit failed: of these jobs nothing is done, and what was acknowledged in it before is lost."""
+        """A commit failed: of these jobs nothing is done, and what was held before is lost."""
         _log.error("LMDB could not commit: %s", error, exc_info=None if isinstance(error, lmdb.Error) else error)
         if acknowledged:
             _log.error("%d transactions that were acknowledged just before are lost", acknowledged)
             self._losses += 1
-        outer, self._outer, self._acknowledged = self._outer, None, False
+        outer, self._outer, self._failure = self._outer, None, None
+        self._held = self._acknowledged = 0
         if outer is not None:
             outer.abort()
         _fail(jobs, _commit_error(error))
 
-    def _has_ample_space(self) -> bool:
-        used = int(self._env.info()["last_pgno"]) * int(self._env.stat()["psize"])
-        return _space(self._directory).free > _AMPLE_BYTES and self._map_bytes - used > self._map_bytes // _AMPLE_PART
+    def _end_outer(self) -> None:
+        """The thread's last: commit what is held."""
+        try:
+            if self._outer is not None:
+                self._outer.commit() if self._held else self._outer.abort()
+        except lmdb.Error as error:
+            self._lose([], error, self._acknowledged)
+        self._outer = None
+
+    # Either thread
+
+    def _is_ample(self) -> bool:
+        """Say whether there is so much space that what is put off will not fail for the lack of it."""
+        return self._spare > self._map_bytes // _AMPLE_PART // _SPARE_PART and (
+            _space(self._directory).free > _AMPLE_BYTES
+        )
 
     def _is_full(self, txn: lmdb.Transaction) -> bool:
         """Say whether what is in use, free pages between them left out, has come to the reserved part of the map."""
@@ -368,16 +505,35 @@ class LmdbEngine(Engine):
         used = figures["branch_pages"] + figures["leaf_pages"] + figures["overflow_pages"]
         return bool(used > self._usable_pages)
 
-    def _run_nested(self, outer: lmdb.Transaction, job: _Job) -> None:
+    def _run_in(self, outer: lmdb.Transaction, job: _Job) -> None:
+        """Run a body and write what it wrote into the outer transaction; what is raised is that one's failure."""
+        txn = _LmdbTransaction(outer, self._directory)
+        if not job.run(txn):
+            return
+        cost = txn.cost
+        if not cost:
+            return
+        self._spare -= cost
+        if self._spare > 0:
+            txn.apply(outer)
+            self._held += 1
+        else:
+            self._apply_nested(outer, txn, job)
+
+    def _apply_nested(self, outer: lmdb.Transaction, txn: _LmdbTransaction, job: _Job) -> None:
+        """Write it in a transaction of its own, which a map that is full undoes."""
         inner = self._env.begin(write=True, parent=outer)
         done = False
         try:
-            txn = _LmdbTransaction(inner, self._directory)
-            done = job.run(txn)
-            if isinstance(job.error, lmdb.MapFullError) or (done and txn.growth > _NO_LARGER and self._is_full(inner)):
-                job.error, done = EngineFull("LMDB's map is full"), False
+            growth = txn.apply(inner)
+            done = not (growth > _NO_LARGER and self._is_full(inner))
+            self._held += done
+        except lmdb.MapFullError:
+            pass
         finally:
             inner.commit() if done else inner.abort()
+        if not done:
+            job.error = EngineFull("LMDB's map is full")
 
 
 def _usable_pages(map_bytes: int, page_bytes: int) -> int:

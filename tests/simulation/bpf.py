@@ -50,6 +50,7 @@ class Maps:
         self._names: dict[tuple[int, bytes], _Name] = {}
         self._inodes: dict[int, _Inode] = {}
         self._opens: dict[int, int] = {}
+        self.locks: dict[int, int] = {}
         self.deadline_ns = 0
         self.epoch = 0
         self.answers = 0
@@ -108,6 +109,12 @@ class Maps:
 
     def opened(self, ino: int) -> None:
         self._opens[ino] = self._opens.get(ino, 0) + 1
+
+    def locked(self, ino: int) -> None:
+        self.locks[ino] = self.locks.get(ino, 0) + 1
+
+    def unlocked(self, ino: int) -> None:
+        self.locks[ino] -= 1
 
     def released(self, ino: int) -> None:
         self._opens[ino] -= 1

@@ -47,7 +47,7 @@ struct bpfuse_cache {
 	struct bpfuse_cache_options options;
 	struct bpfuse_control *control;
 	__u8 *pages;
-	__u64 *opens;
+	struct bpfuse_open_slot *opens;
 	__u64 *owners;     /* by page */
 	__u8 *listed;      /* a bit by slot of `opens`: directories there may have a listing */
 	__u64 version;     /* the last one used */
@@ -296,14 +296,18 @@ static bool take_pages(struct bpfuse_cache *cache, __u64 ino, __u32 count, __u32
 	return true;
 }
 
-/* Whether the content given is of a kind that is served from pages, and whole. */
+/* Whether an inode is of a kind and size that is served from pages. */
+static bool is_served_from_pages(__u32 mode, __u64 size)
+{
+	if (S_ISLNK(mode))
+		return size && size < BPFUSE_PAGE;
+	return S_ISREG(mode) && size <= BPFUSE_MAX_DATA;
+}
+
+/* Whether the content given can be served from pages, and is whole. */
 static bool is_servable(const struct bpfuse_record *record)
 {
-	if (record->data_bytes != record->size)
-		return false;
-	if (S_ISLNK(record->mode))
-		return record->data_bytes && record->data_bytes < BPFUSE_PAGE;
-	return S_ISREG(record->mode) && record->data_bytes <= BPFUSE_MAX_DATA;
+	return record->data_bytes == record->size && is_served_from_pages(record->mode, record->size);
 }
 
 void bpfuse_cache_place(struct bpfuse_cache *cache, __u32 count)
@@ -357,6 +361,24 @@ static void fill_opening(struct bpfuse_cache *cache, struct bpfuse_inode_value *
 		value->flags |= BPFUSE_INODE_WORKER_OPENS;
 }
 
+/*
+ * Attributes that come without content leave the extent that the inode has, if it has not changed since; a directory's
+ * is its listing. The extent is the inode's until the cursor comes by, and is looked for under the new value then.
+ */
+static void keep_content(struct bpfuse_cache *cache, struct bpfuse_inode_value *value, __u64 ino)
+{
+	struct bpfuse_inode_value old;
+
+	if (!(S_ISDIR(value->mode) || is_served_from_pages(value->mode, value->size)) ||
+	    bpf_map_lookup_elem(cache->options.inodes_fd, &ino, &old))
+		return;
+	if (!has_pages(cache, &old) || old.file_version != value->file_version || old.size != value->size)
+		return;
+	value->flags |= BPFUSE_INODE_HAS_DATA;
+	value->first_page = old.first_page;
+	value->data_bytes = old.data_bytes;
+}
+
 static void fill_inode(struct bpfuse_cache *cache, struct bpfuse_inode_value *value, const struct bpfuse_record *record)
 {
 	*value = (struct bpfuse_inode_value){
@@ -368,6 +390,7 @@ static void fill_inode(struct bpfuse_cache *cache, struct bpfuse_inode_value *va
 		.rdev = record->rdev,
 		.flags = record->flags & cache->options.xattrs_flag ? 0 : BPFUSE_INODE_NO_XATTRS,
 		.epoch = cache->control->epoch,
+		.file_version = (__u32)record->version,
 		.version = ++cache->version,
 	};
 	split_time(record->atime_ns, &value->atime, &value->atimensec);
@@ -375,6 +398,8 @@ static void fill_inode(struct bpfuse_cache *cache, struct bpfuse_inode_value *va
 	split_time(record->ctime_ns, &value->ctime, &value->ctimensec);
 	if (S_ISREG(record->mode))
 		fill_opening(cache, value, record->ino);
+	if (record->data_bytes == BPFUSE_NO_DATA)
+		keep_content(cache, value, record->ino);
 	if (record->data_bytes == BPFUSE_NO_DATA || cache->batch_epoch != value->epoch)
 		return;
 	value->flags |= BPFUSE_INODE_HAS_DATA;
@@ -395,22 +420,6 @@ static void fill_name(struct bpfuse_cache *cache, __u32 index, __u64 parent, con
 	};
 }
 
-/* A directory that is put anew keeps its listing, and handles that read it, until that is dropped. */
-static void keep_listing(struct bpfuse_cache *cache, struct bpfuse_inode_value *value, __u64 ino)
-{
-	struct bpfuse_inode_value old;
-
-	value->listing = (__u32)value->version;
-	if (!find_directory(cache, ino, &old))
-		return;
-	value->listing = old.listing;
-	if (!has_pages(cache, &old))
-		return;
-	value->flags |= BPFUSE_INODE_HAS_DATA;
-	value->first_page = old.first_page;
-	value->data_bytes = old.data_bytes;
-}
-
 static void put_names(struct bpfuse_cache *cache, __u32 count)
 {
 	put_all(cache, cache->options.names_fd, cache->name_keys, sizeof(cache->name_keys[0]), cache->name_values,
@@ -421,12 +430,8 @@ void bpfuse_cache_put(struct bpfuse_cache *cache, __u32 count, __u64 parent, con
 {
 	for (__u32 i = 0; i < count && i < BPFUSE_BATCH; i++) {
 		const struct bpfuse_record *record = &cache->records[i];
-		struct bpfuse_inode_value *value;
 
-		value = append(cache, &cache->inodes, record->ino);
-		fill_inode(cache, value, record);
-		if (S_ISDIR(record->mode))
-			keep_listing(cache, value, record->ino);
+		fill_inode(cache, append(cache, &cache->inodes, record->ino), record);
 		if (!names)
 			continue;
 		fill_name(cache, i, parent, names, record->name_bytes, record->ino);
@@ -551,7 +556,6 @@ void bpfuse_cache_drop_listing(struct bpfuse_cache *cache, __u64 ino)
 		return;
 	value.flags &= ~(__u32)BPFUSE_INODE_HAS_DATA;
 	value.first_page = value.data_bytes = 0;
-	value.listing = (__u32)cache->version + 1;
 	put_inode(cache, ino, &value);
 }
 
@@ -589,22 +593,37 @@ void bpfuse_cache_bump_epoch(struct bpfuse_cache *cache)
 
 __u64 bpfuse_cache_opens(const struct bpfuse_cache *cache, __u64 ino)
 {
-	return __atomic_load_n(&cache->opens[bpfuse_open_slot(ino)], __ATOMIC_SEQ_CST);
+	return __atomic_load_n(&cache->opens[bpfuse_open_slot(ino)].handles, __ATOMIC_SEQ_CST);
+}
+
+/* Counts one less, unless there are none. */
+static void count_down(__u32 *counter)
+{
+	__u32 count = __atomic_load_n(counter, __ATOMIC_RELAXED);
+
+	while (count &&
+	       !__atomic_compare_exchange_n(counter, &count, count - 1, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+		;
 }
 
 void bpfuse_cache_released(struct bpfuse_cache *cache, __u64 ino)
 {
-	__u64 *slot = &cache->opens[bpfuse_open_slot(ino)];
-	__u64 count = __atomic_load_n(slot, __ATOMIC_RELAXED);
-
-	while (count &&
-	       !__atomic_compare_exchange_n(slot, &count, count - 1, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
-		;
+	count_down(&cache->opens[bpfuse_open_slot(ino)].handles);
 }
 
 void bpfuse_cache_opened(struct bpfuse_cache *cache, __u64 ino)
 {
-	__atomic_fetch_add(&cache->opens[bpfuse_open_slot(ino)], 1, __ATOMIC_SEQ_CST);
+	__atomic_fetch_add(&cache->opens[bpfuse_open_slot(ino)].handles, 1, __ATOMIC_SEQ_CST);
+}
+
+void bpfuse_cache_locked(struct bpfuse_cache *cache, __u64 ino)
+{
+	__atomic_fetch_add(&cache->opens[bpfuse_open_slot(ino)].locks, 1, __ATOMIC_SEQ_CST);
+}
+
+void bpfuse_cache_unlocked(struct bpfuse_cache *cache, __u64 ino)
+{
+	count_down(&cache->opens[bpfuse_open_slot(ino)].locks);
 }
 
 int bpfuse_cache_set_backing(struct bpfuse_cache *cache, __u64 ino, __u32 backing_id)

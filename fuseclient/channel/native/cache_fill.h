@@ -42,6 +42,8 @@ struct bpfuse_record {
 	__u64 size;
 	__s64 atime_ns, mtime_ns, ctime_ns;
 	__u32 flags;
+	__u32 padding;
+	__u64 version;
 	__u32 name_bytes;
 	__u32 data_bytes;
 	__u32 first_page; /* set by bpfuse_cache_place(); BPFUSE_NO_DATA: there is nothing to copy */
@@ -92,6 +94,10 @@ __u64 bpfuse_cache_opens(const struct bpfuse_cache *cache, __u64 ino);
 void bpfuse_cache_released(struct bpfuse_cache *cache, __u64 ino);
 /* Counts a handle that the worker gave out with them. */
 void bpfuse_cache_opened(struct bpfuse_cache *cache, __u64 ino);
+
+/* Programs of this mount have locks of an inode, or have none any more: calls are counted, by slot. */
+void bpfuse_cache_locked(struct bpfuse_cache *cache, __u64 ino);
+void bpfuse_cache_unlocked(struct bpfuse_cache *cache, __u64 ino);
 
 /*
  * What values of this inode that are put from now on say of opening it: with this backing id, or with 0 that the worker

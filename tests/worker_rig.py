@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+import struct
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,11 +300,26 @@ class Rig:
         for ino in self.maps.written:
             with contextlib.suppress(Refused):
                 assert not (await self.other.attributes(ino)).flags & wire.InodeFlag.HAS_XATTRS
+        for ino, entries in self.maps.listings.items():
+            request = wire.FetchDirectory(ino, 0, wire.MAX_FETCH, 0, 0)
+            fetched = self.other.connection.stream(request)
+            listed = [(entry.name, entry.attributes.ino) async for page in fetched for entry in page.entries]
+            assert dirents(entries)[2:] == listed
         for ino, data in self.maps.data.items():
             if stat.S_ISREG(self.maps.inodes[ino].mode):
                 content = await self.other.connection.call(wire.GetContent(ino, 0, wire.MAX_INLINE), wire.Content)
                 assert content.inline is None or content.inline.ljust(content.attributes.size, b"\0") == data
                 assert len(data) == content.attributes.size
+
+
+def dirents(entries: bytes) -> list[tuple[bytes, int]]:
+    """Take a listing apart: names and inodes."""
+    found, at = [], 0
+    while at < len(entries):
+        ino, _, length, _ = struct.unpack_from("=QQII", entries, at)
+        found.append((entries[at + 24 : at + 24 + length], ino))
+        at += -(-(24 + length) // 8) * 8
+    return found
 
 
 class Token:

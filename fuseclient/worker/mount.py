@@ -142,6 +142,7 @@ class Mount:
         )
         self._compactor = Compactor(session, self._store, feeder.drop_inode)
         writer.when_laid = self._compactor.laid
+        writer.when_given_up = kernel.drop_pages_later
         feeder.on_changed = writer.observe
 
         def is_open(ino: int) -> bool:

@@ -145,7 +145,7 @@ static int init_exchange(struct bpfuse_channel *channel, char *error, size_t siz
 static int channel_mount(struct bpfuse_channel *channel, const struct bpfuse_channel_options *options, char *error,
 			 size_t size)
 {
-	unsigned long flags = MS_NOSUID | MS_NODEV | (options->read_only ? MS_RDONLY : 0);
+	unsigned long flags = (options->read_only ? MS_RDONLY : 0) | (options->trusted ? 0 : MS_NOSUID | MS_NODEV);
 	char data[160];
 
 	snprintf(data, sizeof(data), "fd=%d,rootmode=40000,user_id=0,group_id=0,default_permissions%s", channel->device,

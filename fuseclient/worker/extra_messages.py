@@ -256,15 +256,19 @@ def _attributes(entry: pyfuse3.EntryAttributes) -> bytes:
 
 def encode_opened(entry: pyfuse3.EntryAttributes, opened: pyfuse3.FileInfo) -> bytes:
     """Return the body of a reply to CREATE or TMPFILE: an inode, and a handle of it."""
-    return encode_entry(entry) + _OPEN.pack(opened.fh, _FOPEN_KEEP_CACHE if opened.keep_cache else 0, 0)
+    return encode_entry(entry) + _OPEN.pack(opened.fh, _open_flags(opened), 0)
 
 
 def encode_open(opened: pyfuse3.FileInfo, opening: Opening | None) -> bytes:
     """Return the body of a reply to OPEN: a handle, and the backing that it reads from."""
     if opening is None:
-        return _OPEN.pack(opened.fh, _FOPEN_KEEP_CACHE if opened.keep_cache else 0, 0)
+        return _OPEN.pack(opened.fh, _open_flags(opened), 0)
     flags = _FOPEN_PASSTHROUGH | (_FOPEN_DIRECT_IO if opening.direct else _FOPEN_NOFLUSH)
     return _OPEN.pack(opened.fh, flags, opening.backing_id)
+
+
+def _open_flags(opened: pyfuse3.FileInfo) -> int:
+    return _FOPEN_KEEP_CACHE * opened.keep_cache | _FOPEN_DIRECT_IO * opened.direct_io
 
 
 def _timeout(seconds: float) -> tuple[int, int]:

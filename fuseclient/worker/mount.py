@@ -190,6 +190,7 @@ class Mount:
                 generation=config.generation,
                 kernel=kernel,
                 may_remember=config.maps is not None,
+                opens_nothing=config.opens_nothing,
             )
         )
 

@@ -78,6 +78,8 @@ class Parts:
     generation: int
     #: False: each request is answered by the metaserver.
     may_remember: bool
+    #: OPEN, OPENDIR and FLUSH are answered ENOSYS: the kernel sends no more of them.
+    opens_nothing: bool
 
 
 class Operations(pyfuse3.Operations):
@@ -104,6 +106,7 @@ class Operations(pyfuse3.Operations):
         self._on_read = parts.on_read
         self._generation = parts.generation % handles.GENERATIONS
         self._may_remember = parts.may_remember
+        self._opens_nothing = parts.opens_nothing
         #: Writing handles of earlier workers that are used here, and those of them whose loss was reported.
         self._adopted: set[int] = set()
         self._reported: set[int] = set()
@@ -378,6 +381,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        self._check_opens()
         return self._handle(inode, os.O_RDONLY)
 
     @answered
@@ -414,6 +418,7 @@ class Operations(pyfuse3.Operations):
 
     async def open_file(self, ino: int, flags: int, *, passthrough: bool = True) -> tuple[FileInfo, Opening | None]:
         """Open a file, and say from which backing the kernel may read it."""
+        self._check_opens()
         writing = _writes(flags)
         with self._feeder.begin() as token, self._opening(ino):
             attributes, fresh = await self._open_inode(token, ino, writing=writing)
@@ -481,6 +486,7 @@ class Operations(pyfuse3.Operations):
     @answered_of_inode
     async def read(self, fh: int, off: int, size: int) -> bytes:
         ino = handles.decode(fh).ino
+        self._feeder.paged.add(ino)
         if self._passthrough.has(ino):
             data = await self._passthrough.read(ino, off, size)
             if data is not None:
@@ -521,6 +527,7 @@ class Operations(pyfuse3.Operations):
 
     @answered_of_inode
     async def flush(self, fh: int) -> None:
+        self._check_opens()
         await self._sync(fh, self._writer.flush)
 
     @answered_of_inode
@@ -549,6 +556,11 @@ class Operations(pyfuse3.Operations):
         self._released(fh)
 
     # Handles
+
+    def _check_opens(self) -> None:
+        """Have a kernel that is to do without opening and closing do so."""
+        if self._opens_nothing:
+            raise FUSEError(errno.ENOSYS)
 
     def _handle(self, ino: int, flags: int) -> int:
         """Return a handle. One that appends is direct: where its bytes go, the kernel does not know (see writer.py)."""

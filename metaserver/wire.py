@@ -102,6 +102,8 @@ class ErrorCode(enum.IntEnum):
     MALFORMED = 18
     BUSY = 19
     INTERNAL = 20
+    #: Of the client's own: it is not sent.
+    LOST_LOCK = 21
 
 
 class LockOutcome(enum.IntEnum):

@@ -23,6 +23,7 @@
 #include "maps.bpf.h"
 #include "request.bpf.h"
 #include "attrs.bpf.h"
+#include "busy.bpf.h"
 #include "data.bpf.h"
 #include "handles.bpf.h"
 #include "names.bpf.h"
@@ -110,6 +111,16 @@ static enum bpfuse_outcome dispatch(struct request *request, __u32 opcode)
 	}
 }
 
+/* Requests are numbered in steps of two. */
+static void remember(__u64 unique)
+{
+	__u32 slot = unique / 2 & (BPFUSE_RECENT_SLOTS - 1);
+	__u64 *recently = bpf_map_lookup_elem(&recent, &slot);
+
+	if (recently)
+		WRITE_ONCE(*recently, unique);
+}
+
 static void finish(struct request *request)
 {
 	struct bpfuse_uring_header *uring = &request->entry->uring;
@@ -118,12 +129,20 @@ static void finish(struct request *request)
 	out->len = sizeof(*out) + request->reply_size;
 	out->error = request->error; /* `unique` stands where the request had it */
 	uring->payload_size = request->reply_size;
+	remember(out->unique);
 	WRITE_ONCE(request->entry->answered, 1);
+}
+
+static bool is_answer(enum bpfuse_outcome outcome)
+{
+	return outcome == BPFUSE_ANSWERED || outcome == BPFUSE_ANSWERED_ABSENT ||
+	       outcome == BPFUSE_ANSWERED_PASSTHROUGH;
 }
 
 static enum bpfuse_outcome answer(const struct bpfuse_control *control, struct bpfuse_entry *entry)
 {
-	__u32 opcode = ((const struct fuse_in_header *)entry->uring.in_out)->opcode;
+	const struct fuse_in_header *in = (const void *)entry->uring.in_out;
+	__u32 opcode = in->opcode, process = in->pid;
 	enum bpfuse_outcome outcome;
 	struct request request;
 
@@ -132,7 +151,8 @@ static enum bpfuse_outcome answer(const struct bpfuse_control *control, struct b
 	outcome = dispatch(&request, opcode);
 	entry->outcome = outcome;
 	count(opcode, outcome);
-	if (outcome == BPFUSE_ANSWERED || outcome == BPFUSE_ANSWERED_ABSENT || outcome == BPFUSE_ANSWERED_PASSTHROUGH)
+	watch(&request, process, is_answer(outcome));
+	if (is_answer(outcome))
 		finish(&request);
 	return outcome;
 }

@@ -84,6 +84,12 @@ class Bpf:
         """Return a map's descriptor, which belongs to this object; raise :exc:`NativeError`."""
         return check(lib.bpfuse_bpf_map_fd(self._handle(), name.encode()), f"BPF map {name}")
 
+    def map_id(self, name: str) -> int:
+        """Return the number by which other processes open a map (:func:`open_map`); raise :exc:`NativeError`."""
+        number = ffi.new("__u32 *")
+        check(lib.bpfuse_bpf_map_id(self._handle(), name.encode(), number), f"BPF map {name}")
+        return int(number[0])
+
     def program_fd(self, name: str) -> int:
         """Return a program's descriptor, which belongs to this object; raise :exc:`NativeError`."""
         return check(lib.bpfuse_bpf_program_fd(self._handle(), name.encode()), f"BPF program {name}")
@@ -108,6 +114,39 @@ class Bpf:
         if self._bpf is None:
             raise ValueError("the BPF object is closed")
         return self._bpf
+
+
+def recent_slots() -> int:
+    """Return how many entries the map ``recent`` has."""
+    return int(lib.BPFUSE_RECENT_SLOTS)
+
+
+def open_map(number: int) -> int:
+    """Return a descriptor, which is the caller's to close, of a map that exists; raise :exc:`NativeError`."""
+    return check(lib.bpfuse_map_open(number), f"BPF map {number}")
+
+
+class Busy(NamedTuple):
+    """Requests since somebody watches, of an inode or a process; ``answered``: how many of them in the kernel."""
+
+    id: int
+    requests: int
+    answered: int
+
+
+def watch(watched_fd: int, until_ns: int) -> None:
+    """Have requests be counted by inode and process until a time of CLOCK_BOOTTIME; raise :exc:`NativeError`."""
+    check(lib.bpfuse_watch(watched_fd, until_ns), "BPF map watched")
+
+
+def busiest(busiest_fd: int) -> tuple[list[Busy], list[Busy]]:
+    """Return what was counted of inodes and of processes; raise :exc:`NativeError`."""
+    out = ffi.new("struct bpfuse_busy_entry[]", lib.BPFUSE_BUSY_ENTRIES)
+    count = check(lib.bpfuse_read_busiest(busiest_fd, out, lib.BPFUSE_BUSY_ENTRIES), "BPF map busiest")
+    found: dict[int, list[Busy]] = {lib.BPFUSE_BUSY_INODE: [], lib.BPFUSE_BUSY_PROCESS: []}
+    for each in out[0:count]:
+        found[each.key.kind].append(Busy(each.key.id, each.value.requests, each.value.answered))
+    return found[lib.BPFUSE_BUSY_INODE], found[lib.BPFUSE_BUSY_PROCESS]
 
 
 def hash_name(name: bytes, key: tuple[int, int]) -> tuple[int, int]:

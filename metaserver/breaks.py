@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from metaserver import wire
 from metaserver.sessions import Session
+
+#: Called with a session that has dropped what a break told, and those of the inodes that are open there.
+Dropped = Callable[[Session, Sequence[int]], None]
 
 
 class Breaking:
     """One break, on its way. ``dropped`` is called with each session that has dropped what it says."""
 
-    def __init__(self, message: wire.Break, waiting: Iterable[Session], dropped: Callable[[Session], None]) -> None:
+    def __init__(self, message: wire.Break, waiting: Iterable[Session], dropped: Dropped) -> None:
         self.message = message
         self.frame = wire.encode(0, message)
         #: In the order of sending: the same run makes the same messages.
@@ -29,12 +32,12 @@ class Breaking:
         self.done = asyncio.Event()
         self._dropped = dropped
 
-    def settle(self, session: Session, *, dropped: bool) -> None:
+    def settle(self, session: Session, *, dropped: bool, still_open: Sequence[int] = ()) -> None:
         """A session need not be waited for any more: it has ``dropped`` all of it, or it has ended."""
         session.pending.pop(self.message.number, None)
         session.acknowledged.set()
         if dropped and session in self.waiting:
-            self._dropped(session)
+            self._dropped(session, still_open)
         self.waiting.pop(session, None)
         if not self.waiting:
             self.done.set()
@@ -53,7 +56,7 @@ class Breaks:
         sessions: Iterable[Session],
         names: list[tuple[int, bytes]],
         inodes: list[int],
-        dropped: Callable[[Session], None],
+        dropped: Dropped,
         *,
         everything: bool = False,
     ) -> Breaking:

@@ -10,7 +10,8 @@ transaction finds out what it touches, and is given up with :exc:`Held` if someb
 break, and when each has acknowledged or was evicted the transaction is tried again. If nobody else holds anything, the
 first try commits, and nothing is sent or awaited.
 
-An inode that a session has open for writing is granted to no other one: each reply about it comes with such a break.
+An inode that a session has open for writing is not granted to others: each reply about it comes with a note that it is
+being written. It counts as held all the same, because what the kernel reads of it stays in its page cache.
 
 A change belongs to the connection, that is the incarnation of its session, that it came over. Once the session has been
 resumed on another connection it is refused: its client sends it again, or is another worker that knows nothing of it.
@@ -22,9 +23,10 @@ then; the loop records a holder first and looks at the marks then: so one of the
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import stat
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from metaserver import wire
@@ -77,6 +79,9 @@ class Change:
         self.inodes: frozenset[int] = frozenset()
         #: What all others have dropped, and cannot get again before this change ends.
         self.broken: frozenset[Name | int] = frozenset()
+        #: Other sessions that have inodes of this change open.
+        self.openers: Mapping[int, frozenset[bytes]] = {}
+        self.ended = asyncio.Event()
         self._holdings = holdings
 
     def check(self, inodes: Iterable[int]) -> None:
@@ -91,6 +96,15 @@ class Change:
         held = [ino for ino in self.inodes - self.broken if self._is_held(inode_key(ino))]
         if names or held:
             raise Held(names, held)
+
+    def opened_by(self, session: Session, inos: Iterable[int]) -> None:
+        """Another session has these inodes open."""
+        self.openers = {**self.openers, **{ino: self.openers.get(ino, frozenset()) | {session.id} for ino in inos}}
+
+    def closed_by(self, session: Session, inos: Iterable[int]) -> None:
+        """Another session has these inodes open no more."""
+        for ino in self.openers.keys() & set(inos):
+            self.openers = {**self.openers, ino: self.openers[ino] - {session.id}}
 
     @property
     def is_current(self) -> bool:
@@ -110,21 +124,25 @@ class _State:
         self.opens = Opens()
         self.changes: dict[Change, None] = {}
 
-    def unsettled(self, since: int, grant: Grant, session: Session) -> tuple[list[Name], list[int]] | None:
-        """Return what of a grant others are writing or changing, or did since a version of the feed.
+    def renaming(self, session: Session, ino: int) -> Change | None:
+        """Return a change of names under way, of another session, that touches an inode."""
+        others = (change for change in self.changes if change.session is not session)
+        return next((change for change in others if change.names and ino in change.inodes), None)
 
-        ``None``: it is not known. A client drops what it changes itself as each reply comes, and when none comes. What
-        it asked for over an earlier connection is another's.
+    def unsettled(self, since: int, grant: Grant, session: Session) -> tuple[list[Name], list[int]] | None:
+        """Return what of a grant others are changing, or did since a version of the feed; ``None``: it is not known.
+
+        A client drops what it changes itself as each reply comes, and when none comes. What it asked for over an
+        earlier connection is another's.
         """
-        written = self.opens.by_others(session, grant.inodes)
         others = [change for change in self.changes if change.session is not session or not change.is_current]
         if not others and self.feed.version == since:
-            return [], written
+            return [], []
         past = self.feed.after(since)
         if past is None:
             return None
         names: set[Name] = set()
-        inodes = set(written)
+        inodes: set[int] = set()
         for each_names, each_inodes in (
             *((change.names, change.inodes) for change in others),
             *((part.names, part.inodes) for part in past if part.author != session.incarnation),
@@ -157,10 +175,11 @@ class Coherence:
         """Return what :meth:`grant` is to be told of a reply that is read from now on."""
         return self._state(volume).feed.version
 
-    def grant(self, session: Session, since: int, grant: Grant) -> wire.Break | None:
+    def grant(self, session: Session, since: int, grant: Grant, *, own: bool = False) -> wire.Break | None:
         """Record what a reply lets a session cache; return what is to be sent before the reply, if anything.
 
-        ``since`` is the version before the reply was read. To be called where the reply is sent, with no await between.
+        ``since`` is the version before the reply was read. ``own``: it is the reply to a change of this session. To be
+        called where the reply is sent, with no await between.
         """
         state = self._state(session.volume)
         self._hold(state, session, grant)
@@ -168,7 +187,8 @@ class Coherence:
         if unsettled is None:
             return wire.Break(0, [], [], True)
         names, inodes = unsettled
-        return wire.Break(0, names, inodes) if names or inodes else None
+        written = [] if own else state.opens.by_others(session, grant.inodes)
+        return wire.Break(0, names, inodes, False, written) if names or inodes or written else None
 
     def _hold(self, state: _State, session: Session, grant: Grant) -> None:
         keys = [inode_key(ino) for ino in grant.inodes]
@@ -189,7 +209,13 @@ class Coherence:
         """Have a session drop all it has. What it is granted from now on counts apart."""
         holdings, old = self._state(session.volume).holdings, session.holder
         session.holder = Holder(session)
-        self.breaks.send([session], [], [], lambda _: holdings.drop(old), everything=True)
+
+        def dropped(session: Session, still_open: Sequence[int]) -> None:
+            holdings.drop(old)
+            if not session.ended:
+                holdings.hold(session.holder, map(inode_key, still_open))
+
+        self.breaks.send([session], [], [], dropped, everything=True)
 
     def reclaimed(self, session: Session) -> None:
         """A session of an earlier run is back: it may have anything in its caches."""
@@ -211,7 +237,22 @@ class Coherence:
         for breaking in list(session.pending.values()):
             breaking.settle(session, dropped=breaking.message.everything)
 
-    # Files open for writing
+    # Open files
+
+    async def before_opening(self, session: Session, ino: int) -> None:
+        """A session is about to open an inode: return when nobody is in the middle of unlinking it unasked.
+
+        Who begins to from now on finds that the session holds it, and asks whether it has it open.
+        """
+        state = self._state(session.volume)
+        state.holdings.hold(session.holder, [inode_key(ino)])
+        while (change := state.renaming(session, ino)) is not None:
+            await change.ended.wait()
+
+    def reaping(self, session: Session, inos: Iterable[int]) -> None:
+        """A session has these inodes open no more; it is about to say so in a change of its own."""
+        for change in self._state(session.volume).changes:
+            change.closed_by(session, inos)
 
     async def open_for_writing(self, session: Session, author: int, ino: int) -> None:
         """A session is about to open an inode for writing: have everybody else drop it."""
@@ -262,20 +303,27 @@ class Coherence:
             (owner for owner in owners if isinstance(owner, Session)),
             held.names,
             held.inodes,
-            lambda session: holdings.release(session.holder, inode_keys),
+            lambda session, still_open: self._made_way(change, held, session, still_open),
         )
         await self.breaks.wait(breaking)
         change.broken = change.broken.union(held.names, held.inodes)
 
+    def _made_way(self, change: Change, held: Held, session: Session, still_open: Sequence[int]) -> None:
+        """A session has dropped what a change touches. It goes on holding what is open there, to be asked again."""
+        holdings, kept = self._state(session.volume).holdings, set(still_open)
+        holdings.release(session.holder, [inode_key(ino) for ino in held.inodes if ino not in kept])
+        change.opened_by(session, kept.intersection(held.inodes))
+
     def end(self, change: Change) -> None:
         """A change has its reply, or has failed."""
         self._state(change.session.volume).changes.pop(change, None)
+        change.ended.set()
 
-    def acknowledge(self, session: Session, number: int) -> None:
-        """A session has dropped what a break told."""
+    def acknowledge(self, session: Session, number: int, still_open: Sequence[int] = ()) -> None:
+        """A session has dropped what a break told; of the inodes, some may be open there."""
         breaking = session.pending.get(number)
         if breaking is not None:
-            breaking.settle(session, dropped=True)
+            breaking.settle(session, dropped=True, still_open=still_open)
 
 
 def grant_of(request: wire.Request, reply: wire.Reply) -> Grant | None:

@@ -1,7 +1,8 @@
 """What becomes of unlinked inodes: orphans, their deletion, and the clearing up that deletion leaves behind.
 
-An inode without links stays whole under the session that took its last link, until that session says that it is used
-no more, or ends. Deleting it takes a few writes; what it has in slices and extended attributes goes by and by.
+An inode without links stays whole under the session that took its last link, and under those that have it open, until
+each of them says that it is used there no more, or ends. Deleting it takes a few writes; what it has in slices and
+extended attributes goes by and by.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import stat
 from typing import Final
 
-from metaserver import chunks, keys, references, wire
+from metaserver import chunks, events, keys, references, wire
 from metaserver.deferred import Kind, Task, first_task, keep_rest, put_off
 from metaserver.engine.base import Snapshot, Transaction
 from metaserver.inodes import Edit
@@ -66,21 +67,26 @@ def sweep(txn: Transaction, volume: Volume) -> bool:
 def _do(txn: Transaction, volume: Volume, task: Task) -> None:
     if task.kind is Kind.RELEASE:
         rest = references.release_some(txn, volume, task.numbers)
+    elif task.kind is Kind.FORGET:
+        rest = task.numbers if events.forget(txn, volume, events.Excess(max(task.numbers))) else []
     else:
         rest = _reap(txn, volume, task.argument, task.numbers)
     keep_rest(txn, task, rest)
 
 
 def _reap(txn: Transaction, volume: Volume, session: bytes, inos: list[int]) -> list[int]:
-    """Delete those that are orphans of the session, while there is room; return the others."""
+    """Delete those that are orphans of the session and of no other, while there is room; return what is left."""
     edit = Edit(txn, Context(volume, session, 0))
     done = 0
     for ino in inos:
         if txn.room < 2 * RESERVE:
             break
-        if txn.get(keys.orphan(volume.id, session, ino)) is not None:
-            txn.delete(keys.orphan(volume.id, session, ino))
-            delete(edit, edit.inode(ino))
+        key = keys.orphan(volume.id, session, ino)
+        held = txn.get(key)
+        if held is not None:
+            txn.delete(key)
+            if all(txn.get(other) is None for other in keys.orphans_beside(volume.id, ino, held)):
+                delete(edit, edit.inode(ino))
         done += 1
     edit.save()
     return inos[done:]

@@ -20,6 +20,8 @@ from metaserver.wire import ErrorCode, InodeFlag
 
 #: The largest size of a file, in bytes.
 MAX_SIZE: Final = wire.MAX_FILE
+#: Sessions beside the one that unlinks it for which an inode lives on.
+MOST_OPENERS: Final = 32
 
 
 def check_name(name: bytes) -> None:
@@ -175,8 +177,13 @@ class Edit:
             self.hold(inode)
 
     def hold(self, inode: Inode) -> None:
-        """An inode without links lives on for the sake of this session."""
-        self.txn.put(keys.orphan(self.volume.id, self.context.session, inode.ino), b"")
+        """An inode without links lives on for the sake of this session, and of others that have it open."""
+        openers = self.context.openers.get(inode.ino, ())
+        others = [each for each in openers if self.txn.get(keys.session(each)) is not None]
+        sessions = [self.context.session, *others[:MOST_OPENERS]]
+        for session in sessions:
+            rest = b"".join(each for each in sessions if each != session)
+            self.txn.put(keys.orphan(self.volume.id, session, inode.ino), rest)
 
     def let_be_named(self, inode: Inode) -> None:
         """A nameless file of this session is to get its first link; NOT_FOUND for what is removed."""

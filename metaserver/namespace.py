@@ -54,14 +54,20 @@ def lookup(snapshot: Snapshot, context: Context, request: wire.Lookup) -> wire.F
     return wire.Found(load(snapshot, volume, entry.ino).attributes(), entry.cookie)
 
 
-def get_attributes(
-    snapshot: Snapshot, context: Context, request: wire.GetAttributes | wire.OpenForWriting
-) -> wire.Found:
+def get_attributes(snapshot: Snapshot, context: Context, request: wire.GetAttributes) -> wire.Found:
     """Return an inode, orphans included; NOT_FOUND."""
     value = snapshot.get(keys.inode(context.volume.id, request.ino))
     if value is None:
         raise Refused(ErrorCode.NOT_FOUND, f"there is no inode {request.ino}")
     return wire.Found(unpack_attributes(request.ino, value))
+
+
+def open_file(snapshot: Snapshot, context: Context, request: wire.OpenFile) -> wire.Found:
+    """Return an inode that has links, or is held for this session; NOT_FOUND."""
+    inode = load(snapshot, context.volume, request.ino)
+    if not inode.nlink and snapshot.get(keys.orphan(context.volume.id, context.session, request.ino)) is None:
+        raise Refused(ErrorCode.NOT_FOUND, f"inode {request.ino} is removed")
+    return wire.Found(inode.attributes())
 
 
 def read_link(snapshot: Snapshot, context: Context, request: wire.ReadLink) -> wire.TargetIs:
@@ -184,7 +190,7 @@ def _check_removable(edit: Edit, inode: Inode, as_directory: bool) -> None:
 READS: Final[Mapping[type, Callable[[Snapshot, Context, Any], Any]]] = {
     wire.Lookup: lookup,
     wire.GetAttributes: get_attributes,
-    wire.OpenForWriting: get_attributes,
+    wire.OpenFile: open_file,
     wire.FetchDirectory: listing.fetch_directory,
     wire.ReadLink: read_link,
     wire.GetXattr: xattrs.get_xattr,

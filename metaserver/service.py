@@ -8,15 +8,16 @@ holds what it touches (see coherence.py). A committed change is in the volume's 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Final, NamedTuple
 
-from metaserver import fencing, namespace, wire
+from metaserver import events, fencing, namespace, wire
 from metaserver.coherence import Change, Coherence, Grant, Held, grant_of, own_grants
 from metaserver.connection import Answer, Caller, failure
 from metaserver.engine.base import Engine, Transaction
 from metaserver.errors import Refused, Unknown
 from metaserver.fencing import SessionRecord, Slot, Tenure
+from metaserver.following import Followers
 from metaserver.grace import Grace
 from metaserver.janitor import Janitor
 from metaserver.locking import Locking, LockRequest
@@ -61,6 +62,7 @@ class Service:
         self._locking = Locking(sessions, lambda: self.grace)
         self._losses = engine.losses
         self._wall = wall
+        self._followers = Followers(engine)
 
     def welcome(self) -> wire.Welcome:
         """Return the answer to a Hello; its epoch is this run's own."""
@@ -70,14 +72,14 @@ class Service:
         """Take note that a client has dropped what a break told."""
         session = caller.bound()
         if session is not None:
-            self._coherence.acknowledge(session, request.number)
+            self._coherence.acknowledge(session, request.number, request.open)
 
     async def answer(self, caller: Caller, frame: wire.Frame) -> Answer:
-        """Answer any request but a Hello or a FetchDirectory; raise :exc:`~metaserver.errors.Refused`."""
+        """Answer any request that is not streamed, nor a Hello; raise :exc:`~metaserver.errors.Refused`."""
         self._notice_losses()
         request = frame.request
-        if isinstance(request, wire.OpenForWriting):
-            return await self._open_for_writing(caller, request)
+        if isinstance(request, wire.OpenFile):
+            return await self._open_file(caller, request)
         if (verb := namespace.READS.get(type(request))) is not None:
             return await self._read(caller, verb, request)
         if (change := namespace.WRITES.get(type(request))) is not None:
@@ -114,6 +116,10 @@ class Service:
         while pages:
             yield self._granted(session, since, request, pages.pop())
 
+    def events(self, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]:
+        """Yield the pages of a stream of events."""
+        return self._followers.pages(request)
+
     async def _read(self, caller: Caller, verb: Callable[..., Any], request: wire.Request) -> Answer:
         session = caller.session()
         since = self._coherence.version(session.volume)
@@ -125,11 +131,13 @@ class Service:
             reply = failure(refused.code, refused.message)
         return self._granted(session, since, request, reply)
 
-    async def _open_for_writing(self, caller: Caller, request: wire.OpenForWriting) -> Answer:
+    async def _open_file(self, caller: Caller, request: wire.OpenFile) -> Answer:
         session = caller.session()
-        await self._coherence.open_for_writing(session, caller.incarnation, request.ino)
-        answer = await self._read(caller, namespace.READS[wire.OpenForWriting], request)
-        if isinstance(answer.reply, wire.Failure):
+        if request.writing:
+            await self._coherence.open_for_writing(session, caller.incarnation, request.ino)
+        await self._coherence.before_opening(session, request.ino)
+        answer = await self._read(caller, namespace.READS[wire.OpenFile], request)
+        if request.writing and isinstance(answer.reply, wire.Failure):
             self._coherence.closed(session, [request.ino])
         return answer
 
@@ -146,6 +154,8 @@ class Service:
 
     async def _write(self, caller: Caller, verb: Callable[..., Any], frame: wire.Frame) -> Answer:
         session, author = caller.session(), caller.incarnation
+        if isinstance(frame.request, wire.Reap):
+            self._coherence.reaping(session, frame.request.inos)
         await self.grace.over()
         change = self._coherence.begin(session, author, changed_names(frame.request))
         try:
@@ -172,7 +182,7 @@ class Service:
 
     def _body(self, change: Change, verb: Callable[..., Any], frame: wire.Frame) -> Callable[[Transaction], _Outcome]:
         session = change.session
-        context = Context(session.volume, session.id, self._wall())
+        now_ns = self._wall()
         slot = Slot(session.id, frame.slot, frame.sequence)
 
         def body(txn: Transaction) -> _Outcome:
@@ -180,8 +190,10 @@ class Service:
             before = fencing.outcome(txn, slot)
             if before is not None:
                 return _Outcome(before, True)
+            context = Context(session.volume, session.id, now_ns, change.openers)
             reply: wire.Reply = verb(txn, context, frame.request)
             change.check(changed_inodes(frame.request, reply))
+            events.record(txn, context, session.client, frame.request, reply)
             fencing.remember(txn, slot, reply)
             return _Outcome(reply, False)
 
@@ -208,7 +220,7 @@ class Service:
     def _grant_own(self, change: Change, since: int, grants: list[Grant]) -> wire.Break | None:
         """Grant what a change's own reply tells; return what of it is not to be kept."""
         self._notice_losses()
-        notices = [self._coherence.grant(change.session, since, grant) for grant in grants]
+        notices = [self._coherence.grant(change.session, since, grant, own=True) for grant in grants]
         refused = [notice for notice in notices if notice is not None]
         if not refused:
             return None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from metaserver import keys, records, wire
 from metaserver.engine.base import Snapshot, Transaction
@@ -33,6 +34,8 @@ class Context:
     volume: Volume
     session: bytes
     now_ns: int
+    #: Other sessions that have inodes open, of those that this change is about to unlink.
+    openers: Mapping[int, Collection[bytes]] = field(default_factory=dict)
 
 
 def create_volume(txn: Transaction, request: wire.CreateVolume, now_ns: int) -> Volume:
@@ -44,6 +47,8 @@ def create_volume(txn: Transaction, request: wire.CreateVolume, now_ns: int) -> 
     volume = Volume(number, request.name, request.inline_limit, request.store, os.urandom(16))
     record = records.pack_volume(number, request.inline_limit, volume.identity, request.store)
     txn.put(keys.volume(request.name), record)
+    if (request.kept_events, request.kept_s) != (wire.KEPT_EVENTS, wire.KEPT_S):
+        txn.put(keys.kept_events(number), records.Kept(request.kept_events, request.kept_s).pack())
     root = records.Inode.made(wire.ROOT_INO, stat.S_IFDIR | 0o755, 0, 0, 0, now_ns, parent=wire.ROOT_INO)
     txn.put(keys.inode(number, root.ino), root.pack())
     txn.put(keys.shard(number, keys.shard_of(root.ino)), records.Shard(inodes=1).pack())

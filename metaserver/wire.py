@@ -42,8 +42,8 @@ PAGE_BYTES: Final = 256 * 1024
 #: The most entries that one fetch may ask for.
 MAX_FETCH: Final = 4096
 MAX_NAME: Final = 255
-#: The most inodes that one message tells to be open for writing, or no more.
-MAX_WRITING: Final = 8192
+#: The most inodes that one message tells to be open, or no more.
+MAX_OPEN: Final = 8192
 #: The largest size of a file, in bytes.
 MAX_FILE: Final = 2**56
 MAX_TARGET: Final = 4095
@@ -51,6 +51,10 @@ MAX_XATTR_NAME: Final = 255
 MAX_XATTR_VALUE: Final = 60 * 1024
 
 ROOT_INO: Final = 1
+
+#: What is kept of a volume's events unless it is made otherwise: so many, for a week.
+KEPT_EVENTS: Final = 500_000
+KEPT_S: Final = 7 * 24 * 3600
 
 #: The last byte of a file that can be locked, and the most locks that one message tells of.
 LAST_BYTE: Final = 2**63 - 1
@@ -102,8 +106,31 @@ class ErrorCode(enum.IntEnum):
     MALFORMED = 18
     BUSY = 19
     INTERNAL = 20
+    #: Events that were asked for are not kept any more, or are of another history.
+    EVENTS_GONE = 21
     #: Of the client's own: it is not sent.
-    LOST_LOCK = 21
+    LOST_LOCK = 22
+
+
+class Operation(enum.IntEnum):
+    """What an :class:`Event` tells of."""
+
+    CREATE = 1
+    MKDIR = 2
+    SYMLINK = 3
+    MKNOD = 4
+    LINK = 5
+    UNLINK = 6
+    RMDIR = 7
+    RENAME = 8
+    EXCHANGE = 9
+    #: Mode, owner or times.
+    ATTRIBUTES = 10
+    #: Bytes or size; perhaps attributes, too.
+    CONTENT = 11
+    XATTR = 12
+    #: Anything may have changed, by a check that repairs: the tree is to be read anew.
+    REPAIR = 13
 
 
 class LockOutcome(enum.IntEnum):
@@ -177,6 +204,32 @@ class Slice(_Message):
     start: U63
 
 
+class Event(_Message):
+    """One committed change of a volume. ``version`` counts them from 1, in the order of the commits, without gaps.
+
+    ``parent`` and ``name`` are the entry that was made, removed, or exchanged, or (RENAME) where it was; 0 and empty
+    for what concerns an inode only. ``new_parent`` and ``new_name``: where it was moved, or what it was exchanged with.
+    """
+
+    version: U63
+    #: When the change was asked for, by the metaserver's clock.
+    time_ns: Nanoseconds
+    operation: Operation
+    ino: U63 = 0
+    #: The type bits of the inode's mode.
+    kind: U32 = 0
+    #: After the change; of a directory 0.
+    size: U63 = 0
+    #: Who did it: what the client calls itself, cut to 64 characters.
+    client: str = ""
+    parent: U63 = 0
+    name: bytes = b""
+    new_parent: U63 = 0
+    new_name: bytes = b""
+    #: The inode that a RENAME took the place of, or an EXCHANGE moved the other way; 0: none.
+    other: U63 = 0
+
+
 class Lock(_Message):
     """An advisory lock: bytes ``start`` to ``end``, the last one included, of a file.
 
@@ -205,6 +258,9 @@ class CreateVolume(_Message, tag=2):
     name: VolumeName
     store: Annotated[str, Meta(max_length=4096)]
     inline_limit: Annotated[int, Meta(ge=0, le=MAX_INLINE)]
+    #: How many events are kept at most, and for how many seconds.
+    kept_events: Annotated[int, Meta(ge=1, le=2**40)] = KEPT_EVENTS
+    kept_s: Annotated[int, Meta(ge=1, le=2**40)] = KEPT_S
 
 
 class OpenSession(_Message, tag=3):
@@ -217,7 +273,7 @@ class OpenSession(_Message, tag=3):
     volume: VolumeName
     client: Annotated[str, Meta(max_length=256)]
     resume: SessionId | None = None
-    writing: Annotated[list[Ino], Meta(max_length=MAX_WRITING)] = []
+    writing: Annotated[list[Ino], Meta(max_length=MAX_OPEN)] = []
 
 
 class Renew(_Message, tag=4):
@@ -287,7 +343,7 @@ class MakeNode(_Message, tag=10):
     target: Target | None = None
     #: The reply may come before the change is durable: Sync, and every later change that is not lazy, makes it so.
     lazy: bool = False
-    #: It is open for writing then, as after :class:`OpenForWriting`.
+    #: It is open for writing then, as after :class:`OpenFile`.
     writing: bool = False
 
 
@@ -298,7 +354,10 @@ class Link(_Message, tag=11):
 
 
 class Remove(_Message, tag=12):
-    """Unlink (``directory`` false) or rmdir. The last link leaves an orphan, kept until Reap or session end."""
+    """Unlink (``directory`` false) or rmdir.
+
+    The last link leaves an orphan, kept until this client, and each that has it open, has sent Reap or ended.
+    """
 
     parent: Ino
     name: Name
@@ -457,16 +516,20 @@ class Seek(_Message, tag=30):
     hole: bool
 
 
-class OpenForWriting(_Message, tag=34):
-    """As GetAttributes; and what others are told of the inode they do not keep, until this client has closed it."""
+class OpenFile(_Message, tag=34):
+    """As GetAttributes, of what is to be opened: NOT_FOUND for an orphan that this client had not open before.
+
+    ``writing``: what others are told of the inode they do not keep, until this client has closed it.
+    """
 
     ino: Ino
+    writing: bool
 
 
 class ClosedForWriting(_Message, tag=35):
     """This client has these inodes open for writing no more."""
 
-    inos: Annotated[list[Ino], Meta(max_length=MAX_WRITING)]
+    inos: Annotated[list[Ino], Meta(max_length=MAX_OPEN)]
 
 
 class Sync(_Message, tag=40):
@@ -486,6 +549,18 @@ class CompactSlices(_Message, tag=41):
     seen: U63
     digest: Annotated[bytes, Meta(min_length=16, max_length=16)]
     slices: Annotated[list[Slice], Meta(max_length=1024)]
+
+
+class FollowEvents(_Message, tag=45):
+    """Tell of a volume's events after version ``since``, streamed as :class:`EventPage`. Needs no session.
+
+    ``since`` 0: of all that are kept; ``None``: of what comes from now on. EVENTS_GONE: those after it are not all
+    kept. ``live``: the stream does not end; a connection carries one such at a time (BUSY).
+    """
+
+    volume: VolumeName
+    since: U63 | None
+    live: bool
 
 
 class InspectSlices(_Message, tag=50):
@@ -542,9 +617,14 @@ class HoldLocks(_Message, tag=103):
 
 
 class Acknowledge(_Message, tag=120):
-    """All that the Break of this number told has left every cache of this client. Sent with id 0; has no reply."""
+    """All that the Break of this number told has left every cache of this client. Sent with id 0; has no reply.
+
+    ``open``: those of the inodes that are open here, perhaps: when they are unlinked they live on for this client too,
+    until it reaps them.
+    """
 
     number: U63
+    open: Annotated[list[Ino], Meta(max_length=MAX_OPEN)] = []
 
 
 # Replies
@@ -673,6 +753,19 @@ class Sought(_Message, tag=78):
     further: bool = False
 
 
+class EventPage(_Message, tag=80):
+    """Some events, by rising version. All up to ``version`` have been told: the place to go on from.
+
+    The first page comes at once, with or without events. No event is told before it is durable.
+    """
+
+    version: U63
+    events: list[Event]
+    last: bool
+    #: As in :class:`SessionOpened`.
+    volume: Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
 class SlicesInspected(_Message, tag=90):
     """Of the slices asked about: those never committed, those unused, and those never given out."""
 
@@ -709,13 +802,15 @@ class Break(_Message, tag=121):
     content and xattrs; or all there is. Then acknowledge ``number``, unless that is 0.
 
     What was asked for before this came and is answered after it must not be cached under these keys. With a number of
-    0 nobody waits: the keys belong to replies that follow and that are not to be cached.
+    0 nobody waits: the keys belong to replies that follow and that are not to be cached. ``written``: others have these
+    inodes open for writing, so that each request about them is to be sent; there is nothing to be dropped.
     """
 
     number: U63
     names: list[tuple[Ino, Name]]
     inodes: list[Ino]
     everything: bool = False
+    written: list[Ino] = []
 
 
 # fmt: off
@@ -723,13 +818,13 @@ Request = (
     Hello | CreateVolume | OpenSession | Renew | CloseSession | Lookup | FetchDirectory | GetAttributes | SetAttributes
     | MakeNode | Link | Remove | Rename | Reap | ReadLink | GetXattr | ListXattrs | SetXattr | RemoveXattr | GetContent
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
-    | CopyRange | Seek | OpenForWriting | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
-    | TestLock | SetLock | CancelLock | HoldLocks | Acknowledge
+    | CopyRange | Seek | OpenFile | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
+    | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
     | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected | LockIs | LockAnswer | LocksLost
-    | LockSettled | Break
+    | LockSettled | Break | EventPage
 )
 # fmt: on
 

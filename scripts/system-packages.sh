@@ -4,7 +4,7 @@
 set -eu
 
 PACKAGES=(clang clang-format llvm libbpf-dev liburing-dev libfuse3-dev fuse3 pkg-config gcc libc6-dev make
-	python3-dev python3-venv python3-bpfcc bpftool git rsync fio)
+	python3-dev python3-venv python3-bpfcc linux-headers-amd64 bpftool git rsync fio)
 
 stop() {
 	echo "bpfuse set-up: $*" >&2

@@ -353,10 +353,13 @@ async def test_a_sync_asks_a_lazy_metaserver_and_tells_of_its_losses() -> None:
 
 async def test_an_error_of_the_last_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     rig = Rig()
+    given_up: list[int] = []
+    rig.writer.when_given_up = given_up.append
     rig.server.before = _refuse(wire.ErrorCode.NO_SPACE)
     await rig.writer.write(INO, 0, b"x")
     assert await rig.writer.close(INO) is None
     assert "data written to inode 7 was lost" in caplog.text
+    assert given_up == [INO], "the kernel has the data in its pages still"
 
 
 async def test_a_lost_reply_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
@@ -443,6 +446,16 @@ async def test_no_slice_id_is_taken_twice() -> None:
     ids = _SliceIds(Slow())  # type: ignore[arg-type]
     taken = await asyncio.gather(*(ids.take(1) for _ in range(5)))
     assert len({each for batch in taken for each in batch}) == 5
+
+
+async def test_a_sync_does_not_hide_a_loss_of_before_it() -> None:
+    """The metaserver is another one when the sync gets there: what the one before acknowledged may be lost."""
+    rig = Rig(is_lazy=True)
+    await rig.writer.write(INO, 0, b"x")
+    await rig.writer.flush(INO)
+    rig.server.before = lambda request: rig.writer.acknowledged_lost() if isinstance(request, wire.Sync) else None
+    with pytest.raises(StoreError, match="may have lost"):
+        await rig.writer.sync(INO)
 
 
 async def test_attributes_that_pass_by_do_not_make_a_changed_file_known_again() -> None:

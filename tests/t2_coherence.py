@@ -12,7 +12,7 @@ from served import DIRECTORY, FILE, VOLUME, Client, Metaserver, serving, until
 
 from fuseclient.data.compaction import digest
 from fuseclient.worker import rpc
-from metaserver import coherence, fencing, opens, recovery, wire
+from metaserver import coherence, fencing, inodes, opens, recovery, wire
 from metaserver.errors import Fenced
 from metaserver.server import Server
 from metaserver.wire import ErrorCode
@@ -453,7 +453,7 @@ async def test_scenario_15_very_many_holders(metaserver: Metaserver) -> None:
 
 
 async def _open(client: Client, ino: int) -> wire.Attributes:
-    return (await client.connection.call(wire.OpenForWriting(ino), wire.Found)).attributes
+    return (await client.connection.call(wire.OpenFile(ino, True), wire.Found)).attributes
 
 
 async def _close(client: Client, *inos: int) -> None:
@@ -465,14 +465,14 @@ async def _keeps(client: Holder, name: bytes) -> bool:
     client.told.clear()
     found = await client.lookup(name)
     assert found is not None
-    return all(found.attributes.ino not in told.inodes for told in client.told)
+    return all(found.attributes.ino not in told.inodes + told.written for told in client.told)
 
 
 async def test_a_file_that_is_made_open_is_not_kept_by_others_until_it_is_closed(metaserver: Metaserver) -> None:
     one, two = await holder(metaserver), await holder(metaserver)
     file = await one.make(b"file", writing=True)
     assert not await _keeps(two, b"file")
-    assert two.told == [wire.Break(0, [], [file.ino])], "the name may be kept"
+    assert two.told == [wire.Break(0, [], [], False, [file.ino])], "the name may be kept"
     assert await _keeps(one, b"file"), "its writer knows what it does"
     await one.change(wire.WriteInline(file.ino, 0, b"data"))
     found = await two.lookup(b"file")
@@ -511,7 +511,7 @@ async def test_pages_of_a_directory_leave_out_what_is_being_written(metaserver: 
     one, two = await holder(metaserver), await holder(metaserver)
     made = [await one.make(b"%d" % number, writing=number == 5) for number in range(10)]
     assert [page async for page in two.connection.stream(wire.FetchDirectory(ROOT, 0, 100, 0, 0))]
-    assert [told.inodes for told in two.told] == [[made[5].ino]]
+    assert [(told.inodes, told.written) for told in two.told] == [([], [made[5].ino])]
 
 
 @pytest.mark.parametrize("how", ["close", "end", "evict"])
@@ -566,3 +566,179 @@ async def test_a_session_with_too_many_open_files_is_served_all_the_same(
     for number in range(4):
         await one.make(b"%d" % number, writing=True)
     assert [await _keeps(two, b"%d" % number) for number in range(4)] == [False, False, True, True]
+
+
+# Files that are open while others unlink them
+
+
+class Opener(Holder):
+    """A holder that says of some inodes that they are open."""
+
+    def __init__(self, connection: rpc.Connection) -> None:
+        super().__init__(connection)
+        self.has: set[int] = set()
+
+    def _told(self, told: wire.Break) -> None:
+        self.told.append(told)
+        still_open = self.has if told.everything else self.has.intersection(told.inodes)
+        self.connection.acknowledge(told.number, sorted(still_open))
+
+    async def opens(self, ino: int) -> None:
+        self.has.add(ino)
+        await self.connection.call(wire.OpenFile(ino, False), wire.Found)
+
+    async def reap(self, *inos: int) -> None:
+        self.has.difference_update(inos)
+        await self.connection.call(wire.Reap(list(inos)), wire.Done)
+
+
+async def opener(metaserver: Metaserver) -> Opener:
+    await metaserver.client()
+    client = Opener(await metaserver.connect())
+    await client.open(VOLUME)
+    return client
+
+
+async def _unlink(client: Client, how: str) -> None:
+    if how == "remove":
+        await client.change(wire.Remove(ROOT, b"file", False))
+    else:
+        await client.make(b"other")
+        await client.change(wire.Rename(ROOT, b"other", ROOT, b"file"))
+
+
+async def _exists(client: Client, ino: int) -> bool:
+    try:
+        await client.attributes(ino)
+    except rpc.Refused as error:
+        return error.code is not ErrorCode.NOT_FOUND
+    return True
+
+
+@pytest.mark.parametrize("how", ["remove", "rename"])
+async def test_what_is_unlinked_lives_on_for_who_has_it_open(metaserver: Metaserver, how: str) -> None:
+    one, two = await metaserver.client(), await opener(metaserver)
+    file = await one.make(b"file")
+    await one.change(wire.WriteInline(file.ino, 0, b"data"))
+    await two.opens(file.ino)
+    await _unlink(one, how)
+    await one.connection.call(wire.Reap([file.ino]), wire.Done)
+    assert (await two.attributes(file.ino)).nlink == 0
+    await two.change(wire.WriteInline(file.ino, 4, b"more"))
+    content = await two.connection.call(wire.GetContent(file.ino, 0, 100), wire.Content)
+    assert content.inline == b"datamore"
+    before = await one.connection.call(wire.GetStatistics(), wire.Statistics)
+    await two.reap(file.ino)
+    assert not await _exists(one, file.ino)
+    after = await one.connection.call(wire.GetStatistics(), wire.Statistics)
+    assert (after.inodes, after.bytes) == (before.inodes - 1, before.bytes - 8)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+async def test_the_last_of_those_who_have_it_open_deletes_it(metaserver: Metaserver, first: int) -> None:
+    """They end in any order, by reaping or with their sessions."""
+    one, two, three = [await opener(metaserver) for _ in range(3)]
+    file = await one.make(b"file")
+    await two.opens(file.ino)
+    await three.opens(file.ino)
+    await one.change(wire.Remove(ROOT, b"file", False))
+    ends = [one, two, three]
+    ends = ends[first:] + ends[:first]
+    await ends[0].reap(file.ino)
+    assert await _exists(ends[1], file.ino)
+    await ends[1].connection.call(wire.CloseSession(), wire.Done)
+    await metaserver.server.janitor.settle(5)
+    assert await _exists(ends[2], file.ino)
+    await ends[2].reap(file.ino)
+    assert not await _exists(ends[2], file.ino)
+
+
+async def test_who_has_a_file_open_is_asked_each_time(metaserver: Metaserver) -> None:
+    """A break has it give up what it caches, not what it has open; nor does dropping everything."""
+    one, two = await metaserver.client(), await opener(metaserver)
+    file = await one.make(b"file")
+    await two.opens(file.ino)
+    for mode in (0o600, 0o640):
+        await one.change(wire.SetAttributes(file.ino, mode=mode))
+    assert [told.inodes for told in two.told] == [[file.ino]] * 2
+    (session,) = [each for each in metaserver.server.sessions.all() if each.id == two.session.session]
+    metaserver.server.coherence.drop_everything(session)
+    await until(lambda: not session.pending)
+    await one.change(wire.Remove(ROOT, b"file", False))
+    await one.connection.call(wire.Reap([file.ino]), wire.Done)
+    assert await _exists(two, file.ino)
+
+
+async def test_after_a_restart_who_has_a_file_open_is_asked(metaserver: Metaserver) -> None:
+    two = await opener(metaserver)
+    for each in metaserver.server.sessions.all():
+        if each.id != two.session.session:
+            await metaserver.server.janitor.end(each)
+    file = await two.make(b"file")
+    two.has.add(file.ino)
+    await _restart(metaserver)
+    back = Opener(await metaserver.connect())
+    back.has = two.has
+    assert (await back.open(VOLUME, two.session.session)).resumed
+    one = Client(await metaserver.connect())
+    await one.open(VOLUME)
+    await one.change(wire.Remove(ROOT, b"file", False))
+    await one.connection.call(wire.Reap([file.ino]), wire.Done)
+    assert await _exists(back, file.ino)
+
+
+async def test_who_closed_a_file_before_it_was_unlinked_need_not_reap_it_again(metaserver: Metaserver) -> None:
+    """It said that it has it open, and closed it while others were still asked."""
+    one, two, three = await metaserver.client(), await opener(metaserver), await holder(metaserver, silent=True)
+    file = await one.make(b"file")
+    await two.opens(file.ino)
+    await three.lookup(b"file")
+    removing = asyncio.create_task(one.change(wire.Remove(ROOT, b"file", False)))
+    await until(lambda: two.told and three.told)
+    await two.reap(file.ino)
+    three.acknowledge()
+    await removing
+    await one.connection.call(wire.Reap([file.ino]), wire.Done)
+    assert not await _exists(one, file.ino)
+
+
+async def test_what_is_unlinked_cannot_be_opened_any_more(metaserver: Metaserver) -> None:
+    one, two, three = await opener(metaserver), await opener(metaserver), await opener(metaserver)
+    file = await one.make(b"file")
+    await two.opens(file.ino)
+    await one.change(wire.Remove(ROOT, b"file", False))
+    for client in (one, two):
+        await client.opens(file.ino)
+    for writing in (False, True):
+        call = three.connection.call(wire.OpenFile(file.ino, writing), wire.Found)
+        assert await refused(call) is ErrorCode.NOT_FOUND
+
+
+async def test_an_open_waits_for_an_unlinking_that_asked_before(metaserver: Metaserver) -> None:
+    """It said that it had not opened the file; so when it opens it then, the file must be gone, or not go."""
+    one, two, three = await metaserver.client(), await opener(metaserver), await holder(metaserver, silent=True)
+    file = await one.make(b"file")
+    await two.lookup(b"file")
+    await three.lookup(b"file")
+    removing = asyncio.create_task(one.change(wire.Remove(ROOT, b"file", False)))
+    await until(lambda: two.told and three.told)
+    opening = asyncio.create_task(refused(two.opens(file.ino)))
+    await two.attributes()
+    assert not opening.done()
+    three.acknowledge()
+    await removing
+    assert await opening is ErrorCode.NOT_FOUND
+
+
+async def test_very_many_who_have_it_open(metaserver: Metaserver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inodes, "MOST_OPENERS", 2)
+    one, others = await metaserver.client(), [await opener(metaserver) for _ in range(4)]
+    file = await one.make(b"file")
+    for each in others:
+        await each.opens(file.ino)
+    await one.change(wire.Remove(ROOT, b"file", False))
+    await one.connection.call(wire.Reap([file.ino]), wire.Done)
+    assert await _exists(one, file.ino)
+    for each in others:
+        await each.reap(file.ino)
+    assert not await _exists(one, file.ino)

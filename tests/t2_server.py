@@ -187,7 +187,7 @@ async def _every_request(client: Client) -> None:
     assert (await change(wire.Allocate(copy.ino, 0, 100_000, False, False))).attributes[0].size == 100_000
     assert (await change(wire.CopyRange(file.ino, 0, copy.ino, 0, 5000))).done == 5000
     assert (await call(wire.Seek(copy.ino, 0, True), wire.Sought)).offset == 5000
-    assert (await call(wire.OpenForWriting(copy.ino), wire.Found)).attributes.ino == copy.ino
+    assert (await call(wire.OpenFile(copy.ino, True), wire.Found)).attributes.ino == copy.ino
     await call(wire.ClosedForWriting([copy.ino]), wire.Done)
     await call(wire.Reap([copy.ino]), wire.Done)
     assert (await call(wire.GetStatistics(), wire.Statistics)).inodes >= 4
@@ -203,6 +203,8 @@ async def _every_request(client: Client) -> None:
     await change(wire.Remove(wire.ROOT_INO, b"directory", True))
     pages = [page async for page in client.connection.stream(wire.FetchDirectory(1, 0, 100, 0, 0))]
     assert [entry.name for page in pages for entry in page.entries] == [b"symlink"]
+    told = [page async for page in client.connection.follow(wire.FollowEvents(VOLUME, 0, False))]
+    assert [event.version for page in told for event in page.events] == list(range(1, told[-1].version + 1))
     assert (await client.renew(client.session.version)).everything is False
     await call(wire.CloseSession(), wire.Done)
     assert await refused(client.attributes()) is ErrorCode.STALE_SESSION
@@ -285,7 +287,7 @@ async def test_a_volume_is_made_once_and_opened_if_it_exists(metaserver: Metaser
 
 async def test_a_session_is_needed(metaserver: Metaserver) -> None:
     connection = await metaserver.connect()
-    sessionless = (wire.Hello, wire.CreateVolume, wire.OpenSession)
+    sessionless = (wire.Hello, wire.CreateVolume, wire.OpenSession, wire.FollowEvents)
     for request in messages.REQUESTS:
         if isinstance(request, wire.FetchDirectory):
             assert await refused(anext(connection.stream(request))) is ErrorCode.INVALID

@@ -574,7 +574,7 @@ async def test_opening_for_writing_takes_one_request_and_closing_tells_in_passin
     ino = entry.st_ino
     log.clear()
     infos = [await rig.ops.open(ino, os.O_RDWR, ME) for _ in range(2)]
-    assert log == [wire.OpenForWriting(ino)] * 2
+    assert log == [wire.OpenFile(ino, True)] * 2
     for each in infos:
         assert await keeps(rig, ino) is False
         await rig.close(each.fh)
@@ -591,12 +591,12 @@ async def keeps(rig: Rig, ino: int) -> bool:
 
     rig.other.connection.on_break(note)
     await rig.other.attributes(ino)
-    return not any(ino in each.inodes for each in told if not each.number)
+    return not any(ino in each.written for each in told)
 
 
 async def test_what_another_writes_is_asked_for_each_time_and_kept_when_it_is_closed(rig: Rig) -> None:
     ino = await rig.create(b"file", b"old")
-    await rig.other.connection.call(wire.OpenForWriting(ino), wire.Found)
+    await rig.other.connection.call(wire.OpenFile(ino, True), wire.Found)
     log = spied(rig)
     for size in (4, 5, 6):
         await rig.other.change(wire.WriteInline(ino, 0, b"x" * size))

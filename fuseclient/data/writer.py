@@ -107,6 +107,8 @@ class _File:
     writes: int = 0
     #: Changes of it were acknowledged that may not be durable yet.
     unsynced: bool = False
+    #: Syncs under way that are to make them durable.
+    syncing: int = 0
     #: Of what is lost or may be, and how many of those who had the file open are to be told of it still.
     loss: Exception | None = None
     owed: int = 0
@@ -160,6 +162,8 @@ class Writer:
         self.bytes = 0
         #: Whether others wait for this client's word before they see what an inode is.
         self.is_delegated: Callable[[int], bool] = lambda ino: False
+        #: Called with the inode of a file of which data was given up: the kernel may have it in its pages.
+        self.when_given_up: Callable[[int], None] = lambda ino: None
         #: Called with the inode of each commit of slices, and how many they were.
         self.when_laid: Callable[[int, list[wire.Slice]], None] = lambda ino, slices: None
 
@@ -230,6 +234,7 @@ class Writer:
             self._uploads.discard(file.staged)
             self.bytes -= _held(file)
             file.stale = True
+            self.when_given_up(file.attributes.ino)
 
     # Writing
 
@@ -349,11 +354,14 @@ class Writer:
 
     async def _make_durable(self, file: _File) -> None:
         file.unsynced = False
+        file.syncing += 1
         try:
             await self._call_sync()
         except BaseException:
             file.unsynced = True
             raise
+        finally:
+            file.syncing -= 1
 
     async def _call_sync(self) -> None:
         changes = self._changes()
@@ -365,7 +373,7 @@ class Writer:
         self._lost |= self._is_lazy() and self._changes() != self._durable_changes
         self._durable_changes = self._changes()
         for file in self._files.values():
-            if file.unsynced:
+            if file.unsynced or file.syncing:
                 file.loss, file.owed = _LOST, file.writers
 
     async def publish(self, ino: int) -> None:

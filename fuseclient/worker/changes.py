@@ -24,10 +24,12 @@ from fuseclient.data.passthrough import Passthrough
 from fuseclient.data.writer import Writer
 from fuseclient.worker.directories import Directories
 from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.inode_set import InodeSet
 from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.rpc import Disconnected, Refused
+from fuseclient.worker.session import Acknowledge
 from metaserver import wire
 
 _log = logging.getLogger(__name__)
@@ -109,6 +111,7 @@ class Changes:
         opened: OpenedVersions,
         kernel: Invalidator,
         passthrough: Passthrough,
+        is_open: Callable[[int], bool],
     ) -> None:
         self._feeder = feeder
         self._directories = directories
@@ -118,6 +121,7 @@ class Changes:
         self._opened = opened
         self._kernel = kernel
         self._passthrough = passthrough
+        self._is_open = is_open
         self._pending: deque[Callable[[], Awaitable[None]]] = deque()
         #: The deadline to be used when nothing is pending any more.
         self._deadline_ns = 0
@@ -125,16 +129,20 @@ class Changes:
         self._breaking: set[asyncio.Task[None]] = set()
         self._refreshing: asyncio.Task[None] | None = None
 
-    def broken(self, told: wire.Break, acknowledge: Callable[[], None]) -> None:
+    def broken(self, told: wire.Break, acknowledge: Acknowledge) -> None:
         """Somebody is about to change something: drop it everywhere, then acknowledge. Waits for no request."""
         if told.everything:
-            self._drop_everything()
-            self._later(_then(acknowledge))
+            paged = self._drop_everything()
+            self._later(_then(lambda: acknowledge(self._still_open(paged)[: wire.MAX_OPEN])))
             return
-        self._drop(told.names, told.inodes)
-        self._in_background(self._break(told, acknowledge))
+        for ino in told.written:
+            self._feeder.drop_inode(ino)
+            self._opened.forget(ino)
+        if told.number or told.names or told.inodes:
+            self._drop(told.names, told.inodes)
+            self._in_background(self._break(told, acknowledge))
 
-    async def _break(self, told: wire.Break, acknowledge: Callable[[], None]) -> None:
+    async def _break(self, told: wire.Break, acknowledge: Acknowledge) -> None:
         """Have the kernel drop what a break told. What nobody waits for may be put again before: keep that out."""
         kept_out = () if told.number else told.inodes
         try:
@@ -143,8 +151,20 @@ class Changes:
         except Exception as error:
             _log.error("the kernel's caches cannot be dropped, so the session will end: %s", error)
         else:
-            acknowledge()
+            acknowledge(self._still_open(told.inodes))
             self._refresh_soon()
+
+    def _still_open(self, inodes: Iterable[int]) -> list[int]:
+        """Return those of these inodes that are open here: they may be orphans soon, and are to be reaped then."""
+        still_open = [ino for ino in inodes if self._is_open(ino)]
+        self.suspect(still_open)
+        return still_open
+
+    def suspect(self, inodes: Iterable[int]) -> None:
+        """These are open here, and may be unlinked elsewhere."""
+        for ino in inodes:
+            self._orphans.suspect(ino)
+            self._feeder.paged.add(ino)
 
     def _in_background(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work, name="break")
@@ -196,7 +216,8 @@ class Changes:
         while running := self._breaking | ({self._task} if self._task is not None else set()):
             await asyncio.wait(running)
 
-    def _drop_everything(self) -> None:
+    def _drop_everything(self) -> InodeSet:
+        """Drop all there is; return the files that the kernel may have pages of."""
         self._lease.move(0)
         paged = self._feeder.paged.take()
         self._feeder.drop_everything()
@@ -205,6 +226,7 @@ class Changes:
         self._opened.clear()
         self._passthrough.changed_elsewhere(None)
         self._later(lambda: self._invalidate_everything(paged))
+        return paged
 
     def _later(self, action: Callable[[], Awaitable[None]]) -> None:
         self._pending.append(action)

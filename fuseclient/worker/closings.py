@@ -42,7 +42,7 @@ class Closings:
         try:
             while self._closed:
                 await asyncio.sleep(BATCH_S)
-                inos = list(self._closed)[: wire.MAX_WRITING]
+                inos = list(self._closed)[: wire.MAX_OPEN]
                 for ino in inos:
                     del self._closed[ino]
                 if inos:

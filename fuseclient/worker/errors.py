@@ -41,6 +41,7 @@ _ERRNO: Final = {
     ErrorCode.BUSY: errno.EBUSY,
     ErrorCode.INTERNAL: errno.EIO,
     ErrorCode.LOST_LOCK: errno.EIO,
+    ErrorCode.EVENTS_GONE: errno.EIO,
 }
 
 _P = ParamSpec("_P")

@@ -81,7 +81,7 @@ class Invalidator:
         """Drop an inode; say whether the kernel did not know it."""
         if not self._is_written(ino):
             return not await self._kernel.invalidate_inode(ino)
-        self._drop_pages_later(ino)
+        self.drop_pages_later(ino)
         return not await self._kernel.invalidate_attributes(ino)
 
     async def everything(self, paged: Iterable[int]) -> None:
@@ -117,7 +117,8 @@ class Invalidator:
         else:
             await self._kernel.invalidate_inode(ino)
 
-    def _drop_pages_later(self, ino: int) -> None:
+    def drop_pages_later(self, ino: int) -> None:
+        """Have the kernel drop an inode's pages, of a file that is written or has been; keep it out of the maps."""
         task = asyncio.create_task(self._drop_pages(ino))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

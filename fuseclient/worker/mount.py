@@ -28,7 +28,7 @@ from fuseclient.worker.operations import Operations, Parts
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.reading import ReadPath
 from fuseclient.worker.rpc import Disconnected, Refused
-from fuseclient.worker.session import Session
+from fuseclient.worker.session import Acknowledge, Session
 from metaserver import wire
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Mount:
             on_lost=self._lost,
             on_break=self._broken,
             on_restarted=lambda: self._tell(lambda changes: changes.restarted()),
-            writing=lambda: self._writer.open_inodes()[: wire.MAX_WRITING] if self._changes is not None else [],
+            writing=lambda: self._writer.open_inodes()[: wire.MAX_OPEN] if self._changes is not None else [],
             on_connected=lambda connection, resumed: self.locks.connected(connection, resumed=resumed),
             check_change=lambda request: self.locks.check_change(request),
             resume=bytes.fromhex(config.session) if config.session else None,
@@ -86,7 +86,7 @@ class Mount:
     def _is_written(self, ino: int) -> bool:
         return self._changes is not None and self._writer.is_open(ino)
 
-    def _broken(self, told: wire.Break, acknowledge: Callable[[], None]) -> None:
+    def _broken(self, told: wire.Break, acknowledge: Acknowledge) -> None:
         """A break comes; if this worker has begun nothing yet, all there is are the maps of the one before it."""
         if self._changes is not None:
             self._changes.broken(told, acknowledge)
@@ -100,11 +100,13 @@ class Mount:
             self._early.append(lambda changes: changes.apply(wire.Renewed(100, 0, [], [], True)))
         self._early_break = asyncio.create_task(self._drop_early(told, acknowledge))
 
-    async def _drop_early(self, told: wire.Break, acknowledge: Callable[[], None]) -> None:
+    async def _drop_early(self, told: wire.Break, acknowledge: Acknowledge) -> None:
         if told.everything:
             await self._kernel.everything(())
         await self._kernel.drop(told.names, told.inodes)
-        acknowledge()
+        still_open = [ino for ino in told.inodes if self._cache.is_open(ino)]
+        self._tell(lambda changes: changes.suspect(still_open))
+        acknowledge(still_open)
 
     def _tell(self, what: Callable[[Changes], None]) -> None:
         if self._changes is None:
@@ -150,8 +152,13 @@ class Mount:
         )
         self._compactor = Compactor(session, self._store, feeder.drop_inode)
         writer.when_laid = self._compactor.laid
+        writer.when_given_up = kernel.drop_pages_later
         feeder.on_changed = writer.observe
-        orphans = Orphans(session, lambda ino: open_handles[ino] > 0 or cache.is_open(ino) or writer.is_open(ino))
+
+        def is_open(ino: int) -> bool:
+            return open_handles[ino] > 0 or cache.is_open(ino) or writer.is_open(ino)
+
+        orphans = Orphans(session, is_open)
         directories = Directories(
             session,
             feeder,
@@ -165,7 +172,7 @@ class Mount:
             cache=cache, kernel=self._notifier,
         )  # fmt: skip
         through = reading.passthrough
-        self._changes = Changes(feeder, directories, writer, orphans, lease, versions, kernel, through)
+        self._changes = Changes(feeder, directories, writer, orphans, lease, versions, kernel, through, is_open)
         self._join_locks()
         for each in self._early:
             each(self._changes)

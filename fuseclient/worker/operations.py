@@ -418,7 +418,7 @@ class Operations(pyfuse3.Operations):
     async def open_file(self, ino: int, flags: int, *, passthrough: bool = True) -> tuple[FileInfo, Opening | None]:
         """Open a file, and say from which backing the kernel may read it."""
         writing = flags & os.O_ACCMODE != os.O_RDONLY
-        with self._feeder.begin() as token:
+        with self._feeder.begin() as token, self._opening(ino):
             attributes, fresh = await self._open_inode(token, ino, writing=writing)
             if writing:
                 self._begin_writing(attributes, fresh)
@@ -430,8 +430,8 @@ class Operations(pyfuse3.Operations):
                 if writing:
                     await self._end_writing(ino)
                 raise
-        # The handle is counted before anything is awaited: see passthrough.py.
-        handle = self._handle(ino, writing=writing)
+            # The handle is counted before anything is awaited: see passthrough.py.
+            handle = self._handle(ino, writing=writing)
         keep = self._opened.opened(ino, attributes.version)
         self._feeder.paged.add(ino)
         return FileInfo(fh=handle, keep_cache=keep), opening
@@ -556,14 +556,27 @@ class Operations(pyfuse3.Operations):
         self._cache.opened(ino)
         return handles.encode(ino, writing=writing, generation=self._generation, serial=self._serials.take(ino))
 
+    @contextlib.contextmanager
+    def _opening(self, ino: int) -> Iterator[None]:
+        """An inode is being opened: to who asks it is open already."""
+        self._open_handles[ino] += 1
+        try:
+            yield
+        finally:
+            self._closed_here(ino)
+
+    def _closed_here(self, ino: int) -> None:
+        self._open_handles[ino] -= 1
+        if not self._open_handles[ino]:
+            del self._open_handles[ino]
+
     def _released(self, fh: int) -> None:
         handle = handles.decode(fh)
         self._cache.released(handle.ino)
         if not handle.kernel and handle.generation == self._generation:
             self._serials.give_back(fh)
-            self._open_handles[handle.ino] -= 1
-            if not self._open_handles[handle.ino]:
-                del self._open_handles[handle.ino]
+            self._closed_here(handle.ino)
+            if handle.ino not in self._open_handles:
                 self._reader.closed(handle.ino)
         self._passthrough.released(handle.ino)
         self._orphans.closed(handle.ino)
@@ -590,8 +603,7 @@ class Operations(pyfuse3.Operations):
         """Return the attributes of a file that is being opened, and whether they are fresh."""
         if writing:
             self._closings.opening(ino)
-        request = wire.OpenForWriting(ino) if writing else wire.GetAttributes(ino)
-        attributes = (await self._session.call(request, wire.Found)).attributes
+        attributes = (await self._session.call(wire.OpenFile(ino, writing), wire.Found)).attributes
         return attributes, self._feeder.inode(token, attributes)
 
     def _begin_writing(self, attributes: wire.Attributes, fresh: bool) -> None:

@@ -1,8 +1,11 @@
-"""Inodes that were unlinked through this mount and live on until nobody uses them.
+"""Inodes that were unlinked, here or elsewhere while they were open here, and live on until nobody uses them.
 
 The kernel says by FORGET that it uses an inode no more. But handles that the BPF program gave out are counted by a
 hash of the inode, and a RELEASE can be handled after the FORGET; so an inode that is forgotten and seems open waits
 for its last close or for the next renewal. What is never reaped here is reaped when the session ends.
+
+Another client that unlinks an inode asks first whether it is open here (see changes.py), and from then on it may be an
+orphan: it is reaped with its last close, which does no harm if it has links.
 """
 
 from __future__ import annotations
@@ -41,6 +44,13 @@ class Orphans:
     def add(self, ino: int) -> None:
         """An inode's last link was removed."""
         self._orphans.add(ino)
+
+    def suspect(self, ino: int) -> None:
+        """An inode that is open here may be about to lose its last link elsewhere."""
+        self._due.discard(ino)
+        if ino not in self._orphans:
+            self._orphans.add(ino)
+            self._waiting.add(ino)
 
     def linked(self, ino: int) -> None:
         """An inode has a link (again)."""

@@ -27,7 +27,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 from fuseclient.worker import rpc
@@ -52,8 +52,7 @@ _CALLS: Final = 64
 _REPEATABLE: Final = (
     wire.Lookup, wire.FetchDirectory, wire.GetAttributes, wire.ReadLink, wire.GetXattr, wire.ListXattrs,
     wire.GetContent, wire.GetStatistics, wire.ListSlices, wire.InspectSlices, wire.Seek, wire.NewSlices, wire.Reap,
-    wire.ForgetSlices, wire.Sync, wire.OpenForWriting, wire.ClosedForWriting, wire.TestLock, wire.SetLock,
-    wire.CancelLock,
+    wire.ForgetSlices, wire.Sync, wire.OpenFile, wire.ClosedForWriting, wire.TestLock, wire.SetLock, wire.CancelLock,
 )  # fmt: skip
 
 
@@ -68,9 +67,13 @@ def client_deadline(sent_ns: int, lease_ms: int) -> int:
     return sent_ns + lease_ns - min(lease_ns // 10, MARGIN_NS)
 
 
-def _acknowledge_at_once(told: wire.Break, acknowledge: Callable[[], None]) -> None:
+#: Acknowledges a break, and tells which inodes are open.
+Acknowledge = Callable[[Sequence[int]], None]
+
+
+def _acknowledge_at_once(told: wire.Break, acknowledge: Acknowledge) -> None:
     """What a session without caches does with a break."""
-    acknowledge()
+    acknowledge(())
 
 
 async def _do_nothing(connection: Connection, resumed: bool) -> None:
@@ -122,7 +125,7 @@ class Session:
         on_changes: Callable[[wire.Renewed], object],
         on_renewed: Callable[[int], object],
         on_lost: Callable[[], object],
-        on_break: Callable[[wire.Break, Callable[[], None]], object] = _acknowledge_at_once,
+        on_break: Callable[[wire.Break, Acknowledge], object] = _acknowledge_at_once,
         on_restarted: Callable[[], object] = lambda: None,
         writing: Callable[[], list[int]] = list,
         on_connected: Callable[[Connection, bool], Awaitable[object]] = _do_nothing,
@@ -314,7 +317,9 @@ class Session:
             self._poked.set()
 
     async def _open(self, connection: Connection) -> None:
-        connection.on_break(lambda told: self._on_break(told, lambda: connection.acknowledge(told.number)))
+        connection.on_break(
+            lambda told: self._on_break(told, lambda still_open: connection.acknowledge(told.number, still_open))
+        )
         sent_ns = self._clock()
         request = wire.OpenSession(self._volume, self._client, self.id, self._writing())
         opened = await connection.call(request, wire.SessionOpened)

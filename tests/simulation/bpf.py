@@ -161,13 +161,22 @@ class Maps:
         self._opens[ino] = self._opens.get(ino, 0) + 1
         return True
 
-    def answer_read(self, ino: int) -> bytes | None:
-        """Answer READ of the whole file."""
+    def answer_content(self, ino: int) -> bytes | None:
+        """Answer READ of the whole file, or READLINK."""
         inode = self._peek(ino)
-        if inode is None or not stat.S_ISREG(inode.attributes.mode) or inode.data is None:
+        if inode is None or stat.S_ISDIR(inode.attributes.mode) or inode.data is None:
             return None
         self.answers += 1
         return inode.data
+
+    def answer_getxattr(self, ino: int) -> bool:
+        """Answer GETXATTR of an inode that has none; of one that is being written, too."""
+        inode = self._inodes.get(ino)
+        if inode is None or inode.epoch != self.epoch or self._left_s() <= 0:
+            return False
+        has_none = not inode.attributes.flags & wire.InodeFlag.HAS_XATTRS
+        self.answers += has_none
+        return has_none
 
     def answer_release(self, ino: int) -> None:
         """Answer RELEASE of a handle that was given out here."""

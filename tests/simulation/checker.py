@@ -6,10 +6,13 @@
    its commit until the change that replaced it has *returned* to its program, or anybody has seen the new one.
 3. The exception to the last: while a change is under way, its own client may still see what was before, though others
    have seen the new value. If its worker died over it, this lasts until the next worker has its session.
-4. What a program writes is seen at once by all on its machine; by others when it is committed.
+4. A crash takes back no commit of a change that was promised to be durable. What was there before comes back; for some
+   time both that and what was lost may be seen.
+5. What a program writes is seen at once by all on its machine; by others when it is committed.
 
-Writes are told apart by the commits that they match, so nothing is searched: each read is given the oldest version that
-is allowed, which leaves most room for those after it.
+Changes are told apart by the commits that they match, so nothing is searched: each read is given the oldest version
+that is allowed, which leaves most room for those after it. Content may be committed a second time for another session
+of its client: what a session that ended left uncommitted, as far as is known, is written by the next.
 """
 
 from __future__ import annotations
@@ -22,30 +25,51 @@ from typing import Final
 
 from simulation.history import Change, Commit, History, Outcome, Read, Register, Stamp, Value, agrees
 
-_PRIMARY: Final = ("name", "owner", "data")
+#: What a change of an inode is known by, beside names.
+_KINDS: Final = ("owner", "mode", "atime", "xattr", "data")
+#: Of these a change may find that there is nothing to do.
+_IDLE: Final = ("mode", "xattr", "data")
 _BEGINNING: Final = Stamp(0, -math.inf)
+#: What registers are before anybody has changed them; others do not exist.
+_ABSENT: Final[dict[str, Value]] = {"name": 0, "xattr": b""}
 
 
 @dataclass
 class Version:
-    """A value that a register had. ``change`` is whose it is; None for what was there at the beginning."""
+    """A value that a register had. ``change`` is whose it is; None for what was there at the beginning.
+
+    ``settled``: when it, having come back after a crash, must have reached everybody; 0 for all others.
+    """
 
     value: Value
     committed: Stamp
     change: Change | None = None
+    settled: float = 0.0
 
 
-def check(history: History, commits: Sequence[Commit], given: int = 0) -> list[str]:
-    """Return what is wrong, a line each. The first ``given`` commits are what was there at the beginning."""
+#: The changes that a commit made, by register.
+Authors = dict[Register, Change]
+
+
+def check(history: History, commits: Sequence[Commit], given: int = 0, settling_s: float = 0.0) -> list[str]:
+    """Return what is wrong, a line each. The first ``given`` commits are what was there at the beginning.
+
+    ``settling_s`` seconds after a crash everybody must know what was lost, and after a failed close its machine must
+    have dropped what could not be written.
+    """
     complaints: list[str] = []
     authors = _attribute(history.changes, commits, given, complaints)
-    registers = _versions(commits, authors)
-    done = set(map(id, authors.values()))
+    registers = _versions(commits, authors, settling_s)
+    done = {id(change) for each in authors.values() for change in each.values()}
     for change in history.changes:
         if change.outcome is not Outcome.OK or id(change) in done:
             continue
         if not _is_idle(change, registers) and not _is_overwritten(change, registers):
             complaints.append(f"{change} was acknowledged and never committed")
+    for lost in (number for commit in commits for number in commit.undoes):
+        for change in authors.get(lost, {}).values():
+            if change.durable:
+                complaints.append(f"{change} was durable, and a crash took it back")
     by_register: defaultdict[Register, list[Read]] = defaultdict(list)
     for read in history.reads:
         by_register[read.register].append(read)
@@ -55,52 +79,51 @@ def check(history: History, commits: Sequence[Commit], given: int = 0) -> list[s
             if register[0] == "data":
                 writes[register].append(change)
     for register, reads in by_register.items():
-        versions = registers.get(register) or [Version(0, _BEGINNING)]
-        complaints += _Register(versions, writes[register]).check(reads)
+        versions = registers.get(register) or [Version(_ABSENT.get(register[0], 0), _BEGINNING)]
+        complaints += _Register(versions, writes[register], settling_s).check(reads)
     return complaints
 
 
 # Whose a commit is
 
 
-def primary(commit: Commit) -> dict[Register, Value]:
-    """Return those of a commit's changes that say what it was: names, else an owner, else content."""
-    for kind in _PRIMARY:
-        if found := {register: value for register, value in commit.changes.items() if register[0] == kind}:
-            return found
-    return {}
+def efforts(commit: Commit) -> list[dict[Register, Value]]:
+    """Return what of a commit tells whose it was, for each change that it may hold: all names, or each of the rest."""
+    changes = commit.changes
+    if names := {register: value for register, value in changes.items() if register[0] == "name"}:
+        return [names]
+    return [{register: changes[register]} for kind in _KINDS for register in changes if register[0] == kind]
 
 
 def _attribute(
     changes: Iterable[Change], commits: Sequence[Commit], given: int, complaints: list[str]
-) -> dict[int, Change]:
-    """Return the change of each commit, by the commit's place."""
+) -> dict[int, Authors]:
+    """Return the changes of each commit, by the commit's number."""
     waiting: defaultdict[frozenset[Register], list[Change]] = defaultdict(list)
     for change in changes:
         waiting[frozenset(change.effect)].append(change)
-    authors: dict[int, Change] = {}
-    for index, commit in enumerate(commits):
-        if index < given or not (effect := primary(commit)):
+    lost = {number for commit in commits for number in commit.undoes}
+    sessions: dict[int, bytes] = {}
+    authors: dict[int, Authors] = {}
+    for number, commit in enumerate(commits):
+        if number < given or commit.undoes:
             continue
-        author = _author(waiting[frozenset(effect)], commit, effect)
-        if author is None:
-            complaints.append(f"a commit at {commit.at.time:.4f} that nobody asked for: {effect}")
-        else:
-            authors[index] = author
-            if not _is_retried(author):
-                waiting[frozenset(effect)].remove(author)
+        for effect in efforts(commit):
+            candidates = waiting[frozenset(effect)]
+            possible = [each for each in candidates if sessions.get(id(each)) != commit.session]
+            possible = [each for each in possible if _may_be(each, commit, effect)]
+            author = min(possible, key=lambda change: (id(change) in sessions, _urgency(change)), default=None)
+            if author is None:
+                complaints.append(f"a commit at {commit.at.time:.4f} that nobody asked for: {effect}")
+                continue
+            authors.setdefault(number, {}).update(dict.fromkeys(effect, author))
+            if number in lost:
+                continue
+            if next(iter(effect))[0] == "data":
+                sessions[id(author)] = commit.session
+            else:
+                candidates.remove(author)
     return authors
-
-
-def _is_retried(change: Change) -> bool:
-    """Say whether a change may be committed again: content of which that failed is kept, and written anew."""
-    return change.outcome is Outcome.UNKNOWN and all(kind == "data" for kind, *_ in change.effect)
-
-
-def _author(candidates: list[Change], commit: Commit, effect: dict[Register, Value]) -> Change | None:
-    """Return the change that must be committed soonest: the first to end, before those that need not be."""
-    possible = [each for each in candidates if _may_be(each, commit, effect)]
-    return min(possible, key=_urgency, default=None)
 
 
 def _may_be(change: Change, commit: Commit, effect: dict[Register, Value]) -> bool:
@@ -112,17 +135,24 @@ def _may_be(change: Change, commit: Commit, effect: dict[Register, Value]) -> bo
 
 
 def _urgency(change: Change) -> float:
+    """Return when a change must be committed: the first to end must be first, before those that need not be at all."""
     return change.returned.order if change.outcome is Outcome.OK and change.returned is not None else math.inf
 
 
 def _is_idle(change: Change, registers: dict[Register, list[Version]]) -> bool:
-    """Say whether a change had nothing to do: a rename between two names of one inode."""
-    if len(change.effect) < 2 or change.returned is None:
+    """Say whether a change had nothing to do: it was so already, or a rename between two names of one inode."""
+    if change.returned is None:
         return False
-    old, new = (registers.get(register, []) for register in change.effect)
-    moments = {each.committed for each in old + new if each.committed.order < change.returned.order}
-    moments = {each for each in moments if each.order > change.invoked.order} | {change.invoked}
-    return any(_value_at(old, moment) == _value_at(new, moment) != 0 for moment in moments)
+    histories = [registers.get(register, []) for register in change.effect]
+    moments = {each.committed for versions in histories for each in versions}
+    moments = {each for each in moments if change.invoked.order < each.order < change.returned.order}
+    for moment in moments | {change.invoked}:
+        values = [_value_at(versions, moment) for versions in histories]
+        if len(values) == 2 and values[0] == values[1] != 0:
+            return True
+        if next(iter(change.effect))[0] in _IDLE and values == list(change.effect.values()):
+            return True
+    return False
 
 
 def _is_overwritten(change: Change, registers: dict[Register, list[Version]]) -> bool:
@@ -146,12 +176,18 @@ def _value_at(versions: list[Version], moment: Stamp) -> Value:
 # What was current when
 
 
-def _versions(commits: Sequence[Commit], authors: dict[int, Change]) -> dict[Register, list[Version]]:
+def _versions(
+    commits: Sequence[Commit], authors: dict[int, Authors], settling_s: float
+) -> dict[Register, list[Version]]:
     registers: dict[Register, list[Version]] = {}
-    for index, commit in enumerate(commits):
+    for number, commit in enumerate(commits):
+        changes = authors.get(number, {})
+        settled = commit.at.time + settling_s if commit.undoes else 0.0
         for register, value in commit.changes.items():
-            versions = registers.setdefault(register, [Version(0, _BEGINNING)] if register[0] == "name" else [])
-            versions.append(Version(value, commit.at, authors.get(index)))
+            absent = _ABSENT.get(register[0])
+            versions = registers.setdefault(register, [Version(absent, _BEGINNING)] if absent is not None else [])
+            change = changes.get(register) or next(iter(changes.values()), None)
+            versions.append(Version(value, commit.at, change, settled))
     return registers
 
 
@@ -161,6 +197,7 @@ class _Register:
 
     versions: list[Version]
     writes: list[Change]
+    settling_s: float
     seen: list[tuple[Read, int]] = field(default_factory=list)
 
     def check(self, reads: list[Read]) -> list[str]:
@@ -180,9 +217,15 @@ class _Register:
             each.client == read.client
             and agrees(read.value, each.effect[read.register])
             and each.invoked.order < read.returned.order
-            and (each.returned is None or read.invoked.order < each.returned.order)
+            and self._may_be_left(each, read)
             for each in self.writes
         )
+
+    def _may_be_left(self, write: Change, read: Read) -> bool:
+        """Say whether a write of the read's machine was under way, or had just failed."""
+        if write.returned is None or read.invoked.order < write.returned.order:
+            return True
+        return write.outcome is Outcome.UNKNOWN and read.invoked.time < write.returned.time + self.settling_s
 
     def _first(self, read: Read, oldest: int) -> int | None:
         """Return the oldest version from ``oldest`` on that the read can have seen."""
@@ -198,6 +241,8 @@ class _Register:
         """Return the last version whose change had returned when the read began: nothing older may be seen."""
         for index in range(len(self.versions) - 1, -1, -1):
             change = self.versions[index].change
+            if 0.0 < self.versions[index].settled < read.invoked.time:
+                return index
             if change is None or change.outcome is not Outcome.OK or change.returned is None:
                 continue
             if change.returned.order < read.invoked.order:
@@ -213,8 +258,10 @@ class _Register:
         return newest
 
     def _excused(self, read: Read, index: int) -> bool:
-        """Say whether the read's own client has the version's change still under way."""
+        """Say whether the read's own client has the version's change still under way, or all learn of a loss still."""
         change = self.versions[index].change
+        if read.invoked.time < self.versions[index].settled:
+            return True
         if change is None or change.client != read.client:
             return False
         return change.returned is None or read.invoked.order < change.returned.order or read.invoked.time < change.known

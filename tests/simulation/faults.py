@@ -1,9 +1,10 @@
-"""What goes wrong in a run: faults drawn from the seed, one after another, each of which ends by itself."""
+"""What goes wrong in a run: faults drawn from the seed, each of which ends by itself."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
@@ -21,39 +22,55 @@ class Faults:
         self._rng = rng
         self._lease_s = world.setup.lease_s
         self.log: list[str] = []
-        #: Nothing is wrong now.
-        self.idle = True
+        self.counts: Counter[str] = Counter()
+        #: No more begin.
+        self.ending = False
 
     async def run(self) -> None:
-        """Do one fault after another, until cancelled."""
-        kinds: tuple[tuple[int, Callable[[], Awaitable[None]]], ...] = (
-            (4, self.cut_a_connection),
-            (3, self.partition),
-            (2, self.one_way_partition),
-            (3, self.freeze_a_worker),
-            (2, self.kill_a_worker),
-            (1, self.kill_a_client),
-            (2, self.restart_the_server),
-            (1, self.fail_over),
-            (1, self.freeze_the_server),
-            (1, self.jump_a_wall_clock),
-            (1, self.slow_the_network),
+        """Do one fault of clients after another, and at the same time one of the server's side, until ``ending``."""
+        await asyncio.gather(
+            self._do(
+                (4, self.cut_a_connection),
+                (3, self.partition),
+                (2, self.one_way_partition),
+                (3, self.freeze_a_worker),
+                (2, self.kill_a_worker),
+                (1, self.kill_a_client),
+                (1, self.suspend_a_client),
+                (1, self.jump_a_wall_clock),
+            ),
+            self._do(
+                (4, self.nothing),
+                (3, self.restart_the_server),
+                (1, self.fail_over),
+                (1, self.freeze_the_server),
+                (1, self.slow_the_network),
+                (1, self.fill_the_engine),
+                (1, self.confuse_the_engine),
+                (1, self.break_the_store),
+            ),
         )
+
+    async def _do(self, *kinds: tuple[int, Callable[[], Awaitable[None]]]) -> None:
         wanted = self._world.setup.kinds
         kinds = tuple(each for each in kinds if not wanted or each[1].__name__ in wanted)
-        while True:
+        while kinds:
             await asyncio.sleep(self._rng.uniform(0.2, 1.0) * self._lease_s)
+            if self.ending:
+                return
             kind = self._rng.choices([each for _, each in kinds], weights=[weight for weight, _ in kinds])[0]
+            self.counts[kind.__name__] += 1
             self._say(kind.__name__)
-            self.idle = False
             await kind()
-            self.idle = True
 
     def _say(self, what: str) -> None:
         self.log.append(f"{self._world.elapsed():.3f} s: {what}")
 
     async def _for_a_while(self, longest: float = 2.0) -> None:
         await asyncio.sleep(self._rng.uniform(0.05, longest) * self._lease_s)
+
+    async def nothing(self) -> None:
+        await self._for_a_while()
 
     async def cut_a_connection(self) -> None:
         endpoints = [each for each in self._world.network.endpoints if not each.closed]
@@ -125,3 +142,29 @@ class Faults:
         before, network.slow_s = network.slow_s, self._lease_s / 4
         await self._for_a_while()
         network.slow_s = before
+
+    async def suspend_a_client(self) -> None:
+        """The lid is closed: for a moment, or for ten minutes."""
+        client = self._rng.choice(self._world.clients)
+        seconds = self._rng.choice((self._rng.uniform(0.1, 2.0) * self._lease_s, 600.0))
+        nodes = [client.node, client.worker.node]
+        self._world.loop.suspend(nodes, seconds)
+        await asyncio.sleep(seconds)
+        for node in nodes:
+            node.frozen = False
+
+    async def fill_the_engine(self) -> None:
+        self._world.engine.full = True
+        await self._for_a_while(0.5)
+        self._world.engine.full = False
+
+    async def confuse_the_engine(self) -> None:
+        """The outcome of some commits is not known."""
+        self._world.engine.doubtful = True
+        await self._for_a_while(0.5)
+        self._world.engine.doubtful = False
+
+    async def break_the_store(self) -> None:
+        self._world.objects.failing = True
+        await self._for_a_while()
+        self._world.objects.failing = False

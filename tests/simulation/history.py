@@ -1,7 +1,8 @@
 """What the programs on the clients did and saw, and what the engine committed.
 
 A register is one thing that can be read by itself: what a name stands for (``"name"``, directory, name), an inode's
-owner and number of links (``"owner"`` and ``"links"``), and a small file's content (``"data"``).
+owner, permissions, time of access and number of links (``"owner"``, ``"mode"``, ``"atime"``, ``"links"``), an extended
+attribute (``"xattr"``, inode, name), and a small file's content or a symlink's target (``"data"``).
 """
 
 from __future__ import annotations
@@ -42,6 +43,18 @@ def owner_of(ino: int) -> Register:
 
 def links_of(ino: int) -> Register:
     return "links", ino, b""
+
+
+def mode_of(ino: int) -> Register:
+    return "mode", ino, b""
+
+
+def atime_of(ino: int) -> Register:
+    return "atime", ino, b""
+
+
+def xattr_of(ino: int, name: bytes) -> Register:
+    return "xattr", ino, name
 
 
 def data_of(ino: int) -> Register:
@@ -91,16 +104,20 @@ class Change:
     outcome: Outcome = Outcome.UNKNOWN
     #: When its own client must know what came of it, if that is later than its return: its worker died meanwhile.
     known: float = -math.inf
+    #: It was promised that it survives a crash of the server.
+    durable: bool = False
 
     def __str__(self) -> str:
         return f"client {self.client}'s {self.what} ({self.outcome.value})"
 
 
 class Commit(NamedTuple):
-    """What a transaction of the engine changed."""
+    """What a transaction of the engine changed, for which session. ``undoes``: a crash took commits back, these."""
 
     at: Stamp
     changes: dict[Register, Value]
+    session: bytes = b""
+    undoes: tuple[int, ...] = ()
 
 
 @dataclass
@@ -125,11 +142,24 @@ class History:
         self.changes.append(change)
         return change
 
-    def end(self, change: Change, outcome: Outcome, effect: dict[Register, Value] | None = None) -> None:
+    def end(
+        self,
+        change: Change,
+        outcome: Outcome,
+        effect: dict[Register, Value] | None = None,
+        *,
+        durable: bool = False,
+    ) -> None:
         """A change has returned; ``effect`` is what it turned out to be."""
-        change.returned, change.outcome = self.now(), outcome
+        change.returned, change.outcome, change.durable = self.now(), outcome, durable
         if effect is not None:
             change.effect = effect
+
+    def synced(self, client: int, invoked: Stamp) -> None:
+        """All that a client had done before it began to sync is durable."""
+        for change in self.changes:
+            if change.client == client and change.returned is not None and change.returned.order < invoked.order:
+                change.durable |= change.outcome is Outcome.OK
 
     def worker_died(self, client: int) -> None:
         """What a client's worker had in hand is not known to the client until there is another worker."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Final, Protocol
 
+import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError
 
 from simulation.bpf import Maps
@@ -62,6 +63,7 @@ class Inode:
     nlink: int = 0
     mode: int = 0
     size: int = 0
+    atime_ns: int = 0
     expires: float = 0.0
     version: int = 0
     pages: bytes | None = None
@@ -112,8 +114,8 @@ class Kernel:
             return
         self._version += 1
         inode.version = self._version
-        inode.uid, inode.nlink, inode.mode, inode.size = attributes[:4]
-        inode.expires = self._expires(attributes[4])
+        inode.uid, inode.nlink, inode.mode, inode.size, inode.atime_ns = attributes[:5]
+        inode.expires = self._expires(attributes[5])
 
     def _drop_attributes(self, ino: int) -> None:
         self.inode(ino).expires = 0.0
@@ -208,7 +210,8 @@ class Kernel:
             attributes, source = of_entry(entry), "worker"
         self._note(ino, attributes, version)
         # The system call answers with what the reply said, cached or not.
-        return Inode(ino, uid=attributes[0], nlink=attributes[1], mode=attributes[2], size=attributes[3]), source
+        uid, nlink, mode, size, atime_ns, _ = attributes
+        return Inode(ino, uid=uid, nlink=nlink, mode=mode, size=size, atime_ns=atime_ns), source
 
     # Changes
 
@@ -233,6 +236,14 @@ class Kernel:
             await self._must_be_absent(parent, name)
             epoch = self._epoch
             entry = await self._change("mkdir", parent, name, stat.S_IFDIR | 0o755, CONTEXT)
+            self._made(parent, name, entry, epoch)
+            return int(entry.st_ino)
+
+    async def symlink(self, parent: int, name: bytes, target: bytes) -> int:
+        async with self._changing(parent):
+            await self._must_be_absent(parent, name)
+            epoch = self._epoch
+            entry = await self._change("symlink", parent, name, target, CONTEXT)
             self._made(parent, name, entry, epoch)
             return int(entry.st_ino)
 
@@ -271,54 +282,105 @@ class Kernel:
         if not self.inode(ino).handles and not any(each.ino == ino for each in self._dentries.values()):
             await self._worker.request("forget", [(ino, 1)], repeatable=True)
 
-    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
+    async def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, exchange: bool = False
+    ) -> bool:
+        """Rename; False: it saw one inode under both names, one after the other, so there was nothing to do."""
         async with contextlib.AsyncExitStack() as stack:
             if parent != new_parent:
                 await stack.enter_async_context(self._rename_lock)
             for each in sorted({parent, new_parent}):
                 await stack.enter_async_context(self._changing(each))
             ino = await self._must_be_present(parent, name)
-            if (await self._lookup_locked(new_parent, new_name))[0] == ino:
-                return
+            other, _ = await self._lookup_locked(new_parent, new_name)
+            if other == ino:
+                return False
+            if exchange and not other:
+                raise FUSEError(errno.ENOENT)
             moved = self._dentries.get((parent, name))
+            flags = pyfuse3.RENAME_EXCHANGE if exchange else 0
             try:
-                await self._change("rename", parent, name, new_parent, new_name, 0, CONTEXT)
+                await self._change("rename", parent, name, new_parent, new_name, flags, CONTEXT)
             except FUSEError:
                 self._dentries.pop((parent, name), None)
                 self._dentries.pop((new_parent, new_name), None)
                 raise
-            self._moved((parent, name), (new_parent, new_name), moved, ino)
+            self._moved((parent, name), (new_parent, new_name), moved, ino, exchange=exchange)
+            return True
 
-    def _moved(self, old: tuple[int, bytes], new: tuple[int, bytes], moved: Dentry | None, ino: int) -> None:
+    def _moved(
+        self, old: tuple[int, bytes], new: tuple[int, bytes], moved: Dentry | None, ino: int, *, exchange: bool
+    ) -> None:
         self._dentries.pop(old, None)
         replaced = self._dentries.pop(new, None)
         if moved is not None:
             self._dentries[new] = moved
+        if exchange and replaced is not None:
+            self._dentries[old] = replaced
         for each in (ino, old[0], new[0], replaced.ino if replaced is not None else 0):
             if each:
                 self._drop_attributes(each)
 
-    async def chown(self, ino: int, uid: int) -> None:
-        async with self.inode(ino).lock.exclusive():
-            attr, fields = setting_owner(uid)
+    async def setattr(self, ino: int, **values: int) -> None:
+        """chmod, chown, utimens and truncate: ``values`` are fields of pyfuse3's EntryAttributes without their st_."""
+        inode = self.inode(ino)
+        async with inode.lock.exclusive():
+            attr, fields = setting(values)
             entry = await self._change("setattr", ino, attr, fields, None, CONTEXT)
             self._note(ino, of_entry(entry), None)
+            if "size" in values:
+                async with inode.page_lock:
+                    inode.pages = None
+
+    # Extended attributes
+
+    async def getxattr(self, ino: int, name: bytes) -> tuple[bytes, str]:
+        """Return a value, empty if there is none, and who said so."""
+        if self._maps is not None and self._maps.answer_getxattr(ino):
+            await self._worker.lag()
+            return b"", "bpf"
+        try:
+            return bytes(await self._worker.request("getxattr", ino, name, CONTEXT, repeatable=True)), "worker"
+        except FUSEError as error:
+            if error.errno != errno.ENODATA:
+                raise
+            return b"", "worker"
+
+    async def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+        """Set a value; an empty one removes it."""
+        async with self.inode(ino).lock.exclusive():
+            if value:
+                await self._change("setxattr", ino, name, value, CONTEXT)
+            else:
+                await self._change("removexattr", ino, name, CONTEXT)
+            self._drop_attributes(ino)
 
     async def _change(self, operation: str, *args: Any) -> Any:
         return await self._worker.request(operation, *args, repeatable=False)
 
     # Files
 
-    async def open(self, ino: int, *, writing: bool) -> int:
+    async def open(self, ino: int, *, writing: bool, truncate: bool = False) -> int:
         """Return a handle; drops the pages unless they may be kept."""
+        if truncate:
+            async with self.inode(ino).lock.exclusive():
+                return await self._open(ino, os.O_WRONLY | os.O_TRUNC)
+        return await self._open(ino, os.O_WRONLY if writing else os.O_RDONLY)
+
+    async def _open(self, ino: int, flags: int) -> int:
         inode = self.inode(ino)
-        if not writing and self._maps is not None and self._maps.answer_open(ino):
+        if flags == os.O_RDONLY and self._maps is not None and self._maps.answer_open(ino):
             await self._worker.lag()
             inode.handles += 1
             return _SHARED_FH | ino
-        flags = os.O_WRONLY if writing else os.O_RDONLY
-        info = await self._worker.request("open", ino, flags, CONTEXT, repeatable=True)
+        truncate = bool(flags & os.O_TRUNC)
+        info = await self._worker.request("open", ino, flags, CONTEXT, repeatable=not truncate)
         inode.handles += 1
+        if truncate:
+            self._bump(inode)
+            inode.size = 0
+            async with inode.page_lock:
+                inode.pages = None
         if not info.keep_cache:
             async with inode.page_lock:
                 inode.pages = None
@@ -336,11 +398,19 @@ class Kernel:
             return inode.pages[: seen.size], source
 
     async def _read_pages(self, ino: int, fh: int) -> tuple[bytes, str]:
-        data = self._maps.answer_read(ino) if self._maps is not None else None
+        data = self._maps.answer_content(ino) if self._maps is not None else None
         if data is not None:
             await self._worker.lag()
             return data, "bpf"
         return await self._worker.request("read", fh, 0, _READ, repeatable=True), "worker"
+
+    async def readlink(self, ino: int) -> tuple[bytes, str]:
+        """Return a symlink's target, and who gave it."""
+        data = self._maps.answer_content(ino) if self._maps is not None else None
+        if data is not None:
+            await self._worker.lag()
+            return data, "bpf"
+        return bytes(await self._worker.request("readlink", ino, CONTEXT, repeatable=True)), "worker"
 
     async def write(self, ino: int, fh: int, data: bytes) -> None:
         """Write a file's content, which has always the same length."""
@@ -354,6 +424,14 @@ class Kernel:
             inode.version = self._version
             inode.size = max(inode.size, len(data))
             inode.expires = 0.0
+
+    async def fsync(self, fh: int) -> None:
+        """fsync through a writing handle."""
+        await self._change("fsync", fh, False)
+
+    async def fsyncdir(self, ino: int) -> None:
+        """fsync of a directory."""
+        await self._change("fsyncdir", _SHARED_FH | ino, False)
 
     async def close(self, ino: int, fh: int) -> None:
         """FLUSH and RELEASE; the error of the first is close's."""
@@ -400,27 +478,29 @@ class Listing:
         return True
 
 
-#: uid, nlink, mode, size and time-to-live.
-Attributes = tuple[int, int, int, int, float]
+#: uid, nlink, mode, size, atime in nanoseconds, and time-to-live.
+Attributes = tuple[int, int, int, int, int, float]
 CONTEXT: Final[Any] = SimpleNamespace(uid=0, gid=0, pid=1, umask=0o022)
 
 
 def of_entry(entry: EntryAttributes) -> Attributes:
-    return entry.st_uid, entry.st_nlink, entry.st_mode, entry.st_size, entry.attr_timeout
+    return entry.st_uid, entry.st_nlink, entry.st_mode, entry.st_size, entry.st_atime_ns, entry.attr_timeout
 
 
 def of_wire(attributes: Any, ttl_s: float) -> Attributes:
     if attributes is None:
-        return 0, 0, 0, 0, 0.0
-    return attributes.uid, attributes.nlink, attributes.mode, attributes.size, ttl_s
+        return 0, 0, 0, 0, 0, 0.0
+    return attributes.uid, attributes.nlink, attributes.mode, attributes.size, attributes.atime_ns, ttl_s
 
 
-def setting_owner(uid: int) -> tuple[EntryAttributes, Any]:
-    """Return what pyfuse3 gives a setattr that changes the owner."""
+def setting(values: dict[str, int]) -> tuple[EntryAttributes, Any]:
+    """Return what pyfuse3 gives a setattr that changes these fields."""
     attr = EntryAttributes()
-    attr.st_uid = uid
+    for name, value in values.items():
+        setattr(attr, f"st_{name}", value)
+    changed = {name.removesuffix("_ns") for name in values}
     names = ("atime", "mtime", "ctime", "mode", "uid", "gid", "size")
-    return attr, SimpleNamespace(**{f"update_{name}": name == "uid" for name in names})
+    return attr, SimpleNamespace(**{f"update_{name}": name in changed for name in names})
 
 
 class Notifications:

@@ -36,6 +36,7 @@ class Node:
 
     def __init__(self, name: str, boot_offset_ns: int = 0) -> None:
         self.name = name
+        self.number = zlib.crc32(name.encode())
         self.boot_offset_ns = boot_offset_ns
         self.wall_offset_ns = 0
         self.frozen = False
@@ -155,14 +156,18 @@ class VirtualLoop(BaseEventLoop):
         if not node.ready:
             self._active.remove(node)
         if not handle.cancelled():
-            self.digest = zlib.crc32(b"%d %s" % (self.now * 1e6, node.name.encode()), self.digest)
+            self.digest = hash((self.digest, self.now, node.number))
             handle._run()
 
     def _choose(self) -> Node | None:
-        runnable = [node for node in self._active if not node.frozen]
-        if len(runnable) < 2:
-            return runnable[0] if runnable else None
-        return runnable[int(self._rng.random() * len(runnable))]
+        active = self._active
+        if not active:
+            return None
+        chosen = active[int(self._rng.random() * len(active))]
+        if not chosen.frozen:
+            return chosen
+        runnable = [node for node in active if not node.frozen]
+        return runnable[int(self._rng.random() * len(runnable))] if runnable else None
 
     def _advance(self) -> None:
         """Let time pass up to the next timer, and make all ready that is due."""

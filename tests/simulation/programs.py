@@ -7,7 +7,8 @@ import contextlib
 import errno
 import random
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeVar
+from stat import S_IMODE
+from typing import Final, TypeVar
 
 from pyfuse3 import FUSEError
 
@@ -20,16 +21,21 @@ from simulation.history import (
     Outcome,
     Register,
     Value,
+    atime_of,
     data_of,
     links_of,
+    mode_of,
     name_of,
     owner_of,
+    xattr_of,
 )
 from simulation.loop import VirtualLoop
 
 DIRECTORIES: Final = (b"d0", b"d1")
 FILES: Final = (b"f0", b"f1", b"f2")
 SUBDIRECTORIES: Final = (b"s0", b"s1")
+SYMLINKS: Final = (b"l0",)
+XATTRS: Final = (b"user.x", b"user.y")
 #: The length of every content that is written.
 CONTENT_BYTES: Final = 16
 
@@ -45,6 +51,8 @@ _REFUSALS: Final = frozenset(
         errno.EBUSY,
         errno.EPERM,
         errno.EMLINK,
+        errno.ENODATA,
+        errno.ENOSPC,
     )
 )
 
@@ -57,10 +65,16 @@ class Failed(Exception):
 
 
 class Program:
-    """System calls of one program. Each records its outcome; what fails raises :exc:`Failed`."""
+    """System calls of one program. Each records its outcome; what fails raises :exc:`Failed`.
 
-    def __init__(self, loop: VirtualLoop, client: Client, history: History, rng: random.Random) -> None:
+    ``lazy``: what returns need not be durable before an fsync.
+    """
+
+    def __init__(
+        self, loop: VirtualLoop, client: Client, history: History, rng: random.Random, *, lazy: bool = False
+    ) -> None:
         self._loop = loop
+        self._durable = not lazy
         self._client = client
         self._kernel = client.kernel
         self._history = history
@@ -81,7 +95,12 @@ class Program:
         ino = await self.lookup(parent, name)
         if ino:
             inode, source = await self._reading(self._kernel.getattr(ino))
-            self._history.read(self._client.index, owner_of(ino), inode.uid, invoked, source)
+            for register, value in (
+                (owner_of(ino), inode.uid),
+                (mode_of(ino), S_IMODE(inode.mode)),
+                (atime_of(ino), inode.atime_ns),
+            ):
+                self._history.read(self._client.index, register, value, invoked, source)
             if inode.nlink:
                 self._history.read(self._client.index, links_of(ino), inode.nlink, invoked, source)
         return ino
@@ -90,7 +109,7 @@ class Program:
         """Read a directory: each name is there, or is not."""
         invoked = self._history.now()
         entries = await self._reading(self._kernel.readdir(parent))
-        for name in {**dict.fromkeys(FILES + SUBDIRECTORIES), **entries}:
+        for name in {**dict.fromkeys(FILES + SUBDIRECTORIES + SYMLINKS), **entries}:
             self._history.read(self._client.index, name_of(parent, name), entries.get(name, 0), invoked, "readdir")
 
     async def read(self, ino: int) -> bytes:
@@ -103,6 +122,22 @@ class Program:
         finally:
             await self._closing(ino, handle)
         return content
+
+    async def readlink(self, ino: int) -> None:
+        invoked = self._history.now()
+        target, source = await self._reading(self._kernel.readlink(ino))
+        self._history.read(self._client.index, data_of(ino), target, invoked, source)
+
+    async def getxattr(self, ino: int, name: bytes) -> None:
+        invoked = self._history.now()
+        value, source = await self._reading(self._kernel.getxattr(ino, name))
+        self._history.read(self._client.index, xattr_of(ino, name), value, invoked, source)
+
+    async def syncdir(self, ino: int) -> None:
+        """fsync of a directory makes all that its client did durable."""
+        invoked = self._history.now()
+        await self._reading(self._kernel.fsyncdir(ino))
+        self._history.synced(self._client.index, invoked)
 
     async def _closing(self, ino: int, handle: int) -> None:
         try:
@@ -119,51 +154,80 @@ class Program:
     # Changes
 
     async def create(self, parent: int, name: bytes, content: bytes | None = None) -> int:
-        """Make a file, with content perhaps, and close it."""
+        """Make a file, with content perhaps, and close it; then it is durable."""
         register = name_of(parent, name)
-        what = f"create of {name!r} in {parent}"
-        ino, handle = await self._making(what, register, self._kernel.create(parent, name))
+        change = self._history.begin(self._client.index, f"create of {name!r} in {parent}", {register: PRESENT})
+        ino, handle = await self._changing(change, self._kernel.create(parent, name), exists=register)
+        self._history.end(change, Outcome.OK, {register: ino})
         await self._write_and_close(ino, handle, content)
-        return int(ino)
+        change.durable = self._durable
+        return ino
 
-    async def mkdir(self, parent: int, name: bytes) -> int:
-        register = name_of(parent, name)
-        return int(await self._making(f"mkdir of {name!r} in {parent}", register, self._kernel.mkdir(parent, name)))
+    async def mkdir(self, parent: int, name: bytes) -> None:
+        await self._make(f"mkdir of {name!r} in {parent}", name_of(parent, name), self._kernel.mkdir(parent, name))
 
-    async def _making(self, what: str, register: Register, call: Awaitable[Any]) -> Any:
+    async def symlink(self, parent: int, name: bytes, target: bytes) -> None:
+        call = self._kernel.symlink(parent, name, target)
+        await self._make(f"symlink of {name!r} in {parent}", name_of(parent, name), call)
+
+    async def _make(self, what: str, register: Register, call: Awaitable[int]) -> None:
         change = self._history.begin(self._client.index, what, {register: PRESENT})
         made = await self._changing(change, call, exists=register)
-        self._history.end(change, Outcome.OK, {register: made[0] if isinstance(made, tuple) else made})
-        return made
+        self._history.end(change, Outcome.OK, {register: made}, durable=self._durable)
 
     async def link(self, ino: int, parent: int, name: bytes) -> None:
         register = name_of(parent, name)
         change = self._history.begin(self._client.index, f"link of {ino} to {name!r} in {parent}", {register: ino})
         await self._changing(change, self._kernel.link(ino, parent, name), exists=register)
-        self._history.end(change, Outcome.OK)
+        self._history.end(change, Outcome.OK, durable=self._durable)
 
     async def remove(self, parent: int, name: bytes, *, directory: bool) -> None:
         register = name_of(parent, name)
         what = f"{'rmdir' if directory else 'unlink'} of {name!r} in {parent}"
         change = self._history.begin(self._client.index, what, {register: 0})
         await self._changing(change, self._kernel.remove(parent, name, directory=directory), missing=register)
-        self._history.end(change, Outcome.OK)
+        self._history.end(change, Outcome.OK, durable=self._durable)
 
-    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes) -> None:
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, exchange: bool) -> None:
         old, new = name_of(parent, name), name_of(new_parent, new_name)
-        what = f"rename of {name!r} in {parent} to {new_name!r} in {new_parent}"
-        change = self._history.begin(self._client.index, what, {old: 0, new: PRESENT})
-        await self._changing(change, self._kernel.rename(parent, name, new_parent, new_name))
-        self._history.end(change, Outcome.OK)
+        what = f"{'exchange' if exchange else 'rename'} of {name!r} in {parent} to {new_name!r} in {new_parent}"
+        change = self._history.begin(self._client.index, what, {old: PRESENT if exchange else 0, new: PRESENT})
+        call = self._kernel.rename(parent, name, new_parent, new_name, exchange=exchange)
+        done = await self._changing(change, call)
+        self._history.end(change, Outcome.OK if done else Outcome.FAILED, durable=done and self._durable)
 
     async def chown(self, ino: int, owner: int) -> None:
-        change = self._history.begin(self._client.index, f"chown of {ino} to {owner}", {owner_of(ino): owner})
-        await self._changing(change, self._kernel.chown(ino, owner))
+        await self._set(f"chown of {ino} to {owner}", {owner_of(ino): owner}, self._kernel.setattr(ino, uid=owner))
+
+    async def chmod(self, ino: int, mode: int) -> None:
+        await self._set(f"chmod of {ino} to {mode:o}", {mode_of(ino): mode}, self._kernel.setattr(ino, mode=mode))
+
+    async def utimens(self, ino: int, atime_ns: int) -> None:
+        call = self._kernel.setattr(ino, atime_ns=atime_ns)
+        await self._set(f"utimens of {ino} to {atime_ns}", {atime_of(ino): atime_ns}, call)
+
+    async def truncate(self, ino: int) -> None:
+        await self._set(f"truncation of {ino}", {data_of(ino): b""}, self._kernel.setattr(ino, size=0))
+
+    async def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+        """Set a value; an empty one removes it."""
+        register = xattr_of(ino, name)
+        await self._set(f"{name!r} of {ino} to {value!r}", {register: value}, self._kernel.setxattr(ino, name, value))
+
+    async def _set(self, what: str, effect: dict[Register, Value], call: Awaitable[object]) -> None:
+        """Change an inode. While its client writes the file this is durable with that only: so nothing is promised."""
+        change = self._history.begin(self._client.index, what, effect)
+        await self._changing(change, call)
         self._history.end(change, Outcome.OK)
 
-    async def write(self, ino: int, content: bytes) -> None:
+    async def write(self, ino: int, content: bytes, *, truncate: bool = False) -> None:
         """Open a file, write it and close it."""
-        handle = await self._reading(self._kernel.open(ino, writing=True))
+        if not truncate:
+            handle = await self._reading(self._kernel.open(ino, writing=True))
+        else:
+            change = self._history.begin(self._client.index, f"truncating open of {ino}", {data_of(ino): b""})
+            handle = await self._changing(change, self._kernel.open(ino, writing=True, truncate=True))
+            self._history.end(change, Outcome.OK)
         await self._write_and_close(ino, handle, content)
 
     async def _write_and_close(self, ino: int, handle: int, content: bytes | None) -> None:
@@ -176,6 +240,11 @@ class Program:
             await self._kernel.write(ino, handle, content)
             if self._rng.random() < 0.3:
                 await asyncio.sleep(self._rng.uniform(0, 0.5))
+            if self._rng.random() < 0.2:
+                await self._kernel.fsync(handle)
+                self._history.end(change, Outcome.OK, durable=True)
+                await self._closing(ino, handle)
+                return
         except FUSEError:
             outcome = Outcome.UNKNOWN
         try:
@@ -183,7 +252,7 @@ class Program:
         except FUSEError as error:
             self._history.end(change, Outcome.UNKNOWN)
             raise Failed from error
-        self._history.end(change, outcome)
+        self._history.end(change, outcome, durable=self._durable)
 
     async def _changing(
         self,
@@ -225,20 +294,28 @@ class Wanderer:
 
     def _pause_s(self) -> float:
         chance = self._rng.random()
-        return self._rng.uniform(0, 0.02 if chance < 0.6 else 0.3 if chance < 0.95 else 3.0)
+        return self._rng.uniform(0, 0.02 if chance < 0.6 else 0.3 if chance < 0.85 else 3.0)
 
     _WEIGHTS: Final = (
         (30, "_stat"),
         (16, "_read"),
         (4, "_list"),
+        (2, "_readlink"),
+        (4, "_getxattr"),
         (10, "_create"),
         (8, "_remove"),
         (8, "_rename"),
         (4, "_link"),
-        (8, "_chown"),
+        (3, "_symlink"),
+        (4, "_chown"),
+        (4, "_chmod"),
+        (3, "_utimens"),
+        (4, "_setxattr"),
+        (2, "_truncate"),
         (12, "_write"),
         (4, "_mkdir"),
         (3, "_rmdir"),
+        (1, "_syncdir"),
     )
 
     def _steps(self) -> list[Callable[[], Awaitable[None]]]:
@@ -266,7 +343,7 @@ class Wanderer:
         return b"content %08d" % self._tokens()
 
     async def _stat(self) -> None:
-        parent, name = await self._directory(), self._rng.choice(FILES + SUBDIRECTORIES)
+        parent, name = await self._directory(), self._rng.choice(FILES + SUBDIRECTORIES + SYMLINKS)
         for _ in range(self._rng.choice((1, 1, 2, 3))):
             await self._program.stat(parent, name)
 
@@ -281,23 +358,50 @@ class Wanderer:
         await self._program.create(await self._directory(), self._rng.choice(FILES), content)
 
     async def _remove(self) -> None:
-        await self._program.remove(await self._directory(), self._rng.choice(FILES), directory=False)
+        await self._program.remove(await self._directory(), self._rng.choice(FILES + SYMLINKS), directory=False)
 
     async def _rename(self) -> None:
         names = FILES if self._rng.random() < 0.7 else SUBDIRECTORIES
         parent, new_parent = await self._directory(), await self._directory()
         old, new = self._rng.choice(names), self._rng.choice(names)
         if (parent, old) != (new_parent, new):
-            await self._program.rename(parent, old, new_parent, new)
+            await self._program.rename(parent, old, new_parent, new, exchange=self._rng.random() < 0.2)
 
     async def _link(self) -> None:
         await self._program.link(await self._file(), await self._directory(), self._rng.choice(FILES))
 
+    async def _symlink(self) -> None:
+        await self._program.symlink(await self._directory(), self._rng.choice(SYMLINKS), self._content())
+
+    async def _readlink(self) -> None:
+        ino = await self._program.lookup(await self._directory(), self._rng.choice(SYMLINKS))
+        if ino:
+            await self._program.readlink(ino)
+
     async def _chown(self) -> None:
         await self._program.chown(await self._file(), self._tokens())
 
+    async def _chmod(self) -> None:
+        await self._program.chmod(await self._file(), self._rng.choice((0o600, 0o644, 0o640)))
+
+    async def _utimens(self) -> None:
+        await self._program.utimens(await self._file(), self._tokens())
+
+    async def _getxattr(self) -> None:
+        await self._program.getxattr(await self._file(), self._rng.choice(XATTRS))
+
+    async def _setxattr(self) -> None:
+        value = self._content() if self._rng.random() < 0.7 else b""
+        await self._program.setxattr(await self._file(), self._rng.choice(XATTRS), value)
+
+    async def _truncate(self) -> None:
+        await self._program.truncate(await self._file())
+
+    async def _syncdir(self) -> None:
+        await self._program.syncdir(await self._directory())
+
     async def _write(self) -> None:
-        await self._program.write(await self._file(), self._content())
+        await self._program.write(await self._file(), self._content(), truncate=self._rng.random() < 0.3)
 
     async def _mkdir(self) -> None:
         await self._program.mkdir(await self._directory(), self._rng.choice(SUBDIRECTORIES))

@@ -8,8 +8,10 @@ from typing import Any, Final
 from unittest import mock
 
 from fuseclient.worker.guard import Guard
+from fuseclient.worker.invalidation import Invalidator
 from metaserver import fencing
 from metaserver.breaks import Breaks
+from metaserver.coherence import Change, _State
 from metaserver.fencing import Tenure
 from metaserver.grace import Grace
 from simulation.bpf import Maps
@@ -30,10 +32,15 @@ _Replaced = tuple[Any, str, Any]
 RULES: Final[dict[str, tuple[_Replaced, ...]]] = {
     "deadline": ((Maps, "checks_deadline", False), (Kernel, "keeps_forever", True)),
     "acknowledgement": ((Breaks, "wait", _at_once),),
-    "version": ((Guard, "may_put", lambda *args: True),),
+    "version": ((_State, "unsettled", lambda *args: ([], [])),),
+    "fetches in flight": ((Guard, "may_put", lambda *args: True),),
+    "kernel before acknowledgement": ((Invalidator, "drop", _at_once),),
+    "renewal after acknowledgement": ((Breaks, "settled", _at_once),),
+    "epoch": ((Maps, "bump_epoch", _nothing),),
     "fencing": ((Tenure, "check", _nothing), (fencing, "check_session", _nothing)),
     "grace": ((Grace, "over", _at_once),),
-    "request ids": ((fencing, "outcome", _nothing),),
+    "remembered outcomes": ((fencing, "outcome", _nothing),),
+    "one connection": ((Change, "is_current", True),),
 }
 
 

@@ -8,19 +8,35 @@ from __future__ import annotations
 
 import asyncio
 import random
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from fuseclient.data.objects import ObjectMissing
+from fuseclient.data.objects import ObjectMissing, StoreError
 from fuseclient.data.reader import visible
 from metaserver import keys, wire
 from metaserver.engine.base import Snapshot, Transaction
+from metaserver.engine.lmdb import INTERVAL_S, LAZY_S
 from metaserver.engine.memory import MemoryEngine, _MemorySnapshot, _Store
+from metaserver.errors import EngineFull, Unknown
 from metaserver.namespace import READS, Context
 from metaserver.records import Entry, Inode
 from metaserver.volumes import Volume
-from simulation.history import Commit, Register, Stamp, Value, data_of, links_of, name_of, owner_of
+from simulation.history import (
+    Commit,
+    Register,
+    Stamp,
+    Value,
+    atime_of,
+    data_of,
+    links_of,
+    mode_of,
+    name_of,
+    owner_of,
+    xattr_of,
+)
 from simulation.loop import Node, VirtualLoop, current_node
 
 T = TypeVar("T")
@@ -31,25 +47,38 @@ _NAME_AT = 14
 
 
 class ObjectsInMemory:
-    """The store that all clients share: objects are whole and durable when ``put`` returns."""
+    """The store that all clients share: objects are whole and durable when ``put`` returns.
+
+    While it is ``failing``, what is asked of it fails, though some of it was done.
+    """
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self.objects: dict[int, bytes] = {}
+        self.failing = False
+        self.failures = 0
+
+    async def _access(self) -> None:
+        await asyncio.sleep(self._rng.uniform(0.001, 0.02))
+        if self.failing:
+            self.failures += 1
+            raise StoreError("the store fails")
 
     async def put(self, slice_id: int, data: bytes | bytearray | memoryview) -> None:
         kept = bytes(data)
-        await asyncio.sleep(self._rng.uniform(0.001, 0.02))
+        if self._rng.random() < 0.5:
+            self.objects[slice_id] = kept
+        await self._access()
         self.objects[slice_id] = kept
 
     async def read(self, slice_id: int, start: int, length: int) -> memoryview:
-        await asyncio.sleep(self._rng.uniform(0.001, 0.02))
+        await self._access()
         if slice_id not in self.objects:
             raise ObjectMissing(f"object {slice_id} is missing")
         return memoryview(self.objects[slice_id])[start : start + length]
 
     async def delete(self, slice_ids: Iterable[int]) -> None:
-        await asyncio.sleep(0.001)
+        await self._access()
         for each in slice_ids:
             self.objects.pop(each, None)
 
@@ -69,15 +98,26 @@ class Witness:
     ruler: Node | None = None
     complaints: list[str] = field(default_factory=list)
 
-    def committed(self, store: _Store, writes: dict[bytes, bytes | None]) -> None:
-        """Note what a commit, which has just been applied, changed."""
+    def committed(self, store: _Store, writes: dict[bytes, bytes | None]) -> int | None:
+        """Note what a commit, which has just been applied, changed; return its number if that was anything."""
         self._check_fence(store, writes)
+        return self._note(store, writes, _session_of(writes), ())
+
+    def undone(self, store: _Store, writes: dict[bytes, bytes | None], commits: Iterable[int]) -> None:
+        """A crash has put these values back, and so taken back these commits."""
+        self._note(store, writes, b"", tuple(commits))
+
+    def _note(
+        self, store: _Store, writes: dict[bytes, bytes | None], session: bytes, undoes: tuple[int, ...]
+    ) -> int | None:
         changes: dict[Register, Value] = {}
         for key, value in writes.items():
             if key[:1] == b"\1":
                 changes.update(self._change(store, key, value))
-        if changes:
-            self.commits.append(Commit(Stamp(self.loop.stamp(), self.loop.now), changes))
+        if not changes:
+            return None
+        self.commits.append(Commit(Stamp(self.loop.stamp(), self.loop.now), changes, session, undoes))
+        return len(self.commits) - 1
 
     def _check_fence(self, store: _Store, writes: dict[bytes, bytes | None]) -> None:
         """Note commits of a server that was replaced, and those for a session that was ended."""
@@ -85,10 +125,9 @@ class Witness:
             self.ruler = current_node()
         elif self.ruler is not current_node():
             self.complaints.append(f"a commit at {self.loop.now:.4f} by a server that was replaced")
-        for key, value in writes.items():
-            session = key[2:18]
-            if key[:2] == keys.outcome(b"", 0)[:2] and value is not None and keys.session(session) not in store.values:
-                self.complaints.append(f"a commit at {self.loop.now:.4f} for a session that was ended")
+        session = _session_of(writes)
+        if session and keys.session(session) not in store.values:
+            self.complaints.append(f"a commit at {self.loop.now:.4f} for a session that was ended")
 
     def contents(self) -> dict[int, Value]:
         """Return what is in each small file, removed ones too."""
@@ -98,9 +137,16 @@ class Witness:
         number = int.from_bytes(key[_NUMBER])
         if key[_KIND] == b"e":
             yield name_of(number, key[_NAME_AT:]), Entry.unpack(value).ino if value is not None else 0
+        elif key[_KIND] == b"x" and keys.inode(int.from_bytes(key[1:5]), number) in store.values:
+            yield xattr_of(number, key[_NAME_AT:]), value or b""
         elif key[_KIND] == b"i" and value is not None:
             inode = Inode.unpack(number, value)
-            seen: dict[Register, Value] = {owner_of(number): inode.uid, links_of(number): inode.nlink}
+            seen: dict[Register, Value] = {
+                owner_of(number): inode.uid,
+                mode_of(number): stat.S_IMODE(inode.mode),
+                atime_of(number): inode.atime_ns,
+                links_of(number): inode.nlink,
+            }
             content = self._content(store, int.from_bytes(key[1:5]), inode)
             if content is not None:
                 seen[data_of(number)] = content
@@ -110,7 +156,9 @@ class Witness:
                     yield register, now
 
     def _content(self, store: _Store, volume: int, inode: Inode) -> bytes | None:
-        """Return what a small file holds, as a reader would put it together; None for other inodes."""
+        """Return what a small file holds, as a reader would put it together; None for what has no content."""
+        if stat.S_ISLNK(inode.mode):
+            return store.values[keys.content(volume, inode.ino)]
         if inode.mode >> 12 != 0o10 or inode.size > wire.MAX_INLINE:
             return None
         context = Context(Volume(volume, "", 0, ""), b"", 0)
@@ -124,25 +172,85 @@ class Witness:
         return bytes(buffer)
 
 
+def _session_of(writes: dict[bytes, bytes | None]) -> bytes:
+    """Return the session whose change a transaction is, if it is one."""
+    kind = keys.outcome(b"", 0)[:2]
+    return next((key[2:18] for key, value in writes.items() if key[:2] == kind and value is not None), b"")
+
+
+class _Held(NamedTuple):
+    """A commit that a crash may take back: its place and time, its number, and what was there before."""
+
+    serial: int
+    time: float
+    number: int | None
+    before: dict[bytes, bytes | None]
+
+
 class _WitnessedStore(_Store):
     def __init__(self, witness: Witness) -> None:
         super().__init__()
         self._witness = witness
+        self.held: list[_Held] = []
+        self.serial = 0
 
     def apply(self, writes: dict[bytes, bytes | None]) -> None:
+        before = {key: self.values.get(key) for key in writes}
         super().apply(writes)
-        self._witness.committed(self, writes)
+        number = self._witness.committed(self, writes)
+        self.serial += 1
+        self.held.append(_Held(self.serial, self._witness.loop.now, number, before))
+
+    def settle(self, serial: int) -> None:
+        """What was committed up to this is durable."""
+        self.held = [held for held in self.held if held.serial > serial]
+
+    def lose(self, count: int) -> None:
+        """Take the last commits back."""
+        values: dict[bytes, bytes | None] = {}
+        for held in reversed(self.held[len(self.held) - count :]):
+            values.update(held.before)
+        lost = [held.number for held in self.held[len(self.held) - count :] if held.number is not None]
+        super().apply(values)
+        self._witness.undone(self, values, lost)
+        self.held.clear()
 
 
 class WitnessedEngine(MemoryEngine):
-    """The memory engine with latency, and a record of its commits. It outlives servers."""
+    """The memory engine with latency, and a record of its commits. It outlives servers.
 
-    def __init__(self, witness: Witness, rng: random.Random) -> None:
+    A crash takes back what was written lazily and is not durable yet, as one of LMDB's process would. ``lazy``: every
+    write is. It can be ``full``, and ``doubtful``: some commits, made or not, have an unknown outcome.
+    """
+
+    def __init__(self, witness: Witness, rng: random.Random, *, lazy: bool) -> None:
         super().__init__()
-        self._store = _WitnessedStore(witness)
+        self._store: _WitnessedStore = _WitnessedStore(witness)
         self._rng = rng
+        self._loop = witness.loop
+        self._lazy = lazy
+        self.full = self.doubtful = False
+        #: How often it was full, an outcome was unknown, and a commit was lost.
+        self.counts: Counter[str] = Counter()
         #: Seconds that a commit takes before and after it is done, at most.
         self.latency_s = 0.01
+
+    @property
+    def is_lazy(self) -> bool:
+        return self._lazy
+
+    async def sync(self) -> None:
+        serial = self._store.serial
+        await self._wait()
+        self._store.settle(serial)
+
+    def crash(self) -> None:
+        """Lose some of what is not durable: the last commits."""
+        since = self._loop.now - (INTERVAL_S if self._lazy else LAZY_S)
+        count = self._rng.randint(0, sum(held.time > since for held in self._store.held))
+        if count:
+            self.counts["lost commits"] += count
+            self._store.lose(count)
 
     async def read(self, body: Callable[[Snapshot], T]) -> T:
         await self._wait()
@@ -152,9 +260,31 @@ class WitnessedEngine(MemoryEngine):
 
     async def _attempt(self, body: Callable[[Transaction], T], lazy: bool) -> T:
         await self._wait()
-        result = await super()._attempt(body, lazy)
+        doubt = self.doubtful and self._rng.random() < 0.3
+        if doubt and self._rng.random() < 0.5:
+            self._doubt()
+        result = await super()._attempt(self._unless_full(body) if self.full else body, lazy)
+        if not lazy and not self._lazy:
+            self._store.settle(self._store.serial)
+        if doubt:
+            self._doubt()
         await self._wait()
         return result
+
+    def _doubt(self) -> None:
+        self.counts["unknown outcomes"] += 1
+        raise Unknown("the outcome of a commit is not known")
+
+    def _unless_full(self, body: Callable[[Transaction], T]) -> Callable[[Transaction], T]:
+        def wrapped(txn: Transaction) -> T:
+            result = body(txn)
+            writes = txn.writes  # type: ignore[attr-defined]
+            if sum(len(value or b"") - len(self._store.values.get(key, b"")) for key, value in writes.items()) > 0:
+                self.counts["full"] += 1
+                raise EngineFull("the engine is full")
+            return result
+
+        return wrapped
 
     async def _wait(self) -> None:
         if self._rng.random() < 0.5:

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
 import random
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -49,6 +49,8 @@ class Setup:
     inline_limit: int = 4096
     faults: bool = True
     accel: bool = True
+    #: The engine acknowledges before it is durable.
+    lazy: bool = False
     #: The kinds of faults that there are; empty: all.
     kinds: tuple[str, ...] = ()
     #: A rule of :mod:`simulation.rules` that does not hold.
@@ -59,12 +61,13 @@ def setup_of(seed: int) -> Setup:
     """Return what a seed says its run is made of."""
     rng = random.Random(f"setup of {seed}")
     return Setup(
-        clients=rng.choice((2, 3, 3, 4)),
-        programs=rng.choice((1, 2, 2, 3)),
-        operations=rng.choice((20, 40)),
+        clients=rng.choice((2, 2, 3, 4)),
+        programs=rng.choice((1, 1, 2, 2)),
+        operations=rng.choice((10, 15, 20, 30)),
         inline_limit=rng.choice((0, 4096, 4096)),
         faults=rng.random() < 0.85,
         accel=rng.random() < 0.8,
+        lazy=rng.random() < 0.25,
     )
 
 
@@ -78,8 +81,8 @@ class Verdict:
     digest: int = 0
     elapsed_s: float = 0.0
     steps: int = 0
-    reads: dict[str, int] = field(default_factory=dict)
-    changes: int = 0
+    #: What happened how often: reads by who answered, faults, changes.
+    counts: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         lines = (f"seed {self.seed}: {len(self.complaints)} complaints after {self.elapsed_s:.1f} s of virtual time",)
@@ -105,7 +108,7 @@ class World:
         self.network = Network(loop, random.Random(rng.random()))
         self.objects = ObjectsInMemory(random.Random(rng.random()))
         self.witness = Witness(loop, self.objects)
-        self.engine = WitnessedEngine(self.witness, random.Random(rng.random()))
+        self.engine = WitnessedEngine(self.witness, random.Random(rng.random()), lazy=setup.lazy)
         self.history = History(loop)
         self.faults = Faults(self, random.Random(rng.random()))
         self.clients: list[Client] = []
@@ -137,10 +140,12 @@ class World:
         await process.server.start(ADDRESS, insecure=True)
 
     def kill_server(self, process: ServerProcess | None = None) -> None:
-        """Kill a server; the last one started, unless told otherwise."""
+        """Kill a server; the last one started, unless told otherwise. The engine's process ends with that one."""
         node = (process or self.server).node
         self.loop.kill(node)
         self.network.died(node)
+        if node is self.server.node:
+            self.engine.crash()
 
     # Clients
 
@@ -170,7 +175,8 @@ class World:
         self.start_programs(client)
 
     def program(self, client: Client) -> Program:
-        return Program(self.loop, client, self.history, random.Random(self.rng.random()))
+        rng = random.Random(self.rng.random())
+        return Program(self.loop, client, self.history, rng, lazy=self.setup.lazy)
 
     def start_programs(self, client: Client) -> None:
         """Start the random programs of a client."""
@@ -208,7 +214,8 @@ class World:
         faults = asyncio.create_task(self.faults.run()) if self.setup.faults else None
         await self._until(lambda: not self._running(), 60 * self.setup.lease_s)
         if faults is not None:
-            await self._heal(faults)
+            self.faults.ending = True
+            await faults
         await self.settle()
 
     def _errors(self) -> list[BaseException]:
@@ -217,14 +224,6 @@ class World:
 
     def _running(self) -> bool:
         return any(not task.done() for _, task in self._programs)
-
-    async def _heal(self, faults: asyncio.Task[None]) -> None:
-        """Wait for the fault under way to end by itself, and start no other."""
-        await self._until(lambda: self.faults.idle or faults.done(), math.inf)
-        faults.cancel()
-        await asyncio.wait({faults})
-        if not faults.cancelled():
-            faults.result()
 
     async def settle(self) -> None:
         """Everything must end within a few leases."""
@@ -258,14 +257,11 @@ class World:
     def verdict(self) -> Verdict:
         """Return what is to be said of all that happened."""
         complaints = [f"not ended: {what}" for _, what in self.history.pending.values()]
-        complaints += checker.check(self.history, self.witness.commits, self.setup_commits)
+        settling_s = 2 * self.setup.lease_s + 5
+        complaints += checker.check(self.history, self.witness.commits, self.setup_commits, settling_s)
         complaints += self.exceptions + self.witness.complaints
         complaints += [f"a program failed: {error!r}" for error in self._errors()]
         complaints += check_tree(self.engine.entries(1), self.engine.inodes(1))
-        reads: dict[str, int] = {}
-        for read in self.history.reads:
-            source = "errno" if read.source.startswith("the errno") else read.source
-            reads[source] = reads.get(source, 0) + 1
         return Verdict(
             self.seed,
             complaints,
@@ -273,9 +269,15 @@ class World:
             self.loop.digest,
             self.elapsed(),
             self.loop.steps,
-            reads,
-            len(self.history.changes),
+            self._counts(),
         )
+
+    def _counts(self) -> Counter[str]:
+        sources = ("errno" if read.source.startswith("the errno") else read.source for read in self.history.reads)
+        counts = Counter(f"read from {source}" for source in sources)
+        counts.update(f"{change.what.split()[0]} {change.outcome.value}" for change in self.history.changes)
+        counts["store failures"] = self.objects.failures
+        return counts + self.faults.counts + self.engine.counts
 
 
 @contextlib.contextmanager

@@ -175,6 +175,27 @@ int bpfuse_bpf_map_fd(const struct bpfuse_bpf *bpf, const char *map)
 	return bpf_object__find_map_fd_by_name(bpf->object, map);
 }
 
+int bpfuse_bpf_map_id(const struct bpfuse_bpf *bpf, const char *map, __u32 *id)
+{
+	struct bpf_map_info info = { 0 };
+	__u32 size = sizeof(info);
+	int fd = bpfuse_bpf_map_fd(bpf, map);
+
+	if (fd < 0)
+		return fd;
+	if (bpf_obj_get_info_by_fd(fd, &info, &size))
+		return -errno;
+	*id = info.id;
+	return 0;
+}
+
+int bpfuse_map_open(__u32 id)
+{
+	int fd = bpf_map_get_fd_by_id(id);
+
+	return fd < 0 ? -errno : fd;
+}
+
 int bpfuse_bpf_program_fd(const struct bpfuse_bpf *bpf, const char *program)
 {
 	const struct bpf_program *found = bpf_object__find_program_by_name(bpf->object, program);

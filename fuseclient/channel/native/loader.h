@@ -16,6 +16,9 @@ struct bpfuse_bpf_options {
 /* All return 0 (or a descriptor) or a negative errno; `error` then holds one line for the user. */
 int bpfuse_bpf_open(struct bpfuse_bpf **out, const struct bpfuse_bpf_options *options, char *error, size_t error_size);
 int bpfuse_bpf_map_fd(const struct bpfuse_bpf *bpf, const char *map);
+/* The number that a map has on this machine, and a descriptor of the caller's own for a map of such a number. */
+int bpfuse_bpf_map_id(const struct bpfuse_bpf *bpf, const char *map, __u32 *id);
+int bpfuse_map_open(__u32 id);
 /* The descriptor of a program, for another process to run; it belongs to `bpf`. */
 int bpfuse_bpf_program_fd(const struct bpfuse_bpf *bpf, const char *program);
 /* Runs a program of type syscall with `context` in and out; returns what it returned. */

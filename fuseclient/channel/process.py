@@ -132,6 +132,7 @@ class Mount:
                 read_only=self.options.read_only,
                 allow_other=self.options.allow_other,
                 shared_locks=self.options.locks == "shared",
+                trusted=self.options.trusted,
                 entries_fd=None if self._bpf is None else self._bpf.map_fd("entries"),
                 depth=acceleration.queue_depth(self.options),
             )

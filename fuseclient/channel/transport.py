@@ -61,6 +61,7 @@ class Transport:
         read_only: bool,
         allow_other: bool,
         shared_locks: bool,
+        trusted: bool,
         entries_fd: int | None,
         depth: int,
     ) -> None:
@@ -70,6 +71,7 @@ class Transport:
         options.read_only = read_only
         options.allow_other = allow_other
         options.shared_locks = shared_locks
+        options.trusted = trusted
         options.uring = entries_fd is not None
         options.entries_fd = -1 if entries_fd is None else entries_fd
         options.depth = depth

@@ -26,6 +26,7 @@ struct bpfuse_channel_options {
 	int read_only;
 	int allow_other;
 	int shared_locks; /* 1: requests for locks come to the worker; 0: the kernel keeps locks by itself */
+	int trusted;      /* 0: setuid bits and device nodes do nothing */
 	int uring;        /* 1: FUSE-over-io_uring; 0: every request is read from /dev/fuse */
 	int entries_fd;   /* the `entries` map; with uring only */
 	__u32 depth;      /* ring entries of each queue whose CPU is online */

@@ -195,6 +195,11 @@ class Worker(Child):
             self._owed -= 1
         return line
 
+    def say_unmounted(self) -> None:
+        """Tell the worker that the mount is gone, so that it may end its session."""
+        with contextlib.suppress(OSError):
+            self._status.send(b"unmounted\n")
+
     def release(self) -> None:
         """Close what is left of the sockets of a worker that has ended."""
         for end in (self.fuse_socket, self.extra_socket, self.notify_socket, *self.slow_sockets, self._status):

@@ -345,6 +345,8 @@ class Mount:
             asyncio.get_running_loop().remove_reader(self._transport.fileno())
             closing = asyncio.create_task(asyncio.to_thread(self._transport.close))
         if self._worker is not None:
+            if await asyncio.to_thread(mounts.find_mount, self.options.mountpoint) is None:
+                self._worker.say_unmounted()
             if self._transport is None:
                 await self._worker.stop(_WORKER_END_S)
             else:

@@ -211,13 +211,13 @@ class Mount:
             **self._reading.figures(),
         }
 
-    async def close(self) -> None:
-        """Commit all that was written, and end the session."""
+    async def close(self, *, farewell: bool = True) -> None:
+        """Commit all that was written, and end the session; without a ``farewell`` it ends with its lease."""
         self._cleaning.cancel()
         self._compacting.cancel()
         await self._reading.passthrough.absorb_all()
         await self._writer.flush_all()
-        await self._session.close()
+        await self._session.close(farewell=farewell)
         await self._reading.close()
         self._store.close()
 

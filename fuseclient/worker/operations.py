@@ -35,6 +35,7 @@ from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.guard import Token
 from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
+from fuseclient.worker.listings import DOTS
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from fuseclient.kernel_cache import Cache
 
 _INT64: Final = 1 << 63
-#: Positions of "." and ".." in a listing; entries follow at their cookie and this.
-_DOTS: Final = 2
 #: How long a volume's figures are answered from the kernel.
 _STATISTICS_NS: Final = 1_000_000_000
 #: Kinds of xattr that are kept.
@@ -384,16 +383,17 @@ class Operations(pyfuse3.Operations):
     @answered
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         ino = handles.decode(fh).ino
-        for position in range(start_id, _DOTS):
+        self._feeder.listed.add(ino)
+        for position in range(start_id, DOTS):
             if not pyfuse3.readdir_reply(token, b"." * (position + 1), dot_entry(ino), position + 1):
                 return
-        cookie, complete = max(0, start_id - _DOTS), False
+        cookie, complete = max(0, start_id - DOTS), False
         while not complete:
             listing = await self._directories.listing(ino, cookie)
             complete = listing.complete
             for entry in listing.entries:
                 attributes = self._entry(entry.attributes, listing.is_fresh(entry))
-                if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + _DOTS):
+                if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + DOTS):
                     return
                 cookie = entry.cookie
 

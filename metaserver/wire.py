@@ -427,6 +427,8 @@ class WriteInline(_Message, tag=21):
     lazy: bool = False
     #: What else is changed of the same file, after the writing; its size is not.
     then: SetAttributes | None = None
+    #: Of what is appended: BUSY unless the file has this size.
+    appended_at: U63 | None = None
 
 
 class NewSlices(_Message, tag=22):
@@ -440,7 +442,8 @@ class CommitSlices(_Message, tag=23):
 
     ``replaces_inline``: the slices hold all that was inline, and the inline content is dropped. Without it, a commit
     to an inline file that is not empty is refused as INVALID, and a commit with it whose ``inline_version`` is not
-    the inode's version as BUSY (somebody wrote meanwhile; read again). ``written_ns`` as in :class:`WriteInline`.
+    the inode's version as BUSY (somebody wrote meanwhile; read again). ``written_ns`` and ``appended_at`` as in
+    :class:`WriteInline`.
     """
 
     ino: Ino
@@ -449,6 +452,7 @@ class CommitSlices(_Message, tag=23):
     replaces_inline: bool = False
     inline_version: U63 = 0
     written_ns: Nanoseconds | None = None
+    appended_at: U63 | None = None
 
 
 class GetStatistics(_Message, tag=24):

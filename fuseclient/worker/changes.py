@@ -219,13 +219,13 @@ class Changes:
     def _drop_everything(self) -> InodeSet:
         """Drop all there is; return the files that the kernel may have pages of."""
         self._lease.move(0)
-        paged = self._feeder.paged.take()
+        paged, listed = self._feeder.paged.take(), self._feeder.listed.take()
         self._feeder.drop_everything()
         self._directories.forget_everything()
         self._writer.everything_changed()
         self._opened.clear()
         self._passthrough.changed_elsewhere(None)
-        self._later(lambda: self._invalidate_everything(paged))
+        self._later(lambda: self._invalidate_everything(paged, listed))
         return paged
 
     def _later(self, action: Callable[[], Awaitable[None]]) -> None:
@@ -252,8 +252,8 @@ class Changes:
         await self._kernel.drop(names, inodes)
         await self._passthrough.refresh()
 
-    async def _invalidate_everything(self, paged: Iterable[int]) -> None:
-        await self._kernel.everything(paged)
+    async def _invalidate_everything(self, paged: Iterable[int], listed: Iterable[int]) -> None:
+        await self._kernel.everything(paged, listed)
         await self._passthrough.refresh()
 
     def _refresh_soon(self) -> None:

@@ -25,9 +25,11 @@ def served(sandbox: rig.Sandbox, engine: Path, listen: str = "127.0.0.1:0", *, k
     options = ("--lease", "2", "--durability", "interval")
     server = sandbox.start("metaserver", "--engine", f"lmdb://{engine}", "--listen", listen, *options)
     assert server.stderr is not None
-    first = server.stderr.readline()
-    address = re.search(r"tcp:(127\.0\.0\.1:\d+)", first)
-    assert address is not None, first
+    said = ""
+    while (address := re.search(r" on tcp:(127\.0\.0\.1:\d+)", said)) is None:
+        line = server.stderr.readline()
+        assert line, said
+        said += line
     drain = threading.Thread(target=server.stderr.read, daemon=True)
     drain.start()
     try:
@@ -57,7 +59,7 @@ class Listener:
         return [json.loads(line) for line in self.lines]
 
     def names(self) -> list[str]:
-        return [event["name"] for event in self.events()]
+        return [event.get("name", "") for event in self.events()]
 
     def said(self, name: str) -> None:
         rig.wait_for(lambda: name in self.names(), f"{name} is told: {self.lines} {self.errors}")
@@ -67,14 +69,23 @@ class Listener:
         return self.process.wait(rig.WAIT_S)
 
 
+async def renew(connection: rpc.Connection) -> None:
+    """Keep a session while changes wait for the leases of an earlier run."""
+    while True:
+        await connection.call(wire.Renew(0), wire.Renewed)
+        await asyncio.sleep(0.3)
+
+
 def make(address: str, *names: bytes, lazy: bool = False, close: bool = True) -> None:
     """Make files on the volume "home"; to end the session makes all of them durable."""
 
     async def body() -> None:
         connection = await rpc.connect(f"tcp:{address}")
         await connection.call(wire.OpenSession("home", "maker"), wire.SessionOpened)
+        renewing = asyncio.create_task(renew(connection))
         for name in names:
             await connection.call(wire.MakeNode(1, name, 0o100644, 0, 0, lazy=lazy), wire.Changed)
+        renewing.cancel()
         if close:
             await connection.call(wire.CloseSession(), wire.Done)
         connection.abort()

@@ -108,6 +108,8 @@ class ErrorCode(enum.IntEnum):
     INTERNAL = 20
     #: Events that were asked for are not kept any more, or are of another history.
     EVENTS_GONE = 21
+    #: Of the client's own: it is not sent.
+    LOST_LOCK = 22
 
 
 class Operation(enum.IntEnum):

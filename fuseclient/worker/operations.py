@@ -36,6 +36,7 @@ from fuseclient.worker.guard import Token
 from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
 from fuseclient.worker.listings import DOTS
+from fuseclient.worker.locks import Locks
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
@@ -69,6 +70,7 @@ class Parts:
     cache: Cache
     opened: OpenedVersions
     kernel: Invalidator
+    locks: Locks
     #: Handles given out by this worker and not yet released, by inode.
     open_handles: Counter[int]
     passthrough: Passthrough
@@ -98,6 +100,7 @@ class Operations(pyfuse3.Operations):
         self._cache = parts.cache
         self._opened = parts.opened
         self._kernel = parts.kernel
+        self._locks = parts.locks
         self._open_handles = parts.open_handles
         self._serials = handles.Serials()
         self._passthrough = parts.passthrough
@@ -499,6 +502,8 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EFBIG)
         await self.adopt(fh)
         handle = handles.decode(fh)
+        if not self._locks.may_write(handle.ino):
+            raise FUSEError(errno.EIO)
         if self._passthrough.has(handle.ino):
             await self._passthrough.write(handle.ino, off, buf)
         elif handle.appends:
@@ -586,6 +591,11 @@ class Operations(pyfuse3.Operations):
                 self._reader.closed(handle.ino)
         self._passthrough.released(handle.ino)
         self._orphans.closed(handle.ino)
+
+    def is_shared(self, fh: int) -> bool:
+        """Whether another open handle may be the same as this one, which was released."""
+        handle = handles.decode(fh)
+        return not handle.kernel and handle.generation == self._generation and self._serials.in_use(fh)
 
     def _is_earlier_writer(self, fh: int) -> bool:
         handle = handles.decode(fh)

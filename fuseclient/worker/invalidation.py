@@ -58,6 +58,8 @@ class Invalidator:
         self.busy: Counter[int] = Counter()
         #: Inodes whose pages are being dropped behind the caller's back.
         self.dropping: Counter[int] = Counter()
+        #: Set when there are fewer of them.
+        self._dropped = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def drop(self, names: Sequence[tuple[int, bytes]], inodes: Sequence[int]) -> None:
@@ -134,6 +136,13 @@ class Invalidator:
                 self.dropping[ino] -= 1
                 if not self.dropping[ino]:
                     del self.dropping[ino]
+            self._dropped.set()
+
+    async def settled(self, ino: int) -> None:
+        """Return when no pages of a file are being dropped behind anybody's back."""
+        while ino in self.dropping:
+            self._dropped.clear()
+            await self._dropped.wait()
 
     async def drop_pages(self, ino: int) -> None:
         """Return when the kernel has written back and dropped an inode's pages."""

@@ -169,7 +169,7 @@ class Worker:
         """Answer requests until the socket is closed or a signal comes."""
         options = set(pyfuse3.default_options) | {"fsname=bpfuse"}
         pyfuse3.init(mount.operations, f"/dev/fd/{self._config.fuse_fd}", options)
-        extra = ExtraOps(self._config.extra_fd, mount.operations, mount.ranges)
+        extra = ExtraOps(self._config.extra_fd, mount.operations, mount.ranges, mount.locks)
         extra.start()
         try:
             with self._watched():

@@ -26,7 +26,7 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> Any:
             self.asked.append((name, *arguments))
-            return True if name in ("write_now", "release_now") else _entry()
+            return True if name == "write_now" else _entry()
 
         return call
 
@@ -51,13 +51,11 @@ AT_ONCE: dict[Opcode, tuple[bytes, tuple[Any, ...], int]] = {
         104,
     ),
     Opcode.WRITE: (struct.pack("=QQIIQII", 9, 8, 3, 0, 0, 0, 0) + b"abc", ("write_now", 9, 8, b"abc"), 8),
-    Opcode.RELEASE: (struct.pack("=QIIQ", 9, 0, 0, 0), ("release_now", 9), 0),
 }
 #: The least that a request of each opcode has, and whether a name follows.
 LEAST = {
     Opcode.LOOKUP: (0, True), Opcode.GETATTR: (16, False), Opcode.SETATTR: (88, False), Opcode.MKDIR: (8, True),
-    Opcode.UNLINK: (0, True), Opcode.RMDIR: (0, True), Opcode.WRITE: (40, False), Opcode.RELEASE: (24, False),
-    Opcode.FLUSH: (24, False), Opcode.CREATE: (16, True),
+    Opcode.UNLINK: (0, True), Opcode.RMDIR: (0, True), Opcode.WRITE: (40, False), Opcode.CREATE: (16, True),
 }  # fmt: skip
 
 

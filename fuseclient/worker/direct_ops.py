@@ -27,8 +27,6 @@ _SETATTR: Final = struct.Struct("=IIQQQqqqIIIIIIII")
 _MKDIR: Final = struct.Struct("=II")
 _WRITE: Final = struct.Struct("=QQIIQII")
 _WRITTEN: Final = struct.Struct("=II")
-_RELEASE: Final = struct.Struct("=QIIQ")
-_FLUSH: Final = struct.Struct("=QIIQ")
 _CREATE: Final = struct.Struct("=IIII")
 
 #: Bits of fuse_setattr_in.valid.
@@ -72,8 +70,6 @@ class DirectOps:
             Opcode.UNLINK: self._unlink,
             Opcode.RMDIR: self._rmdir,
             Opcode.WRITE: self._write,
-            Opcode.RELEASE: self._release,
-            Opcode.FLUSH: self._flush,
             Opcode.CREATE: self._create,
         }
 
@@ -125,14 +121,6 @@ class DirectOps:
 
     async def _written(self, fh: int, offset: int, data: bytes) -> bytes:
         return _WRITTEN.pack(await self._operations.write(fh, offset, data), 0)
-
-    def _release(self, asked: Asked) -> Answer:
-        fh, *_ = _fields(_RELEASE, asked.body)
-        return b"" if self._operations.release_now(fh) else _nothing(self._operations.release(fh))
-
-    def _flush(self, asked: Asked) -> Answer:
-        fh, *_ = _fields(_FLUSH, asked.body)
-        return _nothing(self._operations.flush(fh))
 
     def _create(self, asked: Asked) -> Answer:
         flags, mode, *_ = _fields(_CREATE, asked.body, longer=True)

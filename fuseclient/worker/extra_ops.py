@@ -1,13 +1,15 @@
 """The FUSE requests that do not go through pyfuse3.
 
-It has no method for FALLOCATE, LSEEK, COPY_FILE_RANGE and TMPFILE, cannot answer OPEN with a backing for passthrough,
-makes two requests of a SETXATTR with flags, and takes long over the frequent ones, which are direct_ops.py's.
+It has no method for FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE and those for locks, does not tell of a FLUSH and a
+RELEASE whose locks they end, cannot answer OPEN with a backing for passthrough, makes two requests of a SETXATTR with
+flags, and takes long over the frequent ones, which are direct_ops.py's.
 
 They come over a socket of their own, one message each, and are answered on it, at once or by a task of their own; what
 is not known here is answered ENOSYS, after which the kernel does without. This is an edge to the kernel, as
 operations.py is for all else: it speaks of errno, and what is below does not.
 
-An INTERRUPT makes a copy stop at the next piece, with a short count if it has come so far; all else is soon through.
+An INTERRUPT makes a copy stop at the next piece, with a short count if it has come so far, and ends the wait for a
+lock; all else is soon through.
 The socket's end is the worker's (see process.py); requests in hand are carried out, but nobody is told.
 """
 
@@ -28,7 +30,10 @@ from fuseclient.data.ranges import Ranges
 from fuseclient.worker import extra_messages as messages
 from fuseclient.worker.direct_ops import Answer, Asked, DirectOps
 from fuseclient.worker.errors import errno_of
+from fuseclient.worker.lock_store import Held, Key
+from fuseclient.worker.locks import Locks, Lost
 from fuseclient.worker.operations import Operations
+from metaserver.wire import LockOutcome
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +48,13 @@ _MODES: Final = {
     _ZERO_RANGE: (False, True),
     _KEEP_SIZE | _ZERO_RANGE: (True, True),
 }
+#: What a program is told when it does not get a lock.
+_LOCK_ERRORS: Final = {
+    LockOutcome.DENIED: errno.EAGAIN,
+    LockOutcome.DEADLOCK: errno.EDEADLK,
+    LockOutcome.FULL: errno.ENOLCK,
+    LockOutcome.CANCELLED: errno.EINTR,
+}
 #: What a reply to COPY_FILE_RANGE can say, in bytes, in whole pages.
 _COUNT_32: Final = (1 << 32) - 4096
 
@@ -50,11 +62,12 @@ _COUNT_32: Final = (1 << 32) - 4096
 class ExtraOps:
     """Serves a socket from :meth:`start` to :meth:`close`. To be used on the event loop."""
 
-    def __init__(self, fd: int, operations: Operations, ranges: Ranges) -> None:
+    def __init__(self, fd: int, operations: Operations, ranges: Ranges, locks: Locks) -> None:
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(False)
         self._operations = operations
         self._ranges = ranges
+        self._locks = locks
         self._loop = asyncio.get_running_loop()
         self._direct = DirectOps(operations).handlers
         self._buffer = bytearray(messages.MESSAGE_MAX)
@@ -62,9 +75,8 @@ class ExtraOps:
         #: Replies that the channel has not taken yet.
         self._unsent: deque[bytes] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        #: Requests in hand, by their unique, and those of them that were interrupted.
-        self._running: set[int] = set()
-        self._interrupted: set[int] = set()
+        #: Requests in hand, by their unique; the event is set when one is interrupted.
+        self._running: dict[int, asyncio.Event] = {}
 
     def start(self) -> None:
         """Take requests from now on."""
@@ -75,7 +87,8 @@ class ExtraOps:
         if self._socket.fileno() < 0:
             return
         self._loop.remove_reader(self._socket)
-        self._interrupted |= self._running
+        for interrupted in self._running.values():
+            interrupted.set()
         while self._tasks:
             await asyncio.wait(self._tasks)
         if self._unsent:
@@ -107,11 +120,20 @@ class ExtraOps:
             self._answer_directly(header, handler, message[messages.HEADER_BYTES :])
             return
         body = messages.decode_body(header, message)
-        if not isinstance(body, messages.Interrupt):
-            self._running.add(header.unique)
-            self._start(self._answer(header, self._carry_out(header, body), type(body).__name__.lower()))
-        elif body.unique in self._running:
-            self._interrupted.add(body.unique)
+        if isinstance(body, messages.Interrupt):
+            if body.unique in self._running:
+                self._running[body.unique].set()
+        elif isinstance(body, messages.Release) and self._is_released(header, body):
+            self._send(messages.encode(header.unique))
+        else:
+            self._running[header.unique] = asyncio.Event()
+            gone = errno.ENOENT if isinstance(body, messages.Tmpfile) else errno.ESTALE
+            work = self._carry_out(header, body)
+            self._start(self._answer(header, work, type(body).__name__.lower(), gone))
+
+    def _is_released(self, header: messages.Header, request: messages.Release) -> bool:
+        """Release a handle of which nothing has to be waited for, no lock either; False: nothing is done."""
+        return not self._locks.has(header.nodeid) and self._operations.release_now(request.fh)
 
     def _answer_directly(self, header: messages.Header, handler: Callable[[Asked], Answer], body: memoryview) -> None:
         """Answer a request at once, or start what it has to wait for."""
@@ -119,33 +141,33 @@ class ExtraOps:
             answer = handler(Asked(header.nodeid, header.uid, header.gid, header.pid, body))
         except FUSEError as error:
             self._send(messages.encode_error(header.unique, error.errno))
-            return
         except messages.Malformed as error:
             error.unique = header.unique
             raise
         except Exception as error:
             self._send(messages.encode_error(header.unique, errno_of(error, handler.__name__)))
-            return
-        if isinstance(answer, bytes):
-            self._send(messages.encode(header.unique, answer))
         else:
-            self._start(self._answer(header, answer, handler.__name__))
+            if isinstance(answer, bytes):
+                self._send(messages.encode(header.unique, answer))
+            else:
+                self._start(self._answer(header, answer, handler.__name__, errno.ESTALE))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, header: messages.Header, work: Coroutine[Any, Any, bytes], name: str) -> None:
+    async def _answer(self, header: messages.Header, work: Coroutine[Any, Any, bytes], name: str, gone: int) -> None:
         try:
             reply = messages.encode(header.unique, await work)
         except FUSEError as error:
             reply = messages.encode_error(header.unique, error.errno)
+        except Lost:
+            reply = messages.encode_error(header.unique, errno.EIO)
         except Exception as error:
-            reply = messages.encode_error(header.unique, errno_of(error, name, gone=errno.ESTALE))
+            reply = messages.encode_error(header.unique, errno_of(error, name, gone=gone))
         finally:
-            self._running.discard(header.unique)
-            self._interrupted.discard(header.unique)
+            self._running.pop(header.unique, None)
         self._send(reply)
 
     def _send(self, reply: bytes) -> None:
@@ -181,6 +203,14 @@ class ExtraOps:
                 create, replace = bool(flags & os.XATTR_CREATE), bool(flags & os.XATTR_REPLACE)
                 await self._operations.set_xattr(header.nodeid, name, value, create=create, replace=replace)
                 return b""
+            case messages.Flush():
+                return await self._flush(header, body)
+            case messages.Release():
+                return await self._release(header, body)
+            case messages.GetLock():
+                return await self._get_lock(header, body)
+            case messages.SetLock():
+                return await self._set_lock(header, body)
             case messages.Fallocate():
                 return await self._fallocate(header, body)
             case messages.Lseek():
@@ -193,6 +223,39 @@ class ExtraOps:
                 return messages.encode_opened(entry, opened)
             case _:
                 raise FUSEError(errno.ENOSYS)
+
+    async def _flush(self, header: messages.Header, request: messages.Flush) -> bytes:
+        try:
+            await self._operations.flush(request.fh)
+        finally:
+            await self._locks.closed(header.nodeid, request.owner)
+        return b""
+
+    async def _release(self, header: messages.Header, request: messages.Release) -> bytes:
+        try:
+            await self._operations.release(request.fh)
+        finally:
+            if self._locks.has(header.nodeid):
+                fh = None if self._operations.is_shared(request.fh) else request.fh
+                await self._locks.released(header.nodeid, fh, request.flock_owner)
+        return b""
+
+    async def _get_lock(self, header: messages.Header, request: messages.GetLock) -> bytes:
+        key = Key(header.nodeid, request.flock, request.owner)
+        wanted = Held(key, request.start, request.end, request.exclusive, request.pid, request.fh)
+        lock = await self._locks.test(wanted)
+        return messages.encode_lock(None if lock is None else (lock.start, lock.end, lock.exclusive, lock.pid))
+
+    async def _set_lock(self, header: messages.Header, request: messages.SetLock) -> bytes:
+        key = Key(header.nodeid, request.flock, request.owner)
+        if request.exclusive is None:
+            outcome = await self._locks.unlock(key, request.start, request.end)
+        else:
+            wanted = Held(key, request.start, request.end, request.exclusive, request.pid, request.fh)
+            outcome = await self._locks.take(wanted, self._running[header.unique] if request.wait else None)
+        if outcome is not LockOutcome.GRANTED:
+            raise FUSEError(_LOCK_ERRORS[outcome])
+        return b""
 
     async def _fallocate(self, header: messages.Header, request: messages.Fallocate) -> bytes:
         if request.mode not in _MODES:
@@ -219,6 +282,7 @@ class ExtraOps:
             raise FUSEError(errno.EINVAL)
         await self._operations.adopt(request.fh_out)
         length = request.length if request.size_64 else min(request.length, _COUNT_32)
+        interrupted = self._running[header.unique]
         async with self._operations.changing(header.nodeid, request.nodeid_out):
             copied = await self._ranges.copy(
                 header.nodeid,
@@ -226,8 +290,8 @@ class ExtraOps:
                 request.nodeid_out,
                 request.offset_out,
                 length,
-                lambda: header.unique in self._interrupted,
+                interrupted.is_set,
             )
-        if length and not copied and header.unique in self._interrupted:
+        if length and not copied and interrupted.is_set():
             raise FUSEError(errno.EINTR)
         return messages.encode_count(copied, size_64=request.size_64)

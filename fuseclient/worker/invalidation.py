@@ -24,6 +24,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Final, Protocol
 
+from metaserver.wire import ROOT_INO
+
 _log = logging.getLogger(__name__)
 
 #: Above this many names, all of them are expired at once.
@@ -56,6 +58,8 @@ class Invalidator:
         self.busy: Counter[int] = Counter()
         #: Inodes whose pages are being dropped behind the caller's back.
         self.dropping: Counter[int] = Counter()
+        #: Set when there are fewer of them.
+        self._dropped = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def drop(self, names: Sequence[tuple[int, bytes]], inodes: Sequence[int]) -> None:
@@ -103,10 +107,15 @@ class Invalidator:
         self.drop_pages_later(ino)
         return not await self._kernel.invalidate_attributes(ino)
 
-    async def everything(self, paged: Iterable[int], listed: Iterable[int] = ()) -> None:
-        """Return when the kernel has dropped every name and the files and directories that it may have pages of."""
+    async def everything(
+        self, paged: Iterable[int], listed: Iterable[int] = (), told: Iterable[int] = (ROOT_INO,)
+    ) -> None:
+        """Return when the kernel has dropped every name, the files and directories that it may have pages of, and the
+        attributes of what else it was told of: to the root, and to what is open, no name leads.
+        """
         if not await self._kernel.increment_epoch():
             _log.warning("this kernel cannot expire all names at once; they expire with their time to live")
+        await _in_batches(self._kernel.invalidate_attributes(ino) for ino in told)
         await _in_batches(self._drop_inode(ino) for ino in paged)
         await _in_batches(self._drop_listing(ino) for ino in listed)
 
@@ -127,6 +136,13 @@ class Invalidator:
                 self.dropping[ino] -= 1
                 if not self.dropping[ino]:
                     del self.dropping[ino]
+            self._dropped.set()
+
+    async def settled(self, ino: int) -> None:
+        """Return when no pages of a file are being dropped behind anybody's back."""
+        while ino in self.dropping:
+            self._dropped.clear()
+            await self._dropped.wait()
 
     async def drop_pages(self, ino: int) -> None:
         """Return when the kernel has written back and dropped an inode's pages."""

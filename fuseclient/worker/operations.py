@@ -36,6 +36,7 @@ from fuseclient.worker.guard import Token
 from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
 from fuseclient.worker.listings import DOTS
+from fuseclient.worker.locks import Locks
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
@@ -69,6 +70,7 @@ class Parts:
     cache: Cache
     opened: OpenedVersions
     kernel: Invalidator
+    locks: Locks
     #: Handles given out by this worker and not yet released, by inode.
     open_handles: Counter[int]
     passthrough: Passthrough
@@ -78,6 +80,8 @@ class Parts:
     generation: int
     #: False: each request is answered by the metaserver.
     may_remember: bool
+    #: OPEN, OPENDIR and FLUSH are answered ENOSYS: the kernel sends no more of them.
+    opens_nothing: bool
 
 
 class Operations(pyfuse3.Operations):
@@ -98,12 +102,14 @@ class Operations(pyfuse3.Operations):
         self._cache = parts.cache
         self._opened = parts.opened
         self._kernel = parts.kernel
+        self._locks = parts.locks
         self._open_handles = parts.open_handles
         self._serials = handles.Serials()
         self._passthrough = parts.passthrough
         self._on_read = parts.on_read
         self._generation = parts.generation % handles.GENERATIONS
         self._may_remember = parts.may_remember
+        self._opens_nothing = parts.opens_nothing
         #: Writing handles of earlier workers that are used here, and those of them whose loss was reported.
         self._adopted: set[int] = set()
         self._reported: set[int] = set()
@@ -398,6 +404,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        self._check_opens()
         return self._handle(inode, os.O_RDONLY)
 
     @answered
@@ -434,6 +441,7 @@ class Operations(pyfuse3.Operations):
 
     async def open_file(self, ino: int, flags: int, *, passthrough: bool = True) -> tuple[FileInfo, Opening | None]:
         """Open a file, and say from which backing the kernel may read it."""
+        self._check_opens()
         writing = _writes(flags)
         with self._feeder.begin() as token, self._opening(ino):
             attributes, fresh = await self._open_inode(token, ino, writing=writing)
@@ -501,6 +509,7 @@ class Operations(pyfuse3.Operations):
     @answered_of_inode
     async def read(self, fh: int, off: int, size: int) -> bytes:
         ino = handles.decode(fh).ino
+        self._feeder.paged.add(ino)
         if self._passthrough.has(ino):
             data = await self._passthrough.read(ino, off, size)
             if data is not None:
@@ -516,23 +525,25 @@ class Operations(pyfuse3.Operations):
     @answered_of_inode
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         _check_end(off + len(buf))
-        await self.adopt(fh)
-        handle = handles.decode(fh)
-        if self._passthrough.has(handle.ino):
-            await self._passthrough.write(handle.ino, off, buf)
-        elif handle.appends:
-            await self._writer.append(handle.ino, buf)
+        await self.adopt(fh & ~handles.APPENDS)
+        ino = handles.decode(fh).ino
+        if not self._locks.may_write(ino):
+            raise FUSEError(errno.EIO)
+        if self._passthrough.has(ino):
+            await self._passthrough.write(ino, off, buf)
+        elif fh & handles.APPENDS:
+            await self._writer.append(ino, buf)
         else:
-            await self._writer.write(handle.ino, off, buf)
+            await self._writer.write(ino, off, buf)
         return len(buf)
 
     def write_now(self, fh: int, off: int, data: memoryview) -> bool:
         """Take a write for which nothing has to be waited; else return False, with nothing done."""
         _check_end(off + len(data))
-        handle = handles.decode(fh)
-        if handle.appends or self._is_earlier_writer(fh) or self._passthrough.has(handle.ino):
+        ino = handles.decode(fh).ino
+        if fh & handles.APPENDS or self._is_earlier_writer(fh) or self._passthrough.has(ino):
             return False
-        return self._writer.write_now(handle.ino, off, data)
+        return self._locks.may_write(ino) and self._writer.write_now(ino, off, data)
 
     async def absorb(self, ino: int) -> None:
         """Have what was written through mappings of a passthrough file come to the writer."""
@@ -548,6 +559,7 @@ class Operations(pyfuse3.Operations):
 
     @answered_of_inode
     async def flush(self, fh: int) -> None:
+        self._check_opens()
         await self._sync(fh, self._writer.flush)
 
     @answered_of_inode
@@ -589,17 +601,15 @@ class Operations(pyfuse3.Operations):
 
     # Handles
 
+    def _check_opens(self) -> None:
+        """Have a kernel that is to do without opening and closing do so."""
+        if self._opens_nothing:
+            raise FUSEError(errno.ENOSYS)
+
     def _handle(self, ino: int, flags: int) -> int:
-        """Return a handle. One that appends is direct: where its bytes go, the kernel does not know (see writer.py)."""
         self._open_handles[ino] += 1
         self._cache.opened(ino)
-        return handles.encode(
-            ino,
-            writing=_writes(flags),
-            generation=self._generation,
-            serial=self._serials.take(ino),
-            appends=_appends(flags),
-        )
+        return handles.encode(ino, writing=_writes(flags), generation=self._generation, serial=self._serials.take(ino))
 
     @contextlib.contextmanager
     def _opening(self, ino: int) -> Iterator[None]:
@@ -625,6 +635,11 @@ class Operations(pyfuse3.Operations):
                 self._reader.closed(handle.ino)
         self._passthrough.released(handle.ino)
         self._orphans.closed(handle.ino)
+
+    def is_shared(self, fh: int) -> bool:
+        """Whether another open handle may be the same as this one, which was released."""
+        handle = handles.decode(fh)
+        return not handle.kernel and handle.generation == self._generation and self._serials.in_use(fh)
 
     def _is_earlier_writer(self, fh: int) -> bool:
         handle = handles.decode(fh)
@@ -668,6 +683,7 @@ def _writes(flags: int) -> bool:
 
 
 def _appends(flags: int) -> bool:
+    """Whether a file is opened to append: it is direct then, as the kernel may not know where the bytes go."""
     return bool(flags & os.O_APPEND) and _writes(flags)
 
 

@@ -169,7 +169,7 @@ class Worker:
         """Answer requests until the socket is closed or a signal comes."""
         options = set(pyfuse3.default_options) | {"fsname=bpfuse"}
         pyfuse3.init(mount.operations, f"/dev/fd/{self._config.fuse_fd}", options)
-        extra = ExtraOps(self._config.extra_fd, mount.operations, mount.ranges)
+        extra = ExtraOps(self._config.extra_fd, mount.operations, mount.ranges, mount.locks)
         extra.start()
         try:
             with self._watched():
@@ -222,6 +222,8 @@ def _open_cache(config: WorkerConfig) -> Cache:
         return NoKernelCache()
     try:
         least = LEAST_BYTES if config.options.cache_bytes != 0 else None
-        return KernelCache(config.maps, config.options.kernel_ttl_s, worker_opens_bytes=least)
+        return KernelCache(
+            config.maps, config.options.kernel_ttl_s, worker_opens_bytes=least, opens_nothing=config.opens_nothing
+        )
     except NativeError as error:
         raise CannotStart(str(error)) from error

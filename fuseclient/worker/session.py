@@ -9,6 +9,8 @@ The lease is what makes caches right, so the order of things is the point of thi
   the metaserver moves the lease only past breaks that were acknowledged;
 * a session that could not be resumed is gone: ``on_lost`` is called, in which all that is cached must be dropped,
   before the new session's deadline is announced;
+* over each connection ``on_connected`` tells what the metaserver must know before the lease is renewed (locks), and
+  ``check_change`` may refuse a change when it is about to be sent, for what happened since it was asked for;
 * a session that is resumed at another run of the metaserver goes on, but what that had acknowledged lazily may be lost:
   ``on_restarted`` is called.
 
@@ -52,7 +54,7 @@ _CALLS: Final = 64
 _REPEATABLE: Final = (
     wire.Lookup, wire.FetchDirectory, wire.GetAttributes, wire.ReadLink, wire.GetXattr, wire.ListXattrs,
     wire.GetContent, wire.GetStatistics, wire.ListSlices, wire.InspectSlices, wire.Seek, wire.NewSlices, wire.Reap,
-    wire.ForgetSlices, wire.Sync, wire.OpenFile, wire.ClosedForWriting,
+    wire.ForgetSlices, wire.Sync, wire.OpenFile, wire.ClosedForWriting, wire.TestLock, wire.SetLock, wire.CancelLock,
 )  # fmt: skip
 
 
@@ -74,6 +76,10 @@ Acknowledge = Callable[[Sequence[int]], None]
 def _acknowledge_at_once(told: wire.Break, acknowledge: Acknowledge) -> None:
     """What a session without caches does with a break."""
     acknowledge(())
+
+
+async def _do_nothing(connection: Connection, resumed: bool) -> None:
+    """What is to be done with a connection before its lease is renewed, of a session that holds nothing."""
 
 
 class Slots:
@@ -124,6 +130,8 @@ class Session:
         on_break: Callable[[wire.Break, Acknowledge], object] = _acknowledge_at_once,
         on_restarted: Callable[[], object] = lambda: None,
         writing: Callable[[], list[int]] = list,
+        on_connected: Callable[[Connection, bool], Awaitable[object]] = _do_nothing,
+        check_change: Callable[[wire.Request], object] = lambda request: None,
         resume: bytes | None = None,
         clock: Callable[[], int] = boottime_ns,
         connect: Callable[[str], Awaitable[Connection]] = rpc.connect,
@@ -138,6 +146,8 @@ class Session:
         self._on_break = on_break
         self._on_restarted = on_restarted
         self._writing = writing
+        self._on_connected = on_connected
+        self._check_change = check_change
         self._calls = asyncio.Semaphore(_CALLS)
         self._slots = Slots(clock())
         self._clock = clock
@@ -161,9 +171,12 @@ class Session:
         """Connect, open or resume the session, and keep it from now on.
 
         Raises :exc:`Refused` (NO_SUCH_VOLUME, UNSUPPORTED, BUSY), :exc:`Disconnected`, or :exc:`ValueError` for what
-        is not an address. There is no retry here.
+        is not an address. There is no retry here. A session that is resumed has no lease yet: what its renewal waits
+        for may wait for the caller.
         """
-        await self._enter()
+        await self._enter(is_first=True)
+        if self.opened.resumed:
+            self.renew_now()
         self._keeping = asyncio.create_task(self._keep(), name="session")
         return self.opened
 
@@ -210,6 +223,7 @@ class Session:
             connection = await self._usable(give_up, self._ready)
             if lost is not None and session != self.id:
                 raise Disconnected("the session was lost while a change was under way") from lost
+            self._check_change(request)
             session = self.id
             try:
                 reply = await connection.change(request, reply_type, slot, sequence)
@@ -299,19 +313,20 @@ class Session:
 
     # The lease
 
-    async def _enter(self) -> None:
-        """Connect and open or resume the session."""
+    async def _enter(self, *, is_first: bool = False) -> None:
+        """Connect and open or resume the session; renew it, if it is not the first time."""
         connection = await self._connect(self._address)
         try:
             async with asyncio.timeout(rpc.CONNECT_TIMEOUT_S):
-                await self._open(connection)
+                resumed = await self._open(connection)
+                if resumed and not is_first:
+                    await self._renew(connection)
         except TimeoutError:
             connection.abort("no reply in time")
             raise Disconnected(f"{self._address} does not answer") from None
         except BaseException:
             connection.abort()
             raise
-        self._bind(connection)
         connection.when_lost(lambda: self._lost(connection))
         self._poked.clear()
         self._ready.set()
@@ -320,22 +335,25 @@ class Session:
         if connection is self._connection:
             self._poked.set()
 
-    async def _open(self, connection: Connection) -> None:
+    async def _open(self, connection: Connection) -> bool:
+        """Open the session on a connection; say whether it was resumed."""
         connection.on_break(
             lambda told: self._on_break(told, lambda still_open: connection.acknowledge(told.number, still_open))
         )
         sent_ns = self._clock()
         request = wire.OpenSession(self._volume, self._client, self.id, self._writing())
         opened = await connection.call(request, wire.SessionOpened)
-        if opened.resumed:
-            if self._epoch not in (None, connection.welcome.server_epoch):
-                self._on_restarted()
-            self._bind(connection)
-            await self._renew(connection)
-        else:
+        if not opened.resumed:
             self._replace(opened)
+        elif self._epoch not in (None, connection.welcome.server_epoch):
+            self._on_restarted()
+        await self._on_connected(connection, opened.resumed)
+        if not opened.resumed:
             self._grant(sent_ns, opened.lease_ms)
+        self._lease_s = opened.lease_ms / 1000
         self.opened, self._epoch = opened, connection.welcome.server_epoch
+        self._bind(connection)
+        return opened.resumed
 
     def _replace(self, opened: wire.SessionOpened) -> None:
         """Take a new session; if there was another, all that was cached under it is void."""

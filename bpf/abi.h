@@ -28,6 +28,7 @@ enum bpfuse_fh_bit {
 	BPFUSE_FH_KERNEL_BIT = 63,   /* given out by the BPF program; the low 48 bits are the inode */
 	BPFUSE_FH_SERIAL_SHIFT = 48, /* the 15 bits from here tell handles of one inode apart; */
 	BPFUSE_FH_VERSION_BITS = 8,  /* of a directory these of them are its version, and so that of its listing */
+	BPFUSE_FH_APPENDS_BIT = 55,  /* of a worker's handle: set by the channel in a WRITE to the end of the file */
 };
 
 enum bpfuse_inode_flag {

@@ -654,6 +654,22 @@ async def test_what_another_writes_is_asked_for_each_time_and_kept_when_it_is_cl
     assert (ino in rig.maps.inodes) == rig.remembers
 
 
+@pytest.mark.parametrize("size", [10, INLINE_LIMIT - 5, 2 * INLINE_LIMIT])
+async def test_what_was_gathered_to_append_goes_behind_what_another_appended(rig: Rig, size: int) -> None:
+    """Inline, out of there by the other's bytes, and in slices."""
+    ino = await rig.create(b"file", b"begin")
+    info = await rig.ops.open(ino, os.O_WRONLY | os.O_APPEND, ME)
+    assert info.direct_io
+    await rig.ops.write(info.fh | handles.APPENDS, 0, b"x" * size)
+    await rig.ops.write(info.fh | handles.APPENDS, 0, b"y")
+    await rig.other.change(wire.WriteInline(ino, 5, b"other", appended_at=5))
+    await rig.ops.fsync(info.fh, False)
+    assert (await rig.ops.getattr(ino, ME)).st_size == 11 + size
+    await rig.ops.write(info.fh, 0, b"B")
+    await rig.close(info.fh)
+    assert await rig.content(ino) == b"Beginother" + b"x" * size + b"y"
+
+
 async def test_a_session_that_is_resumed_tells_what_is_open(rig: Rig) -> None:
     info, entry = await rig.ops.create(ROOT, b"file", stat.S_IFREG | 0o644, os.O_CREAT | os.O_RDWR, ME)
     (session,) = [each for each in rig.metaserver.server.sessions.all() if each.id == rig.session.id]

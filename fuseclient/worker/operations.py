@@ -500,16 +500,16 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         if off + len(buf) > wire.MAX_FILE:
             raise FUSEError(errno.EFBIG)
-        await self.adopt(fh)
-        handle = handles.decode(fh)
-        if not self._locks.may_write(handle.ino):
+        await self.adopt(fh & ~handles.APPENDS)
+        ino = handles.decode(fh).ino
+        if not self._locks.may_write(ino):
             raise FUSEError(errno.EIO)
-        if self._passthrough.has(handle.ino):
-            await self._passthrough.write(handle.ino, off, buf)
-        elif handle.appends:
-            await self._writer.append(handle.ino, buf)
+        if self._passthrough.has(ino):
+            await self._passthrough.write(ino, off, buf)
+        elif fh & handles.APPENDS:
+            await self._writer.append(ino, buf)
         else:
-            await self._writer.write(handle.ino, off, buf)
+            await self._writer.write(ino, off, buf)
         return len(buf)
 
     async def absorb(self, ino: int) -> None:
@@ -556,16 +556,9 @@ class Operations(pyfuse3.Operations):
     # Handles
 
     def _handle(self, ino: int, flags: int) -> int:
-        """Return a handle. One that appends is direct: where its bytes go, the kernel does not know (see writer.py)."""
         self._open_handles[ino] += 1
         self._cache.opened(ino)
-        return handles.encode(
-            ino,
-            writing=_writes(flags),
-            generation=self._generation,
-            serial=self._serials.take(ino),
-            appends=_appends(flags),
-        )
+        return handles.encode(ino, writing=_writes(flags), generation=self._generation, serial=self._serials.take(ino))
 
     @contextlib.contextmanager
     def _opening(self, ino: int) -> Iterator[None]:
@@ -637,6 +630,7 @@ def _writes(flags: int) -> bool:
 
 
 def _appends(flags: int) -> bool:
+    """Whether a file is opened to append: it is direct then, as the kernel may not know where the bytes go."""
     return bool(flags & os.O_APPEND) and _writes(flags)
 
 

@@ -10,6 +10,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -68,6 +69,21 @@ static void request_of_copy(struct request *request, const struct pending *pendi
 	request->count = 2;
 }
 
+/*
+ * Says in the handle of a WRITE whether it goes to the end of the file, which libfuse would not tell the worker. It is
+ * the request's own flag, as it can be set and cleared while the file is open. What comes from a mapping goes where it is.
+ */
+static void mark_append(const struct request *request)
+{
+	struct fuse_write_in *in = request->parts[1].iov_base;
+
+	if (request->header.opcode != FUSE_WRITE || request->parts[1].iov_len < sizeof(*in))
+		return;
+	in->fh &= ~(1ULL << BPFUSE_FH_APPENDS_BIT);
+	if (in->flags & O_APPEND && !(in->write_flags & FUSE_WRITE_CACHE))
+		in->fh |= 1ULL << BPFUSE_FH_APPENDS_BIT;
+}
+
 static enum lane lane_of(uint32_t opcode)
 {
 	switch (opcode) {
@@ -92,7 +108,7 @@ static enum lane lane_of(uint32_t opcode)
 /* Sends a pending to the worker; with the lock held. Returns 0, or -EAGAIN if it has to wait. */
 static int pending_send(struct bpfuse_channel *channel, struct pending *pending)
 {
-	struct request request;
+	struct request request = { .count = 0 };
 	struct msghdr message = { .msg_iov = request.parts };
 
 	if (!channel->worker.ready)
@@ -101,6 +117,7 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending)
 		request_of_entry(&request, &channel->entries[pending->origin.index]);
 	else
 		request_of_copy(&request, pending);
+	mark_append(&request);
 	if (pending->origin.kind != PENDING_ONE_WAY)
 		request.header.unique = pending_token(pending);
 	if (pending->tried)

@@ -108,6 +108,8 @@ class ErrorCode(enum.IntEnum):
     INTERNAL = 20
     #: Events that were asked for are not kept any more, or are of another history.
     EVENTS_GONE = 21
+    #: Of the client's own: it is not sent.
+    LOST_LOCK = 22
 
 
 class Operation(enum.IntEnum):
@@ -263,6 +265,8 @@ class CreateVolume(_Message, tag=2):
     #: How many events are kept at most, and for how many seconds.
     kept_events: Annotated[int, Meta(ge=1, le=2**40)] = KEPT_EVENTS
     kept_s: Annotated[int, Meta(ge=1, le=2**40)] = KEPT_S
+    #: The slice id to begin with: above those of objects that are in the store already.
+    first_slice: Annotated[int, Meta(ge=1, le=2**62)] = 1
 
 
 class OpenSession(_Message, tag=3):
@@ -429,6 +433,8 @@ class WriteInline(_Message, tag=21):
     lazy: bool = False
     #: What else is changed of the same file, after the writing; its size is not.
     then: SetAttributes | None = None
+    #: Of what is appended: BUSY unless the file has this size.
+    appended_at: U63 | None = None
 
 
 class NewSlices(_Message, tag=22):
@@ -442,7 +448,8 @@ class CommitSlices(_Message, tag=23):
 
     ``replaces_inline``: the slices hold all that was inline, and the inline content is dropped. Without it, a commit
     to an inline file that is not empty is refused as INVALID, and a commit with it whose ``inline_version`` is not
-    the inode's version as BUSY (somebody wrote meanwhile; read again). ``written_ns`` as in :class:`WriteInline`.
+    the inode's version as BUSY (somebody wrote meanwhile; read again). ``written_ns`` and ``appended_at`` as in
+    :class:`WriteInline`.
     """
 
     ino: Ino
@@ -451,6 +458,7 @@ class CommitSlices(_Message, tag=23):
     replaces_inline: bool = False
     inline_version: U63 = 0
     written_ns: Nanoseconds | None = None
+    appended_at: U63 | None = None
 
 
 class GetStatistics(_Message, tag=24):

@@ -3,7 +3,8 @@
 bit 63      given out by the BPF program (``BPFUSE_FH_KERNEL_BIT``); then bits 62-48 are its serial number
 bit 62      open for writing
 bits 61-56  generation of the worker that gave it out, modulo 64
-bits 55-48  serial number: tells handles of one inode apart, of which the last is given to all that are left
+bit 55      0; set by the channel in a WRITE to the end of the file (``BPFUSE_FH_APPENDS_BIT``)
+bits 54-48  serial number: tells handles of one inode apart, of which the last is given to all that are left
 bits 47-0   inode
 """
 
@@ -15,11 +16,13 @@ from typing import Final, NamedTuple
 _KERNEL: Final = 1 << 63
 _WRITING: Final = 1 << 62
 _GENERATION_SHIFT: Final = 56
+#: Of a WRITE.
+APPENDS: Final = 1 << 55
 GENERATIONS: Final = 64
 _SERIAL_SHIFT: Final = 48
 _INO: Final = (1 << 48) - 1
 #: The highest serial number: handles that have it may not be the only ones.
-SHARED: Final = 255
+SHARED: Final = 127
 
 
 class Handle(NamedTuple):

@@ -35,6 +35,8 @@ from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.guard import Token
 from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
+from fuseclient.worker.listings import DOTS
+from fuseclient.worker.locks import Locks
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
@@ -43,8 +45,6 @@ if TYPE_CHECKING:
     from fuseclient.kernel_cache import Cache
 
 _INT64: Final = 1 << 63
-#: Positions of "." and ".." in a listing; entries follow at their cookie and this.
-_DOTS: Final = 2
 #: How long a volume's figures are answered from the kernel.
 _STATISTICS_NS: Final = 1_000_000_000
 #: Kinds of xattr that are kept.
@@ -70,6 +70,7 @@ class Parts:
     cache: Cache
     opened: OpenedVersions
     kernel: Invalidator
+    locks: Locks
     #: Handles given out by this worker and not yet released, by inode.
     open_handles: Counter[int]
     passthrough: Passthrough
@@ -99,6 +100,7 @@ class Operations(pyfuse3.Operations):
         self._cache = parts.cache
         self._opened = parts.opened
         self._kernel = parts.kernel
+        self._locks = parts.locks
         self._open_handles = parts.open_handles
         self._serials = handles.Serials()
         self._passthrough = parts.passthrough
@@ -379,21 +381,22 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        return self._handle(inode, writing=False)
+        return self._handle(inode, os.O_RDONLY)
 
     @answered
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         ino = handles.decode(fh).ino
-        for position in range(start_id, _DOTS):
+        self._feeder.listed.add(ino)
+        for position in range(start_id, DOTS):
             if not pyfuse3.readdir_reply(token, b"." * (position + 1), dot_entry(ino), position + 1):
                 return
-        cookie, complete = max(0, start_id - _DOTS), False
+        cookie, complete = max(0, start_id - DOTS), False
         while not complete:
             listing = await self._directories.listing(ino, cookie)
             complete = listing.complete
             for entry in listing.entries:
                 attributes = self._entry(entry.attributes, listing.is_fresh(entry))
-                if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + _DOTS):
+                if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + DOTS):
                     return
                 cookie = entry.cookie
 
@@ -414,7 +417,7 @@ class Operations(pyfuse3.Operations):
 
     async def open_file(self, ino: int, flags: int, *, passthrough: bool = True) -> tuple[FileInfo, Opening | None]:
         """Open a file, and say from which backing the kernel may read it."""
-        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        writing = _writes(flags)
         with self._feeder.begin() as token, self._opening(ino):
             attributes, fresh = await self._open_inode(token, ino, writing=writing)
             if writing:
@@ -428,10 +431,10 @@ class Operations(pyfuse3.Operations):
                     await self._end_writing(ino)
                 raise
             # The handle is counted before anything is awaited: see passthrough.py.
-            handle = self._handle(ino, writing=writing)
+            handle = self._handle(ino, flags)
         keep = self._opened.opened(ino, attributes.version)
         self._feeder.paged.add(ino)
-        return FileInfo(fh=handle, keep_cache=keep), opening
+        return FileInfo(fh=handle, keep_cache=keep, direct_io=_appends(flags)), opening
 
     @answered
     async def create(
@@ -439,7 +442,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """A file that exists, which the kernel did not know, is answered ESTALE: it then looks again, and opens it."""
         _check_name(name)
-        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        writing = _writes(flags)
         kind = stat.S_IFREG | stat.S_IMODE(mode)
         # Its closing, or an fsync, waits until it is durable; so this need not.
         request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing, writing=writing)
@@ -447,7 +450,7 @@ class Operations(pyfuse3.Operations):
             with self._changing((parent_inode, name)) as token:
                 changed = await self._session.call(request, wire.Changed)
                 made = changed.attributes[0]
-                opened = self._opened_new(token, made, writing=writing)
+                opened = self._opened_new(token, made, flags)
                 fresh = self._named(token, parent_inode, name, changed)
         except Refused as error:
             if error.code == wire.ErrorCode.EXISTS and not flags & os.O_EXCL:
@@ -460,23 +463,23 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: int, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         """Make a file without a name and open it; pyfuse3 has no such method, extra_ops.py calls it."""
-        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        writing = _writes(flags)
         request = wire.MakeTemporary(parent_inode, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid, writing)
         with self._changing() as token:
             made = (await self._session.call(request, wire.Changed)).attributes[0]
-            opened, fresh = self._opened_new(token, made, writing=writing), self._feeder.unchanged(token, made.ino)
+            opened, fresh = self._opened_new(token, made, flags), self._feeder.unchanged(token, made.ino)
         self._orphans.add(made.ino)
         return opened, self._changed_entry(made, fresh)
 
-    def _opened_new(self, token: Token, made: wire.Attributes, *, writing: bool) -> FileInfo:
+    def _opened_new(self, token: Token, made: wire.Attributes, flags: int) -> FileInfo:
         """Open a file that was just made."""
-        if writing:
+        if _writes(flags):
             self._writer.open(made, is_new=True)
             if not self._feeder.unchanged(token, made.ino):
                 self._writer.changed_elsewhere(made.ino)
         self._opened.opened(made.ino, made.version)
         self._feeder.paged.add(made.ino)
-        return FileInfo(fh=self._handle(made.ino, writing=writing), keep_cache=True)
+        return FileInfo(fh=self._handle(made.ino, flags), keep_cache=True, direct_io=_appends(flags))
 
     @answered_of_inode
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -497,10 +500,16 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         if off + len(buf) > wire.MAX_FILE:
             raise FUSEError(errno.EFBIG)
-        await self.adopt(fh)
+        await self.adopt(fh & ~handles.APPENDS)
         ino = handles.decode(fh).ino
-        target = self._passthrough if self._passthrough.has(ino) else self._writer
-        await target.write(ino, off, buf)
+        if not self._locks.may_write(ino):
+            raise FUSEError(errno.EIO)
+        if self._passthrough.has(ino):
+            await self._passthrough.write(ino, off, buf)
+        elif fh & handles.APPENDS:
+            await self._writer.append(ino, buf)
+        else:
+            await self._writer.write(ino, off, buf)
         return len(buf)
 
     async def absorb(self, ino: int) -> None:
@@ -546,10 +555,10 @@ class Operations(pyfuse3.Operations):
 
     # Handles
 
-    def _handle(self, ino: int, *, writing: bool) -> int:
+    def _handle(self, ino: int, flags: int) -> int:
         self._open_handles[ino] += 1
         self._cache.opened(ino)
-        return handles.encode(ino, writing=writing, generation=self._generation, serial=self._serials.take(ino))
+        return handles.encode(ino, writing=_writes(flags), generation=self._generation, serial=self._serials.take(ino))
 
     @contextlib.contextmanager
     def _opening(self, ino: int) -> Iterator[None]:
@@ -575,6 +584,11 @@ class Operations(pyfuse3.Operations):
                 self._reader.closed(handle.ino)
         self._passthrough.released(handle.ino)
         self._orphans.closed(handle.ino)
+
+    def is_shared(self, fh: int) -> bool:
+        """Whether another open handle may be the same as this one, which was released."""
+        handle = handles.decode(fh)
+        return not handle.kernel and handle.generation == self._generation and self._serials.in_use(fh)
 
     def _is_earlier_writer(self, fh: int) -> bool:
         handle = handles.decode(fh)
@@ -609,6 +623,15 @@ class Operations(pyfuse3.Operations):
             self._feeder.closed(closed)
         if not self._writer.is_open(ino):
             self._closings.closed(ino)
+
+
+def _writes(flags: int) -> bool:
+    return flags & os.O_ACCMODE != os.O_RDONLY
+
+
+def _appends(flags: int) -> bool:
+    """Whether a file is opened to append: it is direct then, as the kernel may not know where the bytes go."""
+    return bool(flags & os.O_APPEND) and _writes(flags)
 
 
 def _check_name(name: bytes) -> None:

@@ -19,8 +19,9 @@
 #include "channel_internal.h"
 
 /* Bits of fuse_init_in and fuse_init_out that Debian 12's <linux/fuse.h> (7.38) lacks, as in flags | flags2 << 32. */
-#define INIT_PASSTHROUGH   (1ull << 37)
-#define INIT_OVER_IO_URING (1ull << 41)
+#define INIT_DIRECT_IO_ALLOW_MMAP (1ull << 36) /* what is opened to append is direct, and may be mapped all the same */
+#define INIT_PASSTHROUGH          (1ull << 37)
+#define INIT_OVER_IO_URING        (1ull << 41)
 
 enum {
 	PROTOCOL_MINOR = 44, /* FUSE-over-io_uring is 7.42; INC_EPOCH, the newest thing used, 7.44 */
@@ -80,8 +81,10 @@ static uint64_t init_capabilities(const struct bpfuse_channel *channel)
 {
 	uint64_t flags = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_MAX_PAGES | FUSE_DO_READDIRPLUS |
 			 FUSE_PARALLEL_DIROPS | FUSE_EXPLICIT_INVAL_DATA | FUSE_CACHE_SYMLINKS | FUSE_ASYNC_DIO |
-			 FUSE_INIT_EXT | INIT_PASSTHROUGH;
+			 FUSE_INIT_EXT | INIT_DIRECT_IO_ALLOW_MMAP | INIT_PASSTHROUGH;
 
+	if (channel->shared_locks)
+		flags |= FUSE_POSIX_LOCKS | FUSE_FLOCK_LOCKS;
 	return channel->uring ? flags | INIT_OVER_IO_URING : flags;
 }
 
@@ -208,6 +211,7 @@ int bpfuse_channel_open(struct bpfuse_channel **out, const struct bpfuse_channel
 	if (!channel)
 		return -ENOMEM;
 	channel->uring = options->uring;
+	channel->shared_locks = options->shared_locks;
 	result = channel_allocate(channel);
 	if (result)
 		describe(error, size, "cannot open /dev/fuse: %s", strerror(-result));

@@ -151,8 +151,8 @@ def _show(demo: Demo) -> None:
     first = "BPF" if after.accel == "bpf" else "not accelerated"
     console.print(_times_table(source, copied_s, {f"cold, {first}": cold, f"again, {first}": warm, "cold, off": plain}))
     console.print(f"SHA-256 of all {_file_count(source):,} files is equal to the source's, in every pass.")
-    _print_answers("Requests of the first pass", since(between, before))
-    _print_answers("Requests of the second pass", since(after, between))
+    _print_answers("Requests of the first pass", since(between.requests, before.requests))
+    _print_answers("Requests of the second pass", since(after.requests, between.requests))
 
 
 def read_tree(root: Path, progress: Progress, title: str) -> Tree:

@@ -16,6 +16,7 @@ enum bpfuse_limit {
 	BPFUSE_MAX_WRITE = 262144,   /* the largest WRITE, READ or READDIR the kernel is told to send */
 	BPFUSE_PAYLOAD = 266240,     /* BPFUSE_MAX_WRITE and one page: names travel in front of data */
 	BPFUSE_MAX_DATA = 65536,     /* the largest file whose bytes lie in `pages` */
+	BPFUSE_BUSY_ENTRIES = 16384, /* in `busiest` */
 	BPFUSE_RECENT_SLOTS = 65536, /* slots in `recent`; a power of two */
 	BPFUSE_OPEN_SLOTS = 65536,   /* slots in `opens`; a power of two */
 	BPFUSE_OPCODES = 64,         /* FUSE opcodes below this have counters of their own */
@@ -135,6 +136,23 @@ struct bpfuse_entry {
 
 /* `recent`: array of __u64, the uniques of requests answered in the kernel lately, at unique / 2 & (slots - 1): what
    `bpfuse trace` tells them by. */
+/* `watched`: array of one __u64, CLOCK_BOOTTIME: until then requests are counted in `busiest`, an LRU hash. */
+enum bpfuse_busy_kind {
+	BPFUSE_BUSY_INODE = 1,   /* of the node that a request names: of a directory for what concerns a name in it */
+	BPFUSE_BUSY_PROCESS = 2, /* of the process that made it; 0: the kernel itself */
+};
+
+struct bpfuse_busy_key {
+	__u64 id;
+	__u32 kind;
+	__u32 reserved;
+};
+
+struct bpfuse_busy {
+	__u64 requests;
+	__u64 answered; /* in the kernel */
+};
+
 /* `counters`: per-CPU array, index opcode * BPFUSE_OUTCOMES + outcome, value __u64. */
 /* `opens`: mmapable array of BPFUSE_OPEN_SLOTS of these, by a hash of the inode. */
 struct bpfuse_open_slot {

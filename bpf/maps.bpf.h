@@ -61,6 +61,20 @@ struct {
 } recent SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} watched SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, BPFUSE_BUSY_ENTRIES);
+	__type(key, struct bpfuse_busy_key);
+	__type(value, struct bpfuse_busy);
+} busiest SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, BPFUSE_OPCODES *BPFUSE_OUTCOMES);
 	__type(key, __u32);

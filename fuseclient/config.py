@@ -20,6 +20,8 @@ class MountOptions(msgspec.Struct, frozen=True, kw_only=True):
     profile: str = "general"
     read_only: bool = False
     allow_other: bool = True
+    #: Setuid programs and device nodes of the volume are obeyed.
+    trusted: bool = False
     #: Bytes of kernel memory for maps and pages together.
     kernel_cache_bytes: int = 256 * 1024 * 1024
     #: The longest time-to-live given to the kernel's own caches, in seconds; None: what is left of the lease.

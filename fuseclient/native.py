@@ -126,6 +126,29 @@ def open_map(number: int) -> int:
     return check(lib.bpfuse_map_open(number), f"BPF map {number}")
 
 
+class Busy(NamedTuple):
+    """Requests since somebody watches, of an inode or a process; ``answered``: how many of them in the kernel."""
+
+    id: int
+    requests: int
+    answered: int
+
+
+def watch(watched_fd: int, until_ns: int) -> None:
+    """Have requests be counted by inode and process until a time of CLOCK_BOOTTIME; raise :exc:`NativeError`."""
+    check(lib.bpfuse_watch(watched_fd, until_ns), "BPF map watched")
+
+
+def busiest(busiest_fd: int) -> tuple[list[Busy], list[Busy]]:
+    """Return what was counted of inodes and of processes; raise :exc:`NativeError`."""
+    out = ffi.new("struct bpfuse_busy_entry[]", lib.BPFUSE_BUSY_ENTRIES)
+    count = check(lib.bpfuse_read_busiest(busiest_fd, out, lib.BPFUSE_BUSY_ENTRIES), "BPF map busiest")
+    found: dict[int, list[Busy]] = {lib.BPFUSE_BUSY_INODE: [], lib.BPFUSE_BUSY_PROCESS: []}
+    for each in out[0:count]:
+        found[each.key.kind].append(Busy(each.key.id, each.value.requests, each.value.answered))
+    return found[lib.BPFUSE_BUSY_INODE], found[lib.BPFUSE_BUSY_PROCESS]
+
+
 def hash_name(name: bytes, key: tuple[int, int]) -> tuple[int, int]:
     """Return SipHash-2-4-128 of a name of at most 255 bytes, as in the keys of the map ``names``."""
     if len(name) > lib.BPFUSE_NAME_MAX:

@@ -16,9 +16,10 @@ change that is committed must reach the feed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Final, NamedTuple, Protocol, cast
 
 from metaserver import wire
@@ -110,6 +111,8 @@ class Service(Protocol):
 
     def pages(self, caller: Caller, request: wire.FetchDirectory) -> AsyncIterator[Answer]: ...
 
+    def events(self, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]: ...
+
     def acknowledge(self, caller: Caller, request: wire.Acknowledge) -> None: ...
 
 
@@ -129,6 +132,7 @@ class Connection(asyncio.Protocol):
         self._caller = Caller(self._push)
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams = asyncio.Semaphore(limits.streams)
+        self._followers: set[asyncio.Task[None]] = set()
         self._transport: asyncio.Transport | None = None
         self._greeted = False
         self._closing = False
@@ -161,6 +165,7 @@ class Connection(asyncio.Protocol):
         self._caller.gone()
         self._stop_timer()
         self._writable.set()
+        self._end_followers()
         self._release()
 
     def data_received(self, data: bytes) -> None:
@@ -203,6 +208,9 @@ class Connection(asyncio.Protocol):
         task = self._loop.create_task(self._run(frame))
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+        if isinstance(frame.request, wire.FollowEvents):
+            self._followers.add(task)
+            task.add_done_callback(self._followers.discard)
 
     def _greet(self, request_id: int, request: wire.Request) -> None:
         if not isinstance(request, wire.Hello):
@@ -221,7 +229,9 @@ class Connection(asyncio.Protocol):
         request_id, request = frame.id, frame.request
         try:
             if isinstance(request, wire.FetchDirectory):
-                await self._stream(request_id, request)
+                await self._fetch(request_id, request)
+            elif isinstance(request, wire.FollowEvents):
+                await self._follow(request_id, request)
             else:
                 self._answer(request_id, await self._service.answer(self._caller, frame))
         except _Gone:
@@ -235,13 +245,30 @@ class Connection(asyncio.Protocol):
             _log.exception("%s: %s failed", self, type(request).__name__)
             self._send(request_id, failure(wire.ErrorCode.INTERNAL, "an internal error, see the metaserver's log"))
 
-    async def _stream(self, request_id: int, request: wire.FetchDirectory) -> None:
+    async def _fetch(self, request_id: int, request: wire.FetchDirectory) -> None:
         async with self._streams:
             async for page in self._service.pages(self._caller, request):
                 self._answer(request_id, page)
-                await self._writable.wait()
-                if self._closing:
-                    raise _Gone
+                await self._taken()
+
+    async def _follow(self, request_id: int, request: wire.FollowEvents) -> None:
+        """Stream events, to the end or until the connection's; unlike a change it may be broken off at any time."""
+        if len(self._followers) > 1:
+            raise Refused(wire.ErrorCode.BUSY, "events are followed on this connection already")
+        async with contextlib.aclosing(self._service.events(request)) as pages:
+            async for page in pages:
+                self._send(request_id, page)
+                await self._taken()
+
+    async def _taken(self) -> None:
+        """Wait until the client is not behind with what it was sent; raise :exc:`_Gone`."""
+        await self._writable.wait()
+        if self._closing:
+            raise _Gone
+
+    def _end_followers(self) -> None:
+        for task in self._followers:
+            task.cancel()
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -322,6 +349,7 @@ class Connection(asyncio.Protocol):
     async def shut(self) -> None:
         """Start nothing more, answer what runs, and close; return when all of it has ended."""
         self._limits = self._limits._replace(in_flight=0)
+        self._end_followers()
         if self._tasks:
             await asyncio.wait(self._tasks)
         self._close()

@@ -30,12 +30,13 @@ def get_content(snapshot: Snapshot, context: Context, request: wire.GetContent) 
 
 
 def write_inline(txn: Transaction, context: Context, request: wire.WriteInline) -> wire.Changed:
-    """Write bytes of an inline file; TOO_LARGE. Writing none changes nothing."""
+    """Write bytes of an inline file; TOO_LARGE, BUSY. Writing none changes nothing."""
     edit = Edit(txn, context)
     inode = edit.regular(request.ino)
     end = request.offset + len(request.data)
     if not inode.is_inline or end > context.volume.inline_limit:
         raise Refused(ErrorCode.TOO_LARGE, f"inode {inode.ino} cannot hold {end} bytes inline")
+    _check_end(inode, request.appended_at)
     if request.data:
         key = keys.content(context.volume.id, inode.ino)
         stored = txn.get(key) or b""
@@ -52,6 +53,7 @@ def commit_slices(txn: Transaction, context: Context, request: wire.CommitSlices
     edit = Edit(txn, context)
     inode = edit.regular(request.ino)
     end = _check_slices(request)
+    _check_end(inode, request.appended_at)
     if inode.is_inline:
         _leave_inline(edit, inode, request)
     elif request.replaces_inline:
@@ -61,6 +63,11 @@ def commit_slices(txn: Transaction, context: Context, request: wire.CommitSlices
     edit.resize(inode, max(inode.size, request.size, end))
     chunks.lay(txn, context.volume, inode, request.slices)
     return edit.changed(inode)
+
+
+def _check_end(inode: Inode, appended_at: int | None) -> None:
+    if appended_at not in (None, inode.size):
+        raise Refused(ErrorCode.BUSY, f"inode {inode.ino} ends at {inode.size}, not at {appended_at}")
 
 
 def compact_slices(txn: Transaction, context: Context, request: wire.CompactSlices) -> wire.Done:

@@ -26,6 +26,8 @@ class Kind(enum.IntEnum):
     RELEASE = 1
     #: They are inodes that a session (the task's argument) uses no more.
     REAP = 2
+    #: It is the version of an event: forget all before it.
+    FORGET = 3
 
 
 class Task(NamedTuple):

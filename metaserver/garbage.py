@@ -10,7 +10,7 @@ from __future__ import annotations
 import stat
 from typing import Final
 
-from metaserver import chunks, keys, references, wire
+from metaserver import chunks, events, keys, references, wire
 from metaserver.deferred import Kind, Task, first_task, keep_rest, put_off
 from metaserver.engine.base import Snapshot, Transaction
 from metaserver.inodes import Edit
@@ -67,6 +67,8 @@ def sweep(txn: Transaction, volume: Volume) -> bool:
 def _do(txn: Transaction, volume: Volume, task: Task) -> None:
     if task.kind is Kind.RELEASE:
         rest = references.release_some(txn, volume, task.numbers)
+    elif task.kind is Kind.FORGET:
+        rest = task.numbers if events.forget(txn, volume, events.Excess(max(task.numbers))) else []
     else:
         rest = _reap(txn, volume, task.argument, task.numbers)
     keep_rest(txn, task, rest)

@@ -10,9 +10,11 @@ import asyncio
 import contextlib
 import functools
 import logging
+import time
+from collections.abc import Callable
 from typing import Final
 
-from metaserver import fencing, namespace
+from metaserver import events, fencing, namespace
 from metaserver.coherence import Coherence
 from metaserver.engine.base import Engine, Transaction
 from metaserver.errors import EngineError
@@ -25,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 #: Seconds between two rounds, at most; with a short lease they come more often.
 _PERIOD_S: Final = 1.0
+#: Seconds between two looks for events that are too many or too old.
+FORGET_S: Final = 10.0
 
 
 class Janitor:
@@ -34,7 +38,9 @@ class Janitor:
     grace: Grace
     coherence: Coherence
 
-    def __init__(self, engine: Engine, sessions: Sessions, tenure: Tenure) -> None:
+    def __init__(
+        self, engine: Engine, sessions: Sessions, tenure: Tenure, wall: Callable[[], int] = time.time_ns
+    ) -> None:
         self._engine = engine
         self._tenure = tenure
         self._sessions = sessions
@@ -45,6 +51,9 @@ class Janitor:
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._settled.set()
+        self._wall = wall
+        #: When events are looked at next, on the sessions' clock.
+        self._forget_ns = 0
 
     async def end(self, session: Session) -> None:
         """End a session, durably: nothing of it is committed from here on. Its orphans go later."""
@@ -118,6 +127,17 @@ class Janitor:
         self._settled.set()
         while self._changed:
             await self._sweep(next(iter(self._changed.values())))
+        if self._sessions.clock() >= self._forget_ns:
+            self._forget_ns = self._sessions.clock() + int(FORGET_S * 1e9)
+            await self._forget_events()
+
+    async def _forget_events(self) -> None:
+        for volume in await self._engine.read(namespace.list_volumes):
+            excess = await self._engine.read(functools.partial(events.excess, volume=volume, now_ns=self._wall()))
+            if excess is not None:
+                body = functools.partial(events.forget, volume=volume, excess=excess)
+                while await self._engine.write(body, lazy=True):
+                    pass
 
     async def _reap(self, volume: Volume, session: bytes) -> None:
         while await self._engine.write(lambda txn: namespace.reap_session(txn, volume, session)):

@@ -17,7 +17,10 @@ V 'd' ino                               bytes                                inl
 V 'e' directory name                    ino, cookie                          an entry, found by name
 V 'g' ino                               rules (chunk, version)               parts of this file that are void and are to
                                                                              be deleted (see chunks.py)
+V 'h' version                           wire.Event                           one change, for who follows the volume
+V 'h' FF...                             u64                                  the last version of those
 V 'i' ino                               Inode                                an inode
+V 'k'                                   count, seconds                       how many events are kept, and for how long
 V 'l' directory cookie                  ino, name                            the same entry, in the listing's order
 V 'o' session ino                       other sessions that it was held for  an orphan: no links, perhaps open there
 V 'p' ino chunk version index           slices                               a part of a chunk's list of slices
@@ -40,7 +43,7 @@ import struct
 from typing import Final
 
 #: The letters of all kinds of keys that a volume has, in their order.
-KINDS: Final = b"cdegilopqrsux"
+KINDS: Final = b"cdeghiklopqrsux"
 SHARDS: Final = 16
 #: Slice ids that share one block of the bitmap of unused slices.
 BLOCK_SLICES: Final = 4096
@@ -255,6 +258,31 @@ def all_unused(volume: int) -> Range:
 def unused_first(key: bytes) -> int:
     """Return the first slice id of a bitmap's block."""
     return int.from_bytes(key[-8:]) * BLOCK_SLICES
+
+
+# Events
+
+
+def event(volume: int, version: int) -> bytes:
+    return _NUMBER.pack(1, volume, b"h", version)
+
+
+def events_from(volume: int, version: int) -> Range:
+    """The events whose version is at least ``version``, in order."""
+    return event(volume, version), last_event(volume)
+
+
+def last_event(volume: int) -> bytes:
+    """Where the last version is kept: beside the last event, so that a change touches one page of both."""
+    return event(volume, LAST_VERSION)
+
+
+def event_version(key: bytes) -> int:
+    return int.from_bytes(key[-8:])
+
+
+def kept_events(volume: int) -> bytes:
+    return _KIND.pack(1, volume, b"k")
 
 
 # Counters and things to clear up

@@ -12,13 +12,13 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from metaserver.wire import Attributes, InodeFlag, Slice
+from metaserver.wire import KEPT_EVENTS, KEPT_S, Attributes, InodeFlag, Slice
 
 _ATTRIBUTES: Final = struct.Struct(">5IQ3qIQ")
 _INODE: Final = struct.Struct(">5IQ3qIQQ")
 _NUMBER: Final = struct.Struct(">Q")
 _VOLUME: Final = struct.Struct(">II16s")
-_ENTRY: Final = struct.Struct(">QQ")
+_PAIR: Final = struct.Struct(">QQ")
 _SHARD: Final = struct.Struct(">Qqq")
 _SLICE: Final = struct.Struct(">4Q")
 _RULE: Final = struct.Struct(">IQ")
@@ -83,10 +83,10 @@ class Entry(NamedTuple):
 
     @classmethod
     def unpack(cls, value: bytes) -> Entry:
-        return cls(*_ENTRY.unpack(value))
+        return cls(*_PAIR.unpack(value))
 
     def pack(self) -> bytes:
-        return _ENTRY.pack(*self)
+        return _PAIR.pack(*self)
 
 
 def pack_listed(ino: int, name: bytes) -> bytes:
@@ -140,6 +140,20 @@ def slice_ids(value: bytes) -> set[int]:
     ids = {fields[2] for fields in _SLICE.iter_unpack(value)}
     ids.discard(0)
     return ids
+
+
+class Kept(NamedTuple):
+    """How many events of a volume are kept, and for how many seconds."""
+
+    events: int
+    seconds: int
+
+    @classmethod
+    def unpack(cls, value: bytes | None) -> Kept:
+        return cls(KEPT_EVENTS, KEPT_S) if value is None else cls(*_PAIR.unpack(value))
+
+    def pack(self) -> bytes:
+        return _PAIR.pack(*self)
 
 
 def pack_number(number: int) -> bytes:

@@ -57,7 +57,7 @@ class Server:
         self._grace = grace
         self.tenure = Tenure()
         self.sessions = Sessions(int(lease_s * 1000) * 1_000_000, clock, feed_changes)
-        self.janitor = Janitor(engine, self.sessions, self.tenure)
+        self.janitor = Janitor(engine, self.sessions, self.tenure, wall)
         self.coherence = self.janitor.coherence = Coherence(self.sessions, self.janitor.evict)
         self.connections: set[Connection] = set()
         self._service = Service(engine, self.tenure, self.sessions, self.coherence, self.janitor, wall)

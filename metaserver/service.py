@@ -8,15 +8,16 @@ holds what it touches (see coherence.py). A committed change is in the volume's 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Final, NamedTuple
 
-from metaserver import fencing, namespace, wire
+from metaserver import events, fencing, namespace, wire
 from metaserver.coherence import Change, Coherence, Grant, Held, grant_of, own_grants
 from metaserver.connection import Answer, Caller, failure
 from metaserver.engine.base import Engine, Transaction
 from metaserver.errors import Refused, Unknown
 from metaserver.fencing import SessionRecord, Slot, Tenure
+from metaserver.following import Followers
 from metaserver.grace import Grace
 from metaserver.janitor import Janitor
 from metaserver.locking import Locking, LockRequest
@@ -61,6 +62,7 @@ class Service:
         self._locking = Locking(sessions, lambda: self.grace)
         self._losses = engine.losses
         self._wall = wall
+        self._followers = Followers(engine)
 
     def welcome(self) -> wire.Welcome:
         """Return the answer to a Hello; its epoch is this run's own."""
@@ -73,7 +75,7 @@ class Service:
             self._coherence.acknowledge(session, request.number, request.open)
 
     async def answer(self, caller: Caller, frame: wire.Frame) -> Answer:
-        """Answer any request but a Hello or a FetchDirectory; raise :exc:`~metaserver.errors.Refused`."""
+        """Answer any request that is not streamed, nor a Hello; raise :exc:`~metaserver.errors.Refused`."""
         self._notice_losses()
         request = frame.request
         if isinstance(request, wire.OpenFile):
@@ -113,6 +115,10 @@ class Service:
         pages.reverse()
         while pages:
             yield self._granted(session, since, request, pages.pop())
+
+    def events(self, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]:
+        """Yield the pages of a stream of events."""
+        return self._followers.pages(request)
 
     async def _read(self, caller: Caller, verb: Callable[..., Any], request: wire.Request) -> Answer:
         session = caller.session()
@@ -187,6 +193,7 @@ class Service:
             context = Context(session.volume, session.id, now_ns, change.openers)
             reply: wire.Reply = verb(txn, context, frame.request)
             change.check(changed_inodes(frame.request, reply))
+            events.record(txn, context, session.client, frame.request, reply)
             fencing.remember(txn, slot, reply)
             return _Outcome(reply, False)
 

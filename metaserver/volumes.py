@@ -47,6 +47,8 @@ def create_volume(txn: Transaction, request: wire.CreateVolume, now_ns: int) -> 
     volume = Volume(number, request.name, request.inline_limit, request.store, os.urandom(16))
     record = records.pack_volume(number, request.inline_limit, volume.identity, request.store)
     txn.put(keys.volume(request.name), record)
+    if (request.kept_events, request.kept_s) != (wire.KEPT_EVENTS, wire.KEPT_S):
+        txn.put(keys.kept_events(number), records.Kept(request.kept_events, request.kept_s).pack())
     root = records.Inode.made(wire.ROOT_INO, stat.S_IFDIR | 0o755, 0, 0, 0, now_ns, parent=wire.ROOT_INO)
     txn.put(keys.inode(number, root.ino), root.pack())
     txn.put(keys.shard(number, keys.shard_of(root.ino)), records.Shard(inodes=1).pack())

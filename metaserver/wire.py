@@ -52,6 +52,10 @@ MAX_XATTR_VALUE: Final = 60 * 1024
 
 ROOT_INO: Final = 1
 
+#: What is kept of a volume's events unless it is made otherwise: so many, for a week.
+KEPT_EVENTS: Final = 500_000
+KEPT_S: Final = 7 * 24 * 3600
+
 #: The last byte of a file that can be locked, and the most locks that one message tells of.
 LAST_BYTE: Final = 2**63 - 1
 MAX_LOCKS: Final = 2048
@@ -102,6 +106,29 @@ class ErrorCode(enum.IntEnum):
     MALFORMED = 18
     BUSY = 19
     INTERNAL = 20
+    #: Events that were asked for are not kept any more, or are of another history.
+    EVENTS_GONE = 21
+
+
+class Operation(enum.IntEnum):
+    """What an :class:`Event` tells of."""
+
+    CREATE = 1
+    MKDIR = 2
+    SYMLINK = 3
+    MKNOD = 4
+    LINK = 5
+    UNLINK = 6
+    RMDIR = 7
+    RENAME = 8
+    EXCHANGE = 9
+    #: Mode, owner or times.
+    ATTRIBUTES = 10
+    #: Bytes or size; perhaps attributes, too.
+    CONTENT = 11
+    XATTR = 12
+    #: Anything may have changed, by a check that repairs: the tree is to be read anew.
+    REPAIR = 13
 
 
 class LockOutcome(enum.IntEnum):
@@ -175,6 +202,32 @@ class Slice(_Message):
     start: U63
 
 
+class Event(_Message):
+    """One committed change of a volume. ``version`` counts them from 1, in the order of the commits, without gaps.
+
+    ``parent`` and ``name`` are the entry that was made, removed, or exchanged, or (RENAME) where it was; 0 and empty
+    for what concerns an inode only. ``new_parent`` and ``new_name``: where it was moved, or what it was exchanged with.
+    """
+
+    version: U63
+    #: When the change was asked for, by the metaserver's clock.
+    time_ns: Nanoseconds
+    operation: Operation
+    ino: U63 = 0
+    #: The type bits of the inode's mode.
+    kind: U32 = 0
+    #: After the change; of a directory 0.
+    size: U63 = 0
+    #: Who did it: what the client calls itself, cut to 64 characters.
+    client: str = ""
+    parent: U63 = 0
+    name: bytes = b""
+    new_parent: U63 = 0
+    new_name: bytes = b""
+    #: The inode that a RENAME took the place of, or an EXCHANGE moved the other way; 0: none.
+    other: U63 = 0
+
+
 class Lock(_Message):
     """An advisory lock: bytes ``start`` to ``end``, the last one included, of a file.
 
@@ -203,6 +256,9 @@ class CreateVolume(_Message, tag=2):
     name: VolumeName
     store: Annotated[str, Meta(max_length=4096)]
     inline_limit: Annotated[int, Meta(ge=0, le=MAX_INLINE)]
+    #: How many events are kept at most, and for how many seconds.
+    kept_events: Annotated[int, Meta(ge=1, le=2**40)] = KEPT_EVENTS
+    kept_s: Annotated[int, Meta(ge=1, le=2**40)] = KEPT_S
 
 
 class OpenSession(_Message, tag=3):
@@ -369,6 +425,8 @@ class WriteInline(_Message, tag=21):
     lazy: bool = False
     #: What else is changed of the same file, after the writing; its size is not.
     then: SetAttributes | None = None
+    #: Of what is appended: BUSY unless the file has this size.
+    appended_at: U63 | None = None
 
 
 class NewSlices(_Message, tag=22):
@@ -382,7 +440,8 @@ class CommitSlices(_Message, tag=23):
 
     ``replaces_inline``: the slices hold all that was inline, and the inline content is dropped. Without it, a commit
     to an inline file that is not empty is refused as INVALID, and a commit with it whose ``inline_version`` is not
-    the inode's version as BUSY (somebody wrote meanwhile; read again). ``written_ns`` as in :class:`WriteInline`.
+    the inode's version as BUSY (somebody wrote meanwhile; read again). ``written_ns`` and ``appended_at`` as in
+    :class:`WriteInline`.
     """
 
     ino: Ino
@@ -391,6 +450,7 @@ class CommitSlices(_Message, tag=23):
     replaces_inline: bool = False
     inline_version: U63 = 0
     written_ns: Nanoseconds | None = None
+    appended_at: U63 | None = None
 
 
 class GetStatistics(_Message, tag=24):
@@ -491,6 +551,18 @@ class CompactSlices(_Message, tag=41):
     seen: U63
     digest: Annotated[bytes, Meta(min_length=16, max_length=16)]
     slices: Annotated[list[Slice], Meta(max_length=1024)]
+
+
+class FollowEvents(_Message, tag=45):
+    """Tell of a volume's events after version ``since``, streamed as :class:`EventPage`. Needs no session.
+
+    ``since`` 0: of all that are kept; ``None``: of what comes from now on. EVENTS_GONE: those after it are not all
+    kept. ``live``: the stream does not end; a connection carries one such at a time (BUSY).
+    """
+
+    volume: VolumeName
+    since: U63 | None
+    live: bool
 
 
 class InspectSlices(_Message, tag=50):
@@ -683,6 +755,19 @@ class Sought(_Message, tag=78):
     further: bool = False
 
 
+class EventPage(_Message, tag=80):
+    """Some events, by rising version. All up to ``version`` have been told: the place to go on from.
+
+    The first page comes at once, with or without events. No event is told before it is durable.
+    """
+
+    version: U63
+    events: list[Event]
+    last: bool
+    #: As in :class:`SessionOpened`.
+    volume: Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
 class SlicesInspected(_Message, tag=90):
     """Of the slices asked about: those never committed, those unused, and those never given out."""
 
@@ -736,12 +821,12 @@ Request = (
     | MakeNode | Link | Remove | Rename | Reap | ReadLink | GetXattr | ListXattrs | SetXattr | RemoveXattr | GetContent
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
     | CopyRange | Seek | OpenFile | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
-    | TestLock | SetLock | CancelLock | HoldLocks | Acknowledge
+    | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
     | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected | LockIs | LockAnswer | LocksLost
-    | LockSettled | Break
+    | LockSettled | Break | EventPage
 )
 # fmt: on
 

@@ -22,12 +22,15 @@ ATTRIBUTES: Final = wire.Attributes(
 )
 ENTRY: Final = wire.DirectoryEntry(b"\xff name", 3, ATTRIBUTES, b"content")
 SLICE: Final = wire.Slice(0, 4096, 5, 0)
+EVENT: Final = wire.Event(
+    7, -1, wire.Operation.RENAME, 2, 0o100000, 2**63 - 1, "client", 1, b"\xff name", 3, b"name", 4
+)
 LOCK: Final = wire.Lock(5, -(2**63), True, 0, 2**63 - 1, True, 2**32 - 1)
 SESSION: Final = bytes(range(16))
 
 REQUESTS: Final[list[wire.Request]] = [
     wire.Hello(1, "test"),
-    wire.CreateVolume("volume", "file:///blocks", 65536),
+    wire.CreateVolume("volume", "file:///blocks", 65536, 1000, 3600),
     wire.OpenSession("volume", "client", SESSION),
     wire.Renew(9),
     wire.CloseSession(),
@@ -61,6 +64,7 @@ REQUESTS: Final[list[wire.Request]] = [
     wire.Sync(),
     wire.CompactSlices(2, 0, 1, bytes(16), [SLICE]),
     wire.InspectSlices([1, 2]),
+    wire.FollowEvents("volume", 7, True),
     wire.RetireSlices([1, 2]),
     wire.TestLock(LOCK),
     wire.SetLock(LOCK, 2**63 - 1, True, True),
@@ -85,6 +89,7 @@ REPLIES: Final[list[wire.Reply]] = [
     wire.SliceIds([1, 2**63 - 1]),
     wire.Statistics(1, 2, 3, 4),
     wire.Sought(4096, True),
+    wire.EventPage(7, [EVENT, wire.Event(8, 0, wire.Operation.REPAIR)], True, SESSION),
     wire.SlicesInspected([1], [2], [3]),
     wire.LockIs(LOCK),
     wire.LockAnswer(wire.LockOutcome.DEADLOCK),

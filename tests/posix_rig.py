@@ -287,10 +287,10 @@ class Ground:
             made.append(Place(path, bool(number)))
         return made[0], made[1]
 
-    def compare(self, case: Callable[[Place], None]) -> None:
+    def compare(self, case: Callable[[Place], None], places: tuple[Place, Place] | None = None) -> None:
         """Run a case in both; fail with all that differs and is no stated limit."""
         name = case.__name__.removeprefix("case_")
-        plain, mounted = self.places(name)
+        plain, mounted = places or self.places(name)
         for place in (plain, mounted):
             self._run(case, place)
         limits = [limit for limit in LIMITS if limit.case == name]

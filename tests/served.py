@@ -65,6 +65,13 @@ class Held(Engine):
         await self._pass()
         return await self.engine.read(body)
 
+    async def read_durable(self, body: Callable[[Snapshot], T]) -> T:
+        await self._pass()
+        return await self.engine.read_durable(body)
+
+    def watch(self, callback: Callable[[], object] | None) -> None:
+        self.engine.watch(callback)
+
     async def write(self, body: Callable[[Transaction], T], *, lazy: bool = False) -> T:
         await self._pass()
         return await self.engine.write(body, lazy=lazy)

@@ -369,5 +369,8 @@ def test_the_difference_of_two_readings() -> None:
     earlier = figures.parse_stats(STATS)
     more = {"LOOKUP": {"kernel": 1000, "daemon": 10}, "OPEN": {"kernel": 1, "daemon": 2}}
     later = figures.parse_stats({**STATS, "requests": more})
-    assert figures.since(later, earlier) == {"LOOKUP": figures.Answers(10, 0), "OPEN": figures.Answers(1, 2)}
-    assert figures.total(figures.since(later, earlier)) == figures.Answers(11, 2)
+    assert figures.since(later.requests, earlier.requests) == {
+        "LOOKUP": figures.Answers(10, 0),
+        "OPEN": figures.Answers(1, 2),
+    }
+    assert figures.total(figures.since(later.requests, earlier.requests)) == figures.Answers(11, 2)

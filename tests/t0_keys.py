@@ -44,6 +44,8 @@ def _every_key(volume: int, ino: int, name: bytes) -> list[bytes]:
         keys.shard(volume, 15),
         keys.void(volume, ino),
         keys.task(volume, ino),
+        keys.event(volume, ino),
+        keys.kept_events(volume),
     ]
 
 

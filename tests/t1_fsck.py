@@ -22,13 +22,13 @@ from hypothesis.stateful import invariant
 from namespaces import DIRECTORY, FILE, ROOT, SESSION, SYMLINK, Files, new_engine
 from t1_namespace_model import PHASES, Namespace
 
-from metaserver import chunks, gc, keys, wire
-from metaserver.engine import Transaction
+from metaserver import chunks, events, gc, keys, wire
+from metaserver.engine import Snapshot, Transaction
 from metaserver.errors import Refused
 from metaserver.fsck import run, sorting
 from metaserver.fsck.findings import Finding, Kind
 from metaserver.fsck.sorting import Groups, Sorter
-from metaserver.namespace import reap_session
+from metaserver.namespace import WRITES, Context, reap_session
 from metaserver.records import Entry, Inode, Shard, pack_listed, pack_number, pack_slices
 from metaserver.wire import InodeFlag, Slice
 
@@ -187,7 +187,7 @@ PLANTINGS: dict[str, tuple[Callable[[Files, Tree], Awaitable[None]], tuple[Kind,
 @plant(Kind.STRAY_KEY)
 async def a_key_of_no_known_kind(fs: Files, tree: Tree) -> None:
     start, _ = keys.volume_range(fs.volume.id)
-    for letter in (b"\0", b"a", b"k", b"z", b"\xff"):
+    for letter in (b"\0", b"a", b"j", b"z", b"\xff"):
         await put(fs, start + letter + b"what", b"is this")
 
 
@@ -519,6 +519,69 @@ async def counters_that_drifted(fs: Files, tree: Tree) -> None:
 @plant(Kind.WRONG_COUNTER, after=_numbers_are_new)
 async def counters_gone(fs: Files, tree: Tree) -> None:
     await delete(fs, keys.next_slice(fs.volume.id), *(keys.shard(fs.volume.id, n) for n in range(keys.SHARDS)))
+
+
+# Events
+
+
+async def _tell(fs: Files, count: int) -> None:
+    """Log so many changes."""
+    for number in range(count):
+        request = wire.MakeNode(ROOT, b"told-%d" % number, FILE, 0, 0)
+
+        def body(txn: Transaction, request: wire.MakeNode = request) -> None:
+            context = Context(fs.volume, SESSION, fs.now)
+            events.record(txn, context, "test", request, WRITES[wire.MakeNode](txn, context, request))
+
+        await fs.engine.write(body)
+
+
+async def _versions(fs: Files) -> list[int]:
+    """The versions of all events that can be followed, from the oldest on."""
+
+    def body(snapshot: Snapshot) -> list[int]:
+        start = events.start_of(snapshot, fs.volume, 0)
+        return [event.version for event in events.events_after(snapshot, fs.volume, start)]
+
+    return await fs.engine.read(body)
+
+
+def _are_kept(*versions: int) -> Callable[[Files, Tree], Awaitable[None]]:
+    async def after(fs: Files, tree: Tree) -> None:
+        assert await _versions(fs) == list(versions)
+
+    return after
+
+
+@plant(Kind.EVENTS_BROKEN, after=_are_kept(4, 5, 6, 7))
+async def an_event_gone(fs: Files, tree: Tree) -> None:
+    await _tell(fs, 6)
+    await delete(fs, keys.event(fs.volume.id, 3))
+
+
+@plant(Kind.EVENTS_BROKEN, after=_are_kept(7))
+async def the_last_event_gone(fs: Files, tree: Tree) -> None:
+    await _tell(fs, 6)
+    await delete(fs, keys.event(fs.volume.id, 6))
+
+
+@plant(Kind.EVENTS_BROKEN, after=_are_kept(301))
+async def many_events_before_a_gap(fs: Files, tree: Tree) -> None:
+    await _tell(fs, 300)
+    await delete(fs, keys.event(fs.volume.id, 3), keys.event(fs.volume.id, 300))
+
+
+@plant(Kind.WRONG_COUNTER, after=_are_kept(1, 2, 3, 4, 5, 6))
+async def events_that_are_not_counted(fs: Files, tree: Tree) -> None:
+    await _tell(fs, 5)
+    await put(fs, keys.last_event(fs.volume.id), pack_number(2))
+
+
+@plant(Kind.STRAY_KEY, Kind.EVENTS_BROKEN, after=_are_kept(3, 4))
+async def an_event_of_a_wrong_form(fs: Files, tree: Tree) -> None:
+    await _tell(fs, 3)
+    await put(fs, keys.event(fs.volume.id, 2), b"nonsense")
+    await put(fs, keys.kept_events(fs.volume.id), b"nonsense")
 
 
 @pytest.mark.parametrize("name", PLANTINGS)

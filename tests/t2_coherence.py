@@ -742,3 +742,23 @@ async def test_very_many_who_have_it_open(metaserver: Metaserver, monkeypatch: p
     for each in others:
         await each.reap(file.ino)
     assert not await _exists(one, file.ino)
+
+
+# Appending
+
+
+async def test_what_is_appended_follows_what_others_have_appended(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await metaserver.client()
+    file = await one.make(b"file")
+    await one.change(wire.WriteInline(file.ino, 0, b"one", appended_at=0))
+    assert await refused(two.change(wire.WriteInline(file.ino, 0, b"two", appended_at=0))) is ErrorCode.BUSY
+    await two.change(wire.WriteInline(file.ino, 3, b"two", appended_at=3))
+    ids = (await one.connection.call(wire.NewSlices(1), wire.SliceIds)).ids
+    version = (await one.attributes(file.ino)).version
+    slices = [wire.Slice(0, 10, ids[0], 0)]
+    for size, code in ((3, ErrorCode.BUSY), (6, None)):
+        commit = wire.CommitSlices(file.ino, slices, 10, True, version, appended_at=size)
+        if code is None:
+            assert (await one.change(commit)).attributes[0].size == 10
+        else:
+            assert await refused(one.change(commit)) is code

@@ -203,6 +203,8 @@ async def _every_request(client: Client) -> None:
     await change(wire.Remove(wire.ROOT_INO, b"directory", True))
     pages = [page async for page in client.connection.stream(wire.FetchDirectory(1, 0, 100, 0, 0))]
     assert [entry.name for page in pages for entry in page.entries] == [b"symlink"]
+    told = [page async for page in client.connection.follow(wire.FollowEvents(VOLUME, 0, False))]
+    assert [event.version for page in told for event in page.events] == list(range(1, told[-1].version + 1))
     assert (await client.renew(client.session.version)).everything is False
     await call(wire.CloseSession(), wire.Done)
     assert await refused(client.attributes()) is ErrorCode.STALE_SESSION
@@ -285,7 +287,7 @@ async def test_a_volume_is_made_once_and_opened_if_it_exists(metaserver: Metaser
 
 async def test_a_session_is_needed(metaserver: Metaserver) -> None:
     connection = await metaserver.connect()
-    sessionless = (wire.Hello, wire.CreateVolume, wire.OpenSession)
+    sessionless = (wire.Hello, wire.CreateVolume, wire.OpenSession, wire.FollowEvents)
     for request in messages.REQUESTS:
         if isinstance(request, wire.FetchDirectory):
             assert await refused(anext(connection.stream(request))) is ErrorCode.INVALID

@@ -133,20 +133,21 @@ def test_a_mount_on_s3(server: weed.Weed, sandbox: rig.Sandbox, mount: MountFact
     assert weed.SECRET not in mounted.read_log()
 
 
-def test_a_mount_outlives_its_store(server: weed.Weed, sandbox: rig.Sandbox, mount: MountFactory) -> None:
-    volume = sandbox.format("volume", "--store", server.url("outlive", timeout=2))
+@pytest.mark.parametrize("fault", ["dies", "hangs"])
+def test_a_mount_outlives_its_store(server: weed.Weed, sandbox: rig.Sandbox, mount: MountFactory, fault: str) -> None:
+    volume = sandbox.format("volume", "--store", server.url(f"outlive-{fault}", timeout=2))
     mounted = mount("off", url=volume, allowed=_PROVOKED)
     first, second = os.urandom(5 << 20), os.urandom(5 << 20)
     descriptor = os.open(mounted.path / "file", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, first)
         os.fsync(descriptor)
-        server.kill()
+        server.kill() if fault == "dies" else server.freeze()
         _write_all(descriptor, second)
         with pytest.raises(OSError, match="Input/output") as failed:
             os.fsync(descriptor)
         assert failed.value.errno == errno.EIO
-        server.start()
+        server.start() if fault == "dies" else server.thaw()
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -16,6 +16,8 @@ import pytest
 import rig
 from conftest import MountFactory
 
+from fuseclient import processes
+
 #: What the log says while a store or an engine refuses.
 REFUSED = (
     r"writing to inode \d+ failed",
@@ -179,6 +181,37 @@ def test_a_full_engine(sandbox: rig.Sandbox, mount: MountFactory, small_engine: 
     for process in sandbox._extra_processes:
         process.terminate()
         process.wait(rig.WAIT_S)
+
+
+@pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC], ids=["sync", "dsync"])
+def test_what_a_synchronous_write_has_written_outlives_every_process(
+    sandbox: rig.Sandbox, mount: MountFactory, accel: str, flag: int
+) -> None:
+    """Everything of the mount is killed as soon as a write has returned; the descriptor is still open."""
+    mounted = mount(accel, "--durability", "interval")
+    expected = {"inline": b"", "large": b"", "patched": os.urandom(6 << 20)}
+    (mounted.path / "patched").write_bytes(expected["patched"])
+    descriptors = {name: os.open(mounted.path / name, os.O_RDWR | os.O_CREAT | flag, 0o644) for name in expected}
+    for name, offset, data in (
+        ("inline", 0, b"first"),
+        ("inline", 3, b"and second"),
+        ("large", 100_000, os.urandom(5 << 20)),
+        ("patched", 4_194_000, os.urandom(1000)),
+        ("patched", 6 << 20, os.urandom(10)),
+    ):
+        assert os.pwrite(descriptors[name], data, offset) == len(data)
+        before = expected[name].ljust(offset, b"\0")
+        expected[name] = before[:offset] + data + before[offset + len(data) :]
+    record = mounted.record
+    for each in sorted(record.processes, key=lambda each: each.role):  # the channel first: it starts the others again
+        os.kill(each.pid, signal.SIGKILL)
+    assert processes.wait_ended(record.processes, rig.WAIT_S) == []
+    for descriptor in descriptors.values():
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    sandbox.run("umount", mounted.path).expect_success()
+    mounted.mount()
+    assert {name: (mounted.path / name).read_bytes() for name in expected} == expected
 
 
 @pytest.mark.parametrize(("accel", "durability"), [("bpf", "commit"), ("bpf", "interval"), ("off", "interval")])

@@ -14,6 +14,7 @@ from functools import partial
 
 import posix_rig
 import pytest
+from conftest import MountFactory
 from posix_rig import (
     AT_FDCWD,
     AT_SYMLINK_NOFOLLOW,
@@ -585,6 +586,20 @@ def case_what_is_not_kept(p: Place) -> None:
     shutil.copy("/usr/bin/id", program := p.unused())
     os.chmod(program, 0o4755)
     p.do("setuid program", in_child, user(USER), partial(effective_user, os.path.abspath(program)))
+
+
+def test_a_trusted_volume(mount: MountFactory, accel: str) -> None:
+    """Its devices and setuid programs work."""
+    mounted = mount(accel, "--trusted")
+    for path in (mounted.sandbox.path, mounted.path):
+        path.chmod(0o711)
+    os.mknod(mounted.path / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    program = str(shutil.copy("/usr/bin/id", mounted.path / "id"))
+    os.chmod(program, 0o4755)
+    fd = os.open(mounted.path / "null", os.O_RDWR)
+    assert os.write(fd, b"gone") == 4
+    os.close(fd)
+    assert in_child(user(USER), partial(effective_user, program)) == "0"
 
 
 def effective_user(program: str) -> str:

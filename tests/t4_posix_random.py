@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import stat
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import file_exerciser
+import large_directory
 import pytest
 import rig
 from conftest import MountFactory
@@ -21,10 +20,6 @@ from file_exerciser import OneFile, OneTree
 from posix_rig import LONG
 
 from fuseclient.volumes import EMBEDDED_NAME, Embedded, parse_volume
-from metaserver import wire
-from metaserver.engine import open_engine
-from metaserver.engine.base import Transaction
-from metaserver.namespace import WRITES, Context, open_volume
 
 pytestmark = [pytest.mark.usefixtures("needs_mounts"), pytest.mark.timeout(3600 if LONG else 180)]
 
@@ -105,38 +100,13 @@ def inodes_used(path: Path) -> int:
     return figures.f_files - figures.f_ffree
 
 
-ENTRIES = 1_000_000 if LONG else 9_000
-#: Made in one transaction, which may write 100 keys.
-AT_ONCE = 15
-
-
-async def make_entries(url: str, count: int) -> None:
-    """Make a directory "many" with so many empty files, straight in the volume's engine."""
-    place = parse_volume(url)
-    assert isinstance(place, Embedded)
-    engine = open_engine(place.engine_url)
-    try:
-        volume = await engine.read(lambda snapshot: open_volume(snapshot, EMBEDDED_NAME))
-        context = Context(volume, bytes(16), 10**18)
-        directory = wire.MakeNode(wire.ROOT_INO, b"many", stat.S_IFDIR | 0o755, 0, 0)
-        made = await engine.write(lambda txn: WRITES[wire.MakeNode](txn, context, directory))
-        parent = made.attributes[0].ino
-
-        def some(first: int, txn: Transaction) -> None:
-            for number in range(first, min(first + AT_ONCE, count)):
-                WRITES[wire.MakeNode](
-                    txn, context, wire.MakeNode(parent, b"entry%07d" % number, stat.S_IFREG | 0o644, 0, 0)
-                )
-
-        for first in range(0, count, AT_ONCE):
-            await engine.write(partial(some, first))
-    finally:
-        await engine.close()
+ENTRIES = 1_000_000 if LONG else 20_000
 
 
 async def test_a_large_directory_is_not_loaded_whole(sandbox: rig.Sandbox, mount: MountFactory, accel: str) -> None:
-    url = sandbox.format("large")
-    await make_entries(url, ENTRIES)
+    place = parse_volume(url := sandbox.format("large"))
+    assert isinstance(place, Embedded)
+    await large_directory.make(Path(place.engine_url.removeprefix("lmdb://")), EMBEDDED_NAME, ENTRIES)
     mounted = mount(accel, url=url)
     many = mounted.path / "many"
     before = mounted.stats()["worker"]["rss_bytes"]

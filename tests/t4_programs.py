@@ -43,7 +43,7 @@ _ENVIRONMENT: Final = {
 }
 _TIMEOUT_S: Final = 120.0
 #: Files of the repository.
-_FILES: Final = 2000 if LONG else 500
+_FILES: Final = 2000
 
 
 @pytest.fixture(scope="module", params=["bpf", "off"])

@@ -100,6 +100,54 @@ def test_both_write_one_file(pair: tuple[Path, Path]) -> None:
                 assert os.pread(each.fileno(), 2 * LARGE, 0) == b"%d" % number * 2 * LARGE
 
 
+@pytest.mark.parametrize("length", [30, 3000, LARGE])
+def test_both_append_and_nothing_is_lost(pair: tuple[Path, Path], length: int) -> None:
+    """At the same time, with an fsync after each line, through handles that stay open, and some that do not."""
+    paths = [path / f"appended-{length}" for path in pair]
+    count = 30 if length < LARGE else 6
+
+    def append(which: int) -> None:
+        with paths[which].open("ab", buffering=0) as kept:
+            for number in range(count):
+                line = f"{which} {number} ".encode().ljust(length - 1, b".") + b"\n"
+                if number % 3 == 2:
+                    with paths[which].open("ab", buffering=0) as opened:
+                        opened.write(line)
+                    continue
+                kept.write(line)
+                os.fsync(kept.fileno())
+
+    paths[0].touch()
+    threads = [threading.Thread(target=append, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for path in paths:
+        lines = path.read_bytes().splitlines(keepends=True)
+        assert {len(line) for line in lines} == {length}
+        for which in range(2):
+            mine = [line.split()[1] for line in lines if line.startswith(b"%d " % which)]
+            assert mine == [b"%d" % number for number in range(count)]
+
+
+def test_an_append_goes_to_the_end_that_another_has_moved(pair: tuple[Path, Path]) -> None:
+    one, two = (path / "ends" for path in pair)
+    with one.open("ab", buffering=0) as first, two.open("a+b", buffering=0) as second:
+        for number in range(5):
+            first.write(b"first %d\n" % number)
+            os.fsync(first.fileno())
+            second.write(b"second %d\n" % number)
+            os.fsync(second.fileno())
+            assert os.pread(second.fileno(), 1000, 0) == one.read_bytes()
+        os.truncate(one, 8)
+        second.write(b"last\n")
+        assert os.fstat(second.fileno()).st_size == 13
+        with mmap.mmap(second.fileno(), 13, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
+            assert mapped[:] == b"first 0\nlast\n"
+    assert one.read_bytes() == b"first 0\nlast\n"
+
+
 def test_chmod_of_a_file_that_was_just_made_is_seen(pair: tuple[Path, Path]) -> None:
     one, two = (path / "made" for path in pair)
     with one.open("xb", buffering=0) as writer:

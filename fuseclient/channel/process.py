@@ -21,7 +21,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from fuseclient import mounts, runtime
+from fuseclient import mounts, native, runtime
 from fuseclient.channel import acceleration, control_server
 from fuseclient.channel.children import Child, Metaserver, StartError, Worker
 from fuseclient.channel.transport import NoUring, Transport
@@ -40,6 +40,8 @@ _RESTART_MIN_S: Final = 0.1
 _RESTART_MAX_S: Final = 5.0
 #: A child that ran this long has its next restart without a pause.
 _SETTLED_S: Final = 30.0
+#: How long requests are counted for ``bpfuse top`` after it asked.
+_WATCHED_NS: Final = 30_000_000_000
 
 
 class Mount:
@@ -73,7 +75,8 @@ class Mount:
             await self._start_server()
             await self._start_chosen()
             self._control = await control_server.serve(
-                self.directory.control_socket, {"stats": self.stats, "trace": self.trace, "stop": self._stop_command}
+                self.directory.control_socket,
+                {"stats": self.stats, "trace": self.trace, "busiest": self.busiest, "stop": self._stop_command},
             )
             self._write_record()
         except BaseException:
@@ -125,6 +128,7 @@ class Mount:
                 self.volume.url,
                 read_only=self.options.read_only,
                 allow_other=self.options.allow_other,
+                trusted=self.options.trusted,
                 entries_fd=None if self._bpf is None else self._bpf.map_fd("entries"),
                 depth=acceleration.queue_depth(self.options),
             )
@@ -297,6 +301,14 @@ class Mount:
     async def trace(self) -> dict[str, Any]:
         """Return what ``bpfuse trace`` needs to tell who answered: the number of the map ``recent``."""
         return {"recent": self._bpf.map_id("recent") if self._bpf is not None else None}
+
+    async def busiest(self) -> dict[str, Any]:
+        """Return what ``bpfuse top`` shows of inodes and processes, and have it counted for some seconds more."""
+        if self._bpf is None:
+            return {"inodes": [], "processes": []}
+        native.watch(self._bpf.map_fd("watched"), time.clock_gettime_ns(time.CLOCK_BOOTTIME) + _WATCHED_NS)
+        inodes, processes = await asyncio.to_thread(native.busiest, self._bpf.map_fd("busiest"))
+        return {"inodes": inodes, "processes": processes}
 
     async def _stop_command(self) -> dict[str, Any]:
         await self.unmount()

@@ -59,6 +59,7 @@ class Transport:
         *,
         read_only: bool,
         allow_other: bool,
+        trusted: bool,
         entries_fd: int | None,
         depth: int,
     ) -> None:
@@ -67,6 +68,7 @@ class Transport:
         options.mountpoint, options.source = strings
         options.read_only = read_only
         options.allow_other = allow_other
+        options.trusted = trusted
         options.uring = entries_fd is not None
         options.entries_fd = -1 if entries_fd is None else entries_fd
         options.depth = depth

@@ -29,6 +29,9 @@ def mount(
     ] = "auto",
     profile: Annotated[Literal["general", "dataset"], typer.Option(help="dataset: mounted read-only")] = "general",
     read_only: Annotated[bool, typer.Option("--read-only", help="refuse every change")] = False,
+    trusted: Annotated[
+        bool, typer.Option("--trusted", help="obey the volume's setuid programs and device nodes")
+    ] = False,
     kernel_cache_size: Annotated[str, typer.Option(metavar="SIZE", help="kernel memory for BPF maps")] = format_size(
         _DEFAULTS.kernel_cache_bytes
     ),
@@ -68,6 +71,7 @@ def mount(
         accel=accel,
         profile=profile,
         read_only=read_only or profile == "dataset",
+        trusted=trusted,
         kernel_cache_bytes=parse_size(kernel_cache_size),
         kernel_ttl_s=kernel_ttl,
         cache_directory=None if cache_dir is None else os.path.abspath(cache_dir),

@@ -63,6 +63,10 @@ class Upload:
         """The chunks of the file that it touches."""
         return {chunk for offset, view in self.pieces for chunk in chunks_of(offset, len(view))}
 
+    def move(self, distance: int) -> None:
+        """Its bytes go so much further behind, or before, where they were to go."""
+        self.pieces = [(offset + distance, view) for offset, view in self.pieces]
+
     def overlaps(self, offset: int, length: int) -> bool:
         """Say whether it holds a byte of a range of the file."""
         return any(at < offset + length and offset < at + len(view) for at, view in self.pieces)

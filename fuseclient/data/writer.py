@@ -17,6 +17,10 @@ Concurrency: everything runs on the event loop. A file's ``lock`` is held while 
 one file follow each other, and :meth:`Writer.settled` keeps them away from a change of its size or times. ``dirty``,
 ``flushing``, ``staged`` and ``bytes`` change without an await between them.
 
+What is appended (O_APPEND) goes where the file ends when it is committed, whoever else appends to it: the metaserver
+refuses it if that is not where it was gathered for, and it is moved and committed again. What is gathered of a file is
+either all appended, one run of bytes then, or none of it is.
+
 Errors: what cannot be stored or committed is kept, below what is written meanwhile, and tried again: after
 ``flush_age_s``, and by each flush, fsync and close, which so either makes everything safe or says what is in the way.
 A failure in the background is told by the next write, too. Nothing more is taken than memory allows, so a writer that
@@ -59,7 +63,7 @@ STAGED: Final = 8
 TOTAL_BYTES: Final = 64 * 1024 * 1024
 #: What has waited this long, in seconds, is flushed.
 FLUSH_AGE_S: Final = 5.0
-_ATTEMPTS: Final = 8
+_ATTEMPTS: Final = 16
 #: Attributes of which a change may wait.
 _DEFERRED: Final = ("mode", "uid", "gid", "atime_ns", "mtime_ns")
 #: Refusals that mean somebody else changed the file meanwhile: look again.
@@ -89,6 +93,8 @@ class _File:
     #: What is being written inline.
     flushing: Extents | None = None
     staged: deque[Upload] = field(default_factory=deque)
+    #: What is not yet committed was appended.
+    appended: bool = False
     #: When the newest byte not yet committed was written, in ns since 1970.
     written_ns: int = 0
     #: Of a failure in the background that nobody was told of yet.
@@ -238,14 +244,29 @@ class Writer:
 
     async def write(self, ino: int, offset: int, data: bytes) -> None:
         """Gather a write; raises an error of the background, once, or one that leaves no room, instead."""
-        file = self._files[ino]
+        await self._write(self._files[ino], offset, data)
+
+    async def append(self, ino: int, data: bytes) -> None:
+        """Gather a write to the end of a file, wherever that is when it is committed; raises as :meth:`write`."""
+        await self._write(self._files[ino], None, data)
+
+    async def _write(self, file: _File, offset: int | None, data: bytes) -> None:
         _raise_error(file)
         await self._make_room(file, len(data))
-        self._gather(file, offset, data)
+        if offset is None:
+            await self._current(file)
+        while _uncommitted(file) and file.appended != (offset is None):
+            await self._drain(file)
+        file.appended = offset is None
+        self._gather(file, self._end(file) if offset is None else offset, data)
         self._stage_whole(file)
         if file.is_new:
             file.writes += 1
             self._write_ahead(file)
+
+    def _end(self, file: _File) -> int:
+        """Return where what is appended is gathered for."""
+        return max((each.end for each in _uncommitted(file)), default=file.attributes.size)
 
     async def _make_room(self, file: _File, length: int) -> None:
         while self.bytes and self.bytes + length > self._total_bytes:
@@ -577,13 +598,15 @@ class Writer:
         for offset, buffer in file.flushing:
             data = bytes(buffer)
             then = file.pending if len(file.flushing) == 1 else None
-            request = wire.WriteInline(file.attributes.ino, offset, data, file.written_ns, lazy, then)
+            end = offset if file.appended else None
+            request = wire.WriteInline(file.attributes.ino, offset, data, file.written_ns, lazy, then, end)
             try:
                 changed = await self._caller.call(request, wire.Changed)
             except Refused as error:
-                if error.code != wire.ErrorCode.TOO_LARGE:
+                if error.code != wire.ErrorCode.TOO_LARGE and not (file.appended and error.code in _OVERTAKEN):
                     raise
                 self._regather(file)
+                await self._move_to_end(file)
                 return
             if then is not None and file.pending is then:
                 file.pending = None
@@ -601,6 +624,19 @@ class Writer:
         if file.pending is pending:
             file.pending = None
         self._changed(file, changed, lazy)
+
+    async def _move_to_end(self, file: _File) -> None:
+        """Have what was appended follow what the file holds now."""
+        if not file.appended:
+            return
+        size = (await self._current(file)).size
+        distance = size - min(offset for each in _uncommitted(file) for offset, _ in _pieces(each))
+        for upload in file.staged:
+            upload.move(distance)
+        moved = Extents()
+        for offset, data in file.dirty:
+            moved.write(offset + distance, data)
+        file.dirty = moved
 
     def _regather(self, file: _File) -> None:
         """Put what was being written inline back below what was written since."""
@@ -623,6 +659,7 @@ class Writer:
                 if error.code not in _OVERTAKEN:
                     raise
                 refusal, file.stale = error, True
+                await self._move_to_end(file)
         else:
             raise refusal
         for each in group:
@@ -644,7 +681,8 @@ class Writer:
                 await below[0].task
         slices = [each for upload in (*below, *group) for each in upload.slices()]
         end = max(each.end for each in group)
-        request = wire.CommitSlices(ino, slices, end, replaces, version, file.written_ns)
+        appended_at = group[0].pieces[0][0] if file.appended else None
+        request = wire.CommitSlices(ino, slices, end, replaces, version, file.written_ns, appended_at)
         try:
             self._changed(file, await self._caller.call(request, wire.Changed))
         except Refused as error:

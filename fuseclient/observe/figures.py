@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import msgspec
 from rich import box
@@ -11,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fuseclient.control import ControlError
+
+_Key = TypeVar("_Key")
 
 
 class Answers(msgspec.Struct, frozen=True):
@@ -65,15 +68,15 @@ def parse_stats(reply: dict[str, Any]) -> Stats:
         raise ControlError(f"the mount's figures cannot be understood: {error}") from None
 
 
-def since(later: Stats, earlier: Stats) -> dict[str, Answers]:
-    """Return the requests answered between two readings of one mount, those opcodes that had any."""
+def since(later: Mapping[_Key, Answers], earlier: Mapping[_Key, Answers]) -> dict[_Key, Answers]:
+    """Return the requests answered between two readings of one mount, by what they were that had any."""
     none = Answers(0, 0)
     changes = {}
-    for opcode, answers in later.requests.items():
-        before = earlier.requests.get(opcode, none)
+    for key, answers in later.items():
+        before = earlier.get(key, none)
         change = Answers(answers.kernel - before.kernel, answers.daemon - before.daemon)
-        if change.total:
-            changes[opcode] = change
+        if change.total > 0:
+            changes[key] = change
     return changes
 
 

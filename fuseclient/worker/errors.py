@@ -40,6 +40,7 @@ _ERRNO: Final = {
     ErrorCode.MALFORMED: errno.EIO,
     ErrorCode.BUSY: errno.EBUSY,
     ErrorCode.INTERNAL: errno.EIO,
+    ErrorCode.EVENTS_GONE: errno.EIO,
 }
 
 _P = ParamSpec("_P")

@@ -220,15 +220,19 @@ def encode_opened(entry: pyfuse3.EntryAttributes, opened: pyfuse3.FileInfo) -> b
         entry.st_ino, entry.st_size, entry.st_blocks, *times,
         atime_ns, mtime_ns, ctime_ns, entry.st_mode, entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_rdev,
         entry.st_blksize, 0,
-    ) + _OPEN.pack(opened.fh, _FOPEN_KEEP_CACHE if opened.keep_cache else 0, 0)  # fmt: skip
+    ) + _OPEN.pack(opened.fh, _open_flags(opened), 0)  # fmt: skip
 
 
 def encode_open(opened: pyfuse3.FileInfo, opening: Opening | None) -> bytes:
     """Return the body of a reply to OPEN: a handle, and the backing that it reads from."""
     if opening is None:
-        return _OPEN.pack(opened.fh, _FOPEN_KEEP_CACHE if opened.keep_cache else 0, 0)
+        return _OPEN.pack(opened.fh, _open_flags(opened), 0)
     flags = _FOPEN_PASSTHROUGH | (_FOPEN_DIRECT_IO if opening.direct else _FOPEN_NOFLUSH)
     return _OPEN.pack(opened.fh, flags, opening.backing_id)
+
+
+def _open_flags(opened: pyfuse3.FileInfo) -> int:
+    return _FOPEN_KEEP_CACHE * opened.keep_cache | _FOPEN_DIRECT_IO * opened.direct_io
 
 
 def _timeout(seconds: float) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 bit 63      given out by the BPF program (``BPFUSE_FH_KERNEL_BIT``); then bits 62-48 are its serial number
 bit 62      open for writing
 bits 61-56  generation of the worker that gave it out, modulo 64
-bits 55-48  serial number: tells handles of one inode apart, of which the last is given to all that are left
+bit 55      opened to append (O_APPEND), and for writing
+bits 54-48  serial number: tells handles of one inode apart, of which the last is given to all that are left
 bits 47-0   inode
 """
 
@@ -15,11 +16,12 @@ from typing import Final, NamedTuple
 _KERNEL: Final = 1 << 63
 _WRITING: Final = 1 << 62
 _GENERATION_SHIFT: Final = 56
+_APPENDS: Final = 1 << 55
 GENERATIONS: Final = 64
 _SERIAL_SHIFT: Final = 48
 _INO: Final = (1 << 48) - 1
 #: The highest serial number: handles that have it may not be the only ones.
-SHARED: Final = 255
+SHARED: Final = 127
 
 
 class Handle(NamedTuple):
@@ -29,18 +31,21 @@ class Handle(NamedTuple):
     writing: bool
     generation: int
     kernel: bool
+    appends: bool = False
 
 
-def encode(ino: int, *, writing: bool, generation: int, serial: int = 0) -> int:
+def encode(ino: int, *, writing: bool, generation: int, serial: int = 0, appends: bool = False) -> int:
     """Return a handle of this worker."""
-    return _WRITING * writing | generation % GENERATIONS << _GENERATION_SHIFT | serial << _SERIAL_SHIFT | ino
+    bits = _APPENDS * appends | _WRITING * writing | generation % GENERATIONS << _GENERATION_SHIFT
+    return bits | serial << _SERIAL_SHIFT | ino
 
 
 def decode(fh: int) -> Handle:
     """Take a handle apart."""
     if fh & _KERNEL:
         return Handle(fh & _INO, False, 0, True)
-    return Handle(fh & _INO, bool(fh & _WRITING), fh >> _GENERATION_SHIFT & GENERATIONS - 1, False)
+    generation = fh >> _GENERATION_SHIFT & GENERATIONS - 1
+    return Handle(fh & _INO, bool(fh & _WRITING), generation, False, bool(fh & _APPENDS))
 
 
 class Serials:

@@ -379,7 +379,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        return self._handle(inode, writing=False)
+        return self._handle(inode, os.O_RDONLY)
 
     @answered
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
@@ -414,7 +414,7 @@ class Operations(pyfuse3.Operations):
 
     async def open_file(self, ino: int, flags: int, *, passthrough: bool = True) -> tuple[FileInfo, Opening | None]:
         """Open a file, and say from which backing the kernel may read it."""
-        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        writing = _writes(flags)
         with self._feeder.begin() as token, self._opening(ino):
             attributes, fresh = await self._open_inode(token, ino, writing=writing)
             if writing:
@@ -428,10 +428,10 @@ class Operations(pyfuse3.Operations):
                     await self._end_writing(ino)
                 raise
             # The handle is counted before anything is awaited: see passthrough.py.
-            handle = self._handle(ino, writing=writing)
+            handle = self._handle(ino, flags)
         keep = self._opened.opened(ino, attributes.version)
         self._feeder.paged.add(ino)
-        return FileInfo(fh=handle, keep_cache=keep), opening
+        return FileInfo(fh=handle, keep_cache=keep, direct_io=_appends(flags)), opening
 
     @answered
     async def create(
@@ -439,7 +439,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """A file that exists, which the kernel did not know, is answered ESTALE: it then looks again, and opens it."""
         _check_name(name)
-        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        writing = _writes(flags)
         kind = stat.S_IFREG | stat.S_IMODE(mode)
         # Its closing, or an fsync, waits until it is durable; so this need not.
         request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing, writing=writing)
@@ -447,7 +447,7 @@ class Operations(pyfuse3.Operations):
             with self._changing((parent_inode, name)) as token:
                 changed = await self._session.call(request, wire.Changed)
                 made = changed.attributes[0]
-                opened = self._opened_new(token, made, writing=writing)
+                opened = self._opened_new(token, made, flags)
                 fresh = self._named(token, parent_inode, name, changed)
         except Refused as error:
             if error.code == wire.ErrorCode.EXISTS and not flags & os.O_EXCL:
@@ -460,23 +460,23 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: int, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         """Make a file without a name and open it; pyfuse3 has no such method, extra_ops.py calls it."""
-        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        writing = _writes(flags)
         request = wire.MakeTemporary(parent_inode, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid, writing)
         with self._changing() as token:
             made = (await self._session.call(request, wire.Changed)).attributes[0]
-            opened, fresh = self._opened_new(token, made, writing=writing), self._feeder.unchanged(token, made.ino)
+            opened, fresh = self._opened_new(token, made, flags), self._feeder.unchanged(token, made.ino)
         self._orphans.add(made.ino)
         return opened, self._changed_entry(made, fresh)
 
-    def _opened_new(self, token: Token, made: wire.Attributes, *, writing: bool) -> FileInfo:
+    def _opened_new(self, token: Token, made: wire.Attributes, flags: int) -> FileInfo:
         """Open a file that was just made."""
-        if writing:
+        if _writes(flags):
             self._writer.open(made, is_new=True)
             if not self._feeder.unchanged(token, made.ino):
                 self._writer.changed_elsewhere(made.ino)
         self._opened.opened(made.ino, made.version)
         self._feeder.paged.add(made.ino)
-        return FileInfo(fh=self._handle(made.ino, writing=writing), keep_cache=True)
+        return FileInfo(fh=self._handle(made.ino, flags), keep_cache=True, direct_io=_appends(flags))
 
     @answered_of_inode
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -498,9 +498,13 @@ class Operations(pyfuse3.Operations):
         if off + len(buf) > wire.MAX_FILE:
             raise FUSEError(errno.EFBIG)
         await self.adopt(fh)
-        ino = handles.decode(fh).ino
-        target = self._passthrough if self._passthrough.has(ino) else self._writer
-        await target.write(ino, off, buf)
+        handle = handles.decode(fh)
+        if self._passthrough.has(handle.ino):
+            await self._passthrough.write(handle.ino, off, buf)
+        elif handle.appends:
+            await self._writer.append(handle.ino, buf)
+        else:
+            await self._writer.write(handle.ino, off, buf)
         return len(buf)
 
     async def absorb(self, ino: int) -> None:
@@ -546,10 +550,17 @@ class Operations(pyfuse3.Operations):
 
     # Handles
 
-    def _handle(self, ino: int, *, writing: bool) -> int:
+    def _handle(self, ino: int, flags: int) -> int:
+        """Return a handle. One that appends is direct: where its bytes go, the kernel does not know (see writer.py)."""
         self._open_handles[ino] += 1
         self._cache.opened(ino)
-        return handles.encode(ino, writing=writing, generation=self._generation, serial=self._serials.take(ino))
+        return handles.encode(
+            ino,
+            writing=_writes(flags),
+            generation=self._generation,
+            serial=self._serials.take(ino),
+            appends=_appends(flags),
+        )
 
     @contextlib.contextmanager
     def _opening(self, ino: int) -> Iterator[None]:
@@ -609,6 +620,14 @@ class Operations(pyfuse3.Operations):
             self._feeder.closed(closed)
         if not self._writer.is_open(ino):
             self._closings.closed(ino)
+
+
+def _writes(flags: int) -> bool:
+    return flags & os.O_ACCMODE != os.O_RDONLY
+
+
+def _appends(flags: int) -> bool:
+    return bool(flags & os.O_APPEND) and _writes(flags)
 
 
 def _check_name(name: bytes) -> None:

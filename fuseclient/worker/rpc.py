@@ -8,7 +8,9 @@ later one. Reconnecting, sessions and retries are :mod:`fuseclient.worker.sessio
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final, TypeVar, cast
 
@@ -21,6 +23,7 @@ _SOFTWARE: Final = "bpfuse"
 CONNECT_TIMEOUT_S: Final = 5.0
 
 _Reply = TypeVar("_Reply", bound=wire.Reply)
+_Page = TypeVar("_Page", wire.DirectoryPage, wire.EventPage)
 
 
 class Refused(Exception):
@@ -108,15 +111,29 @@ class Connection:
             self._protocol.forget(request_id)
         return self._checked(reply, reply_type)
 
-    async def stream(self, request: wire.FetchDirectory) -> AsyncGenerator[wire.DirectoryPage, None]:
+    def stream(self, request: wire.FetchDirectory) -> AsyncGenerator[wire.DirectoryPage, None]:
         """Send a directory fetch and yield its pages as they come; raises as :meth:`call` does."""
+        return self._pages(request, wire.DirectoryPage)
+
+    async def follow(self, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]:
+        """Ask for events and yield their pages as they come; raises as :meth:`call` does.
+
+        Nothing is read from the connection while the caller has a page: it is to have no other use meanwhile.
+        """
+        async with contextlib.aclosing(self._pages(request, wire.EventPage)) as pages:
+            async for page in pages:
+                self._protocol.read_on(False)
+                yield page
+                self._protocol.read_on(True)
+
+    async def _pages(self, request: wire.Request, kind: type[_Page]) -> AsyncGenerator[_Page, None]:
         await self._protocol.writable()
         queue: asyncio.Queue[wire.Reply | Disconnected] = asyncio.Queue()
         request_id = self._protocol.send(request, queue)
         try:
             last = False
             while not last:
-                page = self._checked(await queue.get(), wire.DirectoryPage)
+                page = self._checked(await queue.get(), kind)
                 last = page.last
                 yield page
         finally:
@@ -174,6 +191,7 @@ class _Protocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        _keep_alive(self._transport)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.fail(str(error) if error else "closed by the metaserver")
@@ -247,6 +265,15 @@ class _Protocol(asyncio.Protocol):
             elif not waiter.done():
                 waiter.set_exception(Disconnected(reason))
 
+    def read_on(self, wanted: bool) -> None:
+        """Read from the connection, or do not."""
+        if self._transport is None or self.lost is not None:
+            return
+        if wanted:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
     def pause_writing(self) -> None:
         self._resumed = self.loop.create_future()
 
@@ -259,3 +286,13 @@ class _Protocol(asyncio.Protocol):
         """Wait until the metaserver takes what was sent before."""
         while self._resumed is not None:
             await asyncio.shield(self._resumed)
+
+
+def _keep_alive(transport: asyncio.Transport) -> None:
+    """Let the kernel find out when a TCP peer's machine is gone, though nothing is sent to it."""
+    sock: socket.socket | None = transport.get_extra_info("socket")
+    if sock is not None and sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)

@@ -113,6 +113,14 @@ class Engine(abc.ABC):
     async def read(self, body: Callable[[Snapshot], T]) -> T:
         """Run ``body`` on a view that holds at least what was committed before the call; return what it returns."""
 
+    @abc.abstractmethod
+    async def read_durable(self, body: Callable[[Snapshot], T]) -> T:
+        """As :meth:`read`, on a view that holds all that is durable, and nothing that is not."""
+
+    @abc.abstractmethod
+    def watch(self, callback: Callable[[], object] | None) -> None:
+        """Have ``callback`` called, on the event loop, after each time that more has become durable."""
+
     async def write(self, body: Callable[[Transaction], T], *, lazy: bool = False) -> T:
         """Run ``body`` and commit what it wrote; return what it returned, once that is durable.
 

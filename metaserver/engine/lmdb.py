@@ -139,6 +139,12 @@ class _Worker:
         self._jobs.put(_Job(body, future, reads, syncs, lazy))
         return future
 
+    def call(self, callback: Callable[..., object], *arguments: object) -> None:
+        """Call back on the event loop; on this thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(callback, *arguments)
+
     async def stop(self) -> None:
         """Let the thread finish what was queued, and wait for its end."""
         self._jobs.put(None)
@@ -155,9 +161,7 @@ class _Worker:
                 _fail(jobs, error)
             if not jobs:
                 continue
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
-                assert self._loop is not None
-                self._loop.call_soon_threadsafe(self._answer, jobs)
+            self.call(self._answer, jobs)
             self._then()
         self._last()
 
@@ -318,6 +322,8 @@ class LmdbEngine(Engine):
         #: The loop's, that sees to their commit.
         self._timer: asyncio.TimerHandle | None = None
         self._losses = 0
+        #: Asked for by the writer after each commit: who set it before finds that commit, or is told of it.
+        self._watcher: Callable[[], object] | None = None
         self._reader = _Worker("lmdb-read", self._read_batch)
         self._writer = _Worker("lmdb-write", self._write_batch, self._prepare, self._end_outer)
 
@@ -335,8 +341,15 @@ class LmdbEngine(Engine):
         if self._acknowledged:
             seen: T = await self._writer.submit(body, reads=True)
             return seen
+        return await self.read_durable(body)
+
+    async def read_durable(self, body: Callable[[Snapshot], T]) -> T:
+        self._check_open()
         result: T = await self._reader.submit(body)
         return result
+
+    def watch(self, callback: Callable[[], object] | None) -> None:
+        self._watcher = callback
 
     async def _attempt(self, body: Callable[[Transaction], T], lazy: bool) -> T:
         self._check_open()
@@ -444,6 +457,8 @@ class LmdbEngine(Engine):
         if self._held:
             outer.commit()
             self._outer, self._acknowledged, self._held = None, 0, 0
+            if self._watcher is not None:
+                self._writer.call(self._watcher)
 
     def _prepare(self) -> None:
         """Lay the next transaction open, after making sure of the file's next pages."""

@@ -144,10 +144,17 @@ class MemoryEngine(Engine):
     def __init__(self) -> None:
         self._store = _Store()
         self._closed = False
+        self._watcher: Callable[[], object] | None = None
 
     async def read(self, body: Callable[[Snapshot], T]) -> T:
         self._check_open()
         return body(_MemorySnapshot(self._store))
+
+    async def read_durable(self, body: Callable[[Snapshot], T]) -> T:
+        return await self.read(body)
+
+    def watch(self, callback: Callable[[], object] | None) -> None:
+        self._watcher = callback
 
     async def _attempt(self, body: Callable[[Transaction], T], lazy: bool) -> T:
         self._check_open()
@@ -161,6 +168,8 @@ class MemoryEngine(Engine):
                 raise Conflict("another transaction changed what this one had read")
             if txn.writes:
                 self._store.apply(txn.writes)
+                if self._watcher is not None:
+                    self._watcher()
         finally:
             self._store.ended(version)
         return result

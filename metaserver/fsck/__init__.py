@@ -9,5 +9,6 @@ anything. A repair may bring up something else, such as a count that is wrong no
 one finds nothing. What was repaired stays so, wherever it is broken off.
 
 scan.py finds what is wrong with names and inodes, content.py with what files hold, slices.py with slices and counters,
-losses.py what the loss of objects means; repairs.py has the repairs, run.py the rounds.
+history.py with the log of events, losses.py what the loss of objects means; repairs.py has the repairs, run.py the
+rounds. Repairs are told in the log as one event, which says that anything may have changed.
 """

@@ -52,6 +52,8 @@ class Kind(enum.StrEnum):
     DOOMED_SLICE = "doomed-slice"
     #: Statistics, or the next number of inodes or slices.
     WRONG_COUNTER = "wrong-counter"
+    #: An event whose predecessor is not there.
+    EVENTS_BROKEN = "events-broken"
     MISSING_OBJECT = "missing-object"
     DAMAGED_OBJECT = "damaged-object"
 

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from metaserver import chunks, garbage, keys
+from metaserver.deferred import Kind as TaskKind
+from metaserver.deferred import put_off
 from metaserver.fsck.rows import find_inode
 from metaserver.inodes import Edit, find_entry
-from metaserver.records import Entry, Inode, Shard, pack_listed, pack_number, unpack_listed
+from metaserver.records import Entry, Inode, Shard, pack_listed, pack_number, unpack_listed, unpack_number
 from metaserver.wire import ROOT_INO, InodeFlag
 
 #: Where inodes go that no entry names; with a number behind it if something else has the name.
@@ -249,12 +251,26 @@ def add_to_statistics(edit: Edit, inodes: int, size: int) -> None:
     edit.txn.put(key, shard.pack())
 
 
+# Events
+
+
+def forget_events(edit: Edit, version: int) -> None:
+    """Forget all events before a version: who follows them is told so."""
+    put_off(edit.txn, edit.volume, TaskKind.FORGET, b"", [version])
+
+
+def raise_events(edit: Edit, version: int) -> None:
+    """Count on from an event."""
+    key = keys.last_event(edit.volume.id)
+    edit.txn.put(key, pack_number(max(version, unpack_number(edit.txn.get(key), 0))))
+
+
 REPAIRS: Final[dict[str, Callable[..., None]]] = {
     repair.__name__: repair
     for repair in (
         delete_key, drop_entry, write_listing, drop_listing, make_inode, attach, break_loop, delete_inode, reap,
         set_nlink, set_parent, set_version, set_flag, set_size, set_target, delete_content, void_slices,
-        give_up_content, set_references, raise_slices, raise_inodes, add_to_statistics,
+        give_up_content, set_references, raise_slices, raise_inodes, add_to_statistics, forget_events, raise_events,
     )
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from metaserver import keys, wire
 from metaserver.deferred import Kind as TaskKind
 from metaserver.engine.base import Row, Snapshot
 from metaserver.errors import Refused
+from metaserver.events import is_event
 from metaserver.inodes import check_name
 from metaserver.records import SLICE_BYTES, Entry, Inode, Shard, unpack_rules
 from metaserver.volumes import Volume
@@ -181,7 +182,9 @@ _FORMS: Final[dict[bytes, _Form]] = {
     b"d": _of_inode(_numbered(_always)),
     b"e": _of_inode(_is_entry),
     b"g": _of_inode(_numbered(_are_rules)),
+    b"h": _numbered(is_event),
     b"i": _of_inode(_numbered(_is_inode)),
+    b"k": lambda key, value: len(key) == len(keys.kept_events(0)) and len(value) == 16,
     b"l": _of_inode(_is_listed),
     b"o": lambda key, _value: len(key) == len(keys.orphan(0, bytes(16), 0)) and 0 < keys.orphan_ino(key) <= _LAST_INO,
     b"p": _of_inode(_is_part),

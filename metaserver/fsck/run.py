@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Protocol
 
-from metaserver import garbage, keys
+from metaserver import events, garbage, keys
 from metaserver.engine.base import Engine, Snapshot, Transaction
 from metaserver.errors import Refused
 from metaserver.fsck import losses, repairs, slices
@@ -67,6 +67,7 @@ class Check:
         self._listener = listener
         self._stop = stop
         self._repair = repair
+        self._has_begun = False
         self._ticks = itertools.count()
         self._told_s = 0.0
 
@@ -94,9 +95,16 @@ class Check:
                         self._tell(finding)
                     break
                 scan.close()
+                await self._begin_repairs()
                 await self._apply(queue)
                 await self._sweep()
         return scan
+
+    async def _begin_repairs(self) -> None:
+        """Tell those who follow the volume's events, once, that what comes now is not told one by one."""
+        if not self._has_begun:
+            await self._engine.write(lambda txn: events.record_repair(txn, self._volume, time.time_ns()))
+            self._has_begun = True
 
     async def _scan(self, report: Callable[[Finding], None]) -> Scan:
         def body(snapshot: Snapshot) -> Scan:
@@ -152,6 +160,7 @@ class Check:
             for finding in queue:
                 self._check_stop()
                 if self._repair:
+                    await self._begin_repairs()
                     await self._make_good(finding)
                 self._tell(finding, repaired=self._repair)
 

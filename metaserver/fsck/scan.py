@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from metaserver import keys
 from metaserver.engine.base import Snapshot
-from metaserver.fsck import content, slices
+from metaserver.fsck import content, history, slices
 from metaserver.fsck.content import Holding, Holdings
 from metaserver.fsck.findings import Finding, Kind, text_of
 from metaserver.fsck.paths import Paths
@@ -82,6 +82,7 @@ class Scan:
         for key in unknown_keys(self._snapshot, self._volume):
             self._stray(key)
         self._check_counters()
+        history.check(self._snapshot, self._volume, self._found, self._stray, self._tick)
         self.totals.slices = slices.check(self._snapshot, self._volume, self.uses, self._found, self._stray, self._tick)
 
     def close(self) -> None:

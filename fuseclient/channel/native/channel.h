@@ -25,6 +25,7 @@ struct bpfuse_channel_options {
 	const char *source;     /* the first column of /proc/mounts */
 	int read_only;
 	int allow_other;
+	int trusted;    /* 0: setuid bits and device nodes do nothing */
 	int uring;      /* 1: FUSE-over-io_uring; 0: every request is read from /dev/fuse */
 	int entries_fd; /* the `entries` map; with uring only */
 	__u32 depth;    /* ring entries of each queue whose CPU is online */

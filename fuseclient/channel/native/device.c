@@ -19,8 +19,9 @@
 #include "channel_internal.h"
 
 /* Bits of fuse_init_in and fuse_init_out that Debian 12's <linux/fuse.h> (7.38) lacks, as in flags | flags2 << 32. */
-#define INIT_PASSTHROUGH   (1ull << 37)
-#define INIT_OVER_IO_URING (1ull << 41)
+#define INIT_DIRECT_IO_ALLOW_MMAP (1ull << 36) /* what is opened to append is direct, and may be mapped all the same */
+#define INIT_PASSTHROUGH          (1ull << 37)
+#define INIT_OVER_IO_URING        (1ull << 41)
 
 enum {
 	PROTOCOL_MINOR = 44, /* FUSE-over-io_uring is 7.42; INC_EPOCH, the newest thing used, 7.44 */
@@ -80,7 +81,7 @@ static uint64_t init_capabilities(const struct bpfuse_channel *channel)
 {
 	uint64_t flags = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_MAX_PAGES | FUSE_DO_READDIRPLUS |
 			 FUSE_PARALLEL_DIROPS | FUSE_EXPLICIT_INVAL_DATA | FUSE_CACHE_SYMLINKS | FUSE_ASYNC_DIO |
-			 FUSE_INIT_EXT | INIT_PASSTHROUGH;
+			 FUSE_INIT_EXT | INIT_DIRECT_IO_ALLOW_MMAP | INIT_PASSTHROUGH;
 
 	return channel->uring ? flags | INIT_OVER_IO_URING : flags;
 }
@@ -144,7 +145,7 @@ static int init_exchange(struct bpfuse_channel *channel, char *error, size_t siz
 static int channel_mount(struct bpfuse_channel *channel, const struct bpfuse_channel_options *options, char *error,
 			 size_t size)
 {
-	unsigned long flags = MS_NOSUID | MS_NODEV | (options->read_only ? MS_RDONLY : 0);
+	unsigned long flags = (options->read_only ? MS_RDONLY : 0) | (options->trusted ? 0 : MS_NOSUID | MS_NODEV);
 	char data[160];
 
 	snprintf(data, sizeof(data), "fd=%d,rootmode=40000,user_id=0,group_id=0,default_permissions%s", channel->device,

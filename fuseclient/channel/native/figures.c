@@ -47,6 +47,38 @@ int bpfuse_read_counters(int counters_fd, __u64 *out)
 	return result;
 }
 
+int bpfuse_watch(int watched_fd, __u64 until)
+{
+	__u32 zero = 0;
+
+	return bpf_map_update_elem(watched_fd, &zero, &until, BPF_ANY);
+}
+
+struct busy_reader {
+	struct bpfuse_busy_entry *out;
+	__u32 room, count;
+};
+
+static void read_one(void *context, const void *key, const void *value)
+{
+	struct busy_reader *reader = context;
+	struct bpfuse_busy_entry *entry = &reader->out[reader->count];
+
+	if (reader->count == reader->room)
+		return;
+	memcpy(&entry->key, key, sizeof(entry->key));
+	memcpy(&entry->value, value, sizeof(entry->value));
+	reader->count++;
+}
+
+int bpfuse_read_busiest(int busiest_fd, struct bpfuse_busy_entry *out, __u32 room)
+{
+	struct busy_reader reader = { .out = out, .room = room };
+	int result = bpfuse_map_walk(busiest_fd, read_one, &reader);
+
+	return result ? result : (int)reader.count;
+}
+
 static void count_one(void *context, const void *key, const void *value)
 {
 	(void)key;

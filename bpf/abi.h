@@ -26,32 +26,34 @@ enum bpfuse_limit {
 /* Handles (fh). The worker's own handles have BPFUSE_FH_KERNEL clear. */
 enum bpfuse_fh_bit {
 	BPFUSE_FH_KERNEL_BIT = 63,   /* given out by the BPF program; the low 48 bits are the inode */
-	BPFUSE_FH_SERIAL_SHIFT = 48, /* the 15 bits from here tell handles of one inode apart */
+	BPFUSE_FH_SERIAL_SHIFT = 48, /* the 15 bits from here tell handles of one inode apart; */
+	BPFUSE_FH_VERSION_BITS = 8,  /* of a directory these of them are its version, and so that of its listing */
+	BPFUSE_FH_APPENDS_BIT = 55,  /* of a worker's handle: set by the channel in a WRITE to the end of the file */
 };
 
 enum bpfuse_inode_flag {
 	BPFUSE_INODE_NO_XATTRS = 1,    /* GETXATTR is ENODATA, LISTXATTR is empty */
-	BPFUSE_INODE_HAS_DATA = 2,     /* the whole content (or symlink target) lies in `pages` */
+	BPFUSE_INODE_HAS_DATA = 2,     /* the whole content (or symlink target, or listing) lies in `pages` */
 	BPFUSE_INODE_WORKER_OPENS = 4, /* the worker decides how it is opened: cached or with passthrough */
 };
 
 /* Why a request was answered or was not. One counter for each opcode and outcome. */
 enum bpfuse_outcome {
 	BPFUSE_ANSWERED = 0,
-	BPFUSE_ANSWERED_ABSENT = 1,       /* LOOKUP of a name known to be absent, GETXATTR of an inode without xattrs */
-	BPFUSE_MISS_OPCODE = 2,           /* never answered in the kernel */
-	BPFUSE_MISS_DEADLINE = 3,         /* the session's lease has run out */
-	BPFUSE_MISS_EPOCH = 4,            /* the value is of an earlier epoch */
-	BPFUSE_MISS_NAME = 5,             /* (parent, name) is not in `names` */
-	BPFUSE_MISS_INODE = 6,            /* the inode is not in `inodes` */
-	BPFUSE_MISS_DATA = 7,             /* the inode's bytes are not in `pages`; STATFS: no valid figures */
-	BPFUSE_MISS_RACE = 8,             /* the value changed while it was read */
-	BPFUSE_MISS_FLAGS = 9,            /* open flags, or a type of inode, that the worker must see */
-	BPFUSE_MISS_HANDLE = 10,          /* the handle was given out by the worker */
-	BPFUSE_MISS_XATTRS = 11,          /* the inode has, or may have, xattrs */
-	BPFUSE_MISS_RANGE = 12,           /* an offset or size the program does not serve */
-	BPFUSE_MISS_MALFORMED = 13,       /* the request is not what its opcode demands */
-	BPFUSE_MISS_HELPER = 14,          /* a BPF helper failed */
+	BPFUSE_ANSWERED_ABSENT = 1, /* LOOKUP of a name known to be absent, GETXATTR of an inode without xattrs */
+	BPFUSE_MISS_OPCODE = 2,     /* never answered in the kernel */
+	BPFUSE_MISS_DEADLINE = 3,   /* the session's lease has run out */
+	BPFUSE_MISS_EPOCH = 4,      /* the value is of an earlier epoch */
+	BPFUSE_MISS_NAME = 5,       /* (parent, name) is not in `names` */
+	BPFUSE_MISS_INODE = 6,      /* the inode is not in `inodes` */
+	BPFUSE_MISS_DATA = 7,       /* the inode's bytes or listing are not in `pages`; STATFS: no valid figures */
+	BPFUSE_MISS_RACE = 8,       /* the value changed while it was read */
+	BPFUSE_MISS_FLAGS = 9,      /* open flags, or a type of inode, that the worker must see */
+	BPFUSE_MISS_HANDLE = 10,    /* the handle was given out by the worker; READDIR: for another listing */
+	BPFUSE_MISS_XATTRS = 11,    /* the inode has, or may have, xattrs */
+	BPFUSE_MISS_RANGE = 12,     /* an offset or size the program does not serve */
+	BPFUSE_MISS_MALFORMED = 13, /* the request is not what its opcode demands */
+	BPFUSE_MISS_HELPER = 14,    /* a BPF helper failed */
 	BPFUSE_ANSWERED_PASSTHROUGH = 15, /* OPEN of a file that the kernel reads from its backing by itself */
 };
 
@@ -90,6 +92,16 @@ struct bpfuse_inode_value {
 /* `pages`: mmapable array of these. */
 struct bpfuse_page {
 	__u8 bytes[4096];
+};
+
+/*
+ * The listing of a directory, an extent in `pages` of data_bytes: the head, `count` + 1 words that say where in the
+ * extent each entry begins and the last one ends, and, on an 8 byte boundary, the entries as struct fuse_dirent, in
+ * the order of `off`. "." and ".." are the first two.
+ */
+struct bpfuse_listing {
+	__u32 count;
+	__u32 starts[1]; /* count + 1 of them */
 };
 
 /* What STATFS answers, guarded by `seq`: odd while the worker writes. */

@@ -26,6 +26,7 @@
 #include "busy.bpf.h"
 #include "data.bpf.h"
 #include "handles.bpf.h"
+#include "listings.bpf.h"
 #include "names.bpf.h"
 #include "statfs.bpf.h"
 #include "xattrs.bpf.h"
@@ -96,6 +97,10 @@ static enum bpfuse_outcome dispatch(struct request *request, __u32 opcode)
 		return answer_getxattr(request);
 	case FUSE_OPENDIR:
 		return answer_opendir(request);
+	case FUSE_READDIR:
+		return answer_listing(request, false);
+	case FUSE_READDIRPLUS:
+		return answer_listing(request, true);
 	case FUSE_READLINK:
 		return answer_readlink(request);
 	case FUSE_LISTXATTR:

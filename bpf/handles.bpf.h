@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
  * OPEN for reading, OPENDIR, and RELEASE, RELEASEDIR and FLUSH of the handles they gave out: BPFUSE_FH_KERNEL_BIT, a
- * serial number and the inode. Each such handle is counted in `opens` until its release, so that the worker knows which
+ * serial number (with a directory's version, and so that of its listing) and the inode. Each such handle is counted in `opens` until its release, so that the worker knows which
  * inodes are in use.
  *
  * Closing a file ends locks. Where programs of this mount have some (`opens` says so, by a hash of the inode), FLUSH and
@@ -20,6 +20,7 @@
 #define FH_KERNEL     (1ULL << BPFUSE_FH_KERNEL_BIT)
 #define FH_INODE      ((1ULL << BPFUSE_FH_SERIAL_SHIFT) - 1)
 #define SERIAL_MAX    ((1ULL << (BPFUSE_FH_KERNEL_BIT - BPFUSE_FH_SERIAL_SHIFT)) - 1)
+#define FH_VERSION    ((1U << BPFUSE_FH_VERSION_BITS) - 1)
 /* The kernel's __FMODE_EXEC: the file is opened to be executed. */
 #define OPEN_FOR_EXEC 040
 /* What may stand in the flags of an open that is answered here; all else is for the worker to see. */
@@ -58,8 +59,10 @@ static enum bpfuse_outcome answer_any_open(struct request *request, __u32 type, 
 		__sync_fetch_and_add(&open->handles, -1);
 		return BPFUSE_MISS_RACE;
 	}
-	serial = __sync_fetch_and_add(&open->serial, 1) & SERIAL_MAX;
-	out->fh = FH_KERNEL | serial << BPFUSE_FH_SERIAL_SHIFT | request->nodeid;
+	serial = __sync_fetch_and_add(&open->serial, 1);
+	if (type == MODE_DIRECTORY)
+		serial = serial << BPFUSE_FH_VERSION_BITS | (inode.file_version & FH_VERSION);
+	out->fh = FH_KERNEL | (serial & SERIAL_MAX) << BPFUSE_FH_SERIAL_SHIFT | request->nodeid;
 	out->open_flags = inode.backing_id ? OPEN_PASSTHROUGH | FOPEN_NOFLUSH : reply_flags;
 	if (READ_ONCE(open->locks))
 		out->open_flags &= ~FOPEN_NOFLUSH;
@@ -75,7 +78,8 @@ static enum bpfuse_outcome answer_open(struct request *request)
 
 static enum bpfuse_outcome answer_opendir(struct request *request)
 {
-	return answer_any_open(request, MODE_DIRECTORY, OPEN_HARMLESS | O_DIRECTORY, FOPEN_CACHE_DIR);
+	return answer_any_open(request, MODE_DIRECTORY, OPEN_HARMLESS | O_DIRECTORY,
+			       FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE);
 }
 
 static enum bpfuse_outcome answer_release(struct request *request)

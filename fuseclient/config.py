@@ -34,6 +34,8 @@ class MountOptions(msgspec.Struct, frozen=True, kw_only=True):
     queue_depth: int | None = None
     #: Lease length that an embedded metaserver gives, in seconds.
     lease_s: float = 30.0
+    #: "shared": with other mounts of the volume; "local": the kernel's own, known to this mount only.
+    locks: str = "shared"
     #: When an embedded metaserver's commits are durable: "commit" or "interval".
     durability: str = "commit"
     #: Absolute; None: standard error.
@@ -79,5 +81,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     #: None: the mount is not accelerated.
     maps: MapFds | None
+    #: Where the locks of programs are kept (lock_store.py); None: with the worker.
+    locks_fd: int | None = None
     #: The session of the worker before this one, to be resumed, as hex; None: open a new one.
     session: str | None

@@ -50,6 +50,10 @@ class Cache(Protocol):
     def put_absent(self, parent: int, name: bytes) -> None: ...
     def drop_name(self, parent: int, name: bytes) -> None: ...
     def drop_inode(self, ino: int) -> None: ...
+    @property
+    def listing_limit(self) -> int: ...
+    def put_listing(self, ino: int, entries: bytes) -> bool: ...
+    def drop_listing(self, ino: int) -> None: ...
     def renew(self, deadline_ns: int) -> None: ...
     def bump_epoch(self) -> None: ...
     @property
@@ -156,6 +160,22 @@ class KernelCache:
     def drop_inode(self, ino: int) -> None:
         """Forget an inode and its content, if they are known."""
         lib.bpfuse_cache_drop_inode(self._handle(), ino)
+
+    @property
+    def listing_limit(self) -> int:
+        """The bytes that a listing may have at most."""
+        return int(self._fds.page_count * _PAGE // lib.BPFUSE_LISTING_SHARE)
+
+    def put_listing(self, ino: int, entries: bytes) -> bool:
+        """Say what entries (``struct fuse_dirent``, in the order of their offsets) a directory has, all of them.
+
+        False if that is not kept: the directory's inode is not here, or the entries are too many.
+        """
+        return bool(lib.bpfuse_cache_put_listing(self._handle(), ino, entries, len(entries)))
+
+    def drop_listing(self, ino: int) -> None:
+        """Forget which entries a directory has, and nothing else of it."""
+        lib.bpfuse_cache_drop_listing(self._handle(), ino)
 
     def renew(self, deadline_ns: int) -> None:
         """Let BPF answer until then (nanoseconds of CLOCK_BOOTTIME); 0 stops it at once."""
@@ -274,6 +294,14 @@ class NoKernelCache:
         pass
 
     def drop_inode(self, ino: int) -> None:
+        pass
+
+    listing_limit = 0
+
+    def put_listing(self, ino: int, entries: bytes) -> bool:
+        return False
+
+    def drop_listing(self, ino: int) -> None:
         pass
 
     def renew(self, deadline_ns: int) -> None:

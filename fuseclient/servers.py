@@ -13,12 +13,14 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from fuseclient.errors import UserError
 from fuseclient.volumes import Embedded, Remote
 from fuseclient.worker import rpc
 from metaserver import wire
+
+_T = TypeVar("_T")
 
 _READY_TIMEOUT_S: Final = 20.0
 _STOP_TIMEOUT_S: Final = 20.0
@@ -27,29 +29,48 @@ _READY_LINE_MAX: Final = 4096
 _LOG_TAIL: Final = 8192
 
 
-def create_volume(address: str, request: wire.CreateVolume) -> None:
-    """Make a volume on the metaserver at ``address``; raise :exc:`UserError`."""
+def create_volume(address: str, request: wire.CreateVolume) -> bytes:
+    """Make a volume on the metaserver at ``address`` and return its identity; raise :exc:`UserError`."""
 
-    async def body(connection: rpc.Connection) -> None:
+    async def body(connection: rpc.Connection) -> bytes:
         await connection.call(request, wire.Done)
+        return await _look_at(connection, request.name)
 
     try:
-        _talk(address, body)
+        return _talk(address, body)
     except rpc.Refused as refused:
         if refused.code is wire.ErrorCode.VOLUME_EXISTS:
-            raise UserError(f"the metaserver at {address} has a volume {request.name!r} already") from None
+            raise _exists(address, request.name) from None
         raise UserError(f"the metaserver at {address} refused to make the volume: {refused}") from None
+
+
+def must_be_new(volume: Remote) -> None:
+    """Raise :exc:`UserError` if the volume's metaserver does not answer, or has it already."""
+    try:
+        _talk(volume.address, lambda connection: _look_at(connection, volume.name))
+    except rpc.Refused as refused:
+        if refused.code is wire.ErrorCode.NO_SUCH_VOLUME:
+            return
+        raise UserError(f"{volume.url}: {refused}") from None
+    raise _exists(volume.address, volume.name)
+
+
+def _exists(address: str, name: str) -> UserError:
+    return UserError(f"the metaserver at {address} has a volume {name!r} already")
+
+
+async def _look_at(connection: rpc.Connection, name: str) -> bytes:
+    """Return a volume's identity."""
+    client = f"{socket.gethostname()} check"
+    opened = await connection.call(wire.OpenSession(name, client), wire.SessionOpened)
+    await connection.call(wire.CloseSession(), wire.Done)
+    return opened.volume
 
 
 def check_volume(volume: Remote) -> None:
     """Raise :exc:`UserError` unless the volume's metaserver answers and has it."""
-
-    async def body(connection: rpc.Connection) -> None:
-        await connection.call(wire.OpenSession(volume.name, f"{socket.gethostname()} check"), wire.SessionOpened)
-        await connection.call(wire.CloseSession(), wire.Done)
-
     try:
-        _talk(volume.address, body)
+        _talk(volume.address, lambda connection: _look_at(connection, volume.name))
     except rpc.Refused as refused:
         if refused.code is wire.ErrorCode.NO_SUCH_VOLUME:
             raise UserError(
@@ -88,18 +109,18 @@ def read_line(descriptor: int, timeout_s: float) -> bytes | None:
     return bytes(received[:-1])
 
 
-def _talk(address: str, body: Callable[[rpc.Connection], Awaitable[None]]) -> None:
+def _talk(address: str, body: Callable[[rpc.Connection], Awaitable[_T]]) -> _T:
     """Run ``body`` on a connection of its own; raise :exc:`UserError` if there is none, or it is lost."""
 
-    async def connected() -> None:
+    async def connected() -> _T:
         connection = await rpc.connect(address)
         try:
-            await body(connection)
+            return await body(connection)
         finally:
             connection.abort()
 
     try:
-        asyncio.run(connected())
+        return asyncio.run(connected())
     except rpc.Disconnected as error:
         raise UserError(f"no metaserver to talk to: {error}") from None
 

@@ -92,7 +92,8 @@ async def _with_engine(
     engine = open_engine(options.engine)
     try:
         volume = await engine.read(lambda snapshot: namespace.open_volume(snapshot, options.volume))
-        _say(volume={"name": volume.name, "store": volume.store, "inline_limit": volume.inline_limit})
+        identity = volume.identity.hex()
+        _say(volume={"name": volume.name, "store": volume.store, "identity": identity})
         await work(engine, volume, options, stop)
     finally:
         await engine.close()

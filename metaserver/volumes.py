@@ -49,6 +49,8 @@ def create_volume(txn: Transaction, request: wire.CreateVolume, now_ns: int) -> 
     txn.put(keys.volume(request.name), record)
     if (request.kept_events, request.kept_s) != (wire.KEPT_EVENTS, wire.KEPT_S):
         txn.put(keys.kept_events(number), records.Kept(request.kept_events, request.kept_s).pack())
+    if request.first_slice > 1:
+        txn.put(keys.next_slice(number), records.pack_number(request.first_slice))
     root = records.Inode.made(wire.ROOT_INO, stat.S_IFDIR | 0o755, 0, 0, 0, now_ns, parent=wire.ROOT_INO)
     txn.put(keys.inode(number, root.ino), root.pack())
     txn.put(keys.shard(number, keys.shard_of(root.ino)), records.Shard(inodes=1).pack())

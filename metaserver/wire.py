@@ -108,6 +108,8 @@ class ErrorCode(enum.IntEnum):
     INTERNAL = 20
     #: Events that were asked for are not kept any more, or are of another history.
     EVENTS_GONE = 21
+    #: Of the client's own: it is not sent.
+    LOST_LOCK = 22
 
 
 class Operation(enum.IntEnum):
@@ -259,6 +261,8 @@ class CreateVolume(_Message, tag=2):
     #: How many events are kept at most, and for how many seconds.
     kept_events: Annotated[int, Meta(ge=1, le=2**40)] = KEPT_EVENTS
     kept_s: Annotated[int, Meta(ge=1, le=2**40)] = KEPT_S
+    #: The slice id to begin with: above those of objects that are in the store already.
+    first_slice: Annotated[int, Meta(ge=1, le=2**62)] = 1
 
 
 class OpenSession(_Message, tag=3):

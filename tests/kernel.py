@@ -191,6 +191,11 @@ def read(ino: int, offset: int, size: int, fh: int = 0) -> Request:
     return Request(OPCODE["READ"], ino, struct.pack("<QQIIQII", fh, offset, size, 0, 0, 0, 0))
 
 
+def readdir(ino: int, offset: int = 0, size: int = 4096, fh: int = 0, *, plus: bool = False) -> Request:
+    opcode = OPCODE["READDIRPLUS" if plus else "READDIR"]
+    return Request(opcode, ino, struct.pack("<QQIIQII", fh, offset, size, 0, 0, 0, 0))
+
+
 def readlink(ino: int) -> Request:
     return Request(OPCODE["READLINK"], ino)
 

@@ -30,7 +30,7 @@ SESSION: Final = bytes(range(16))
 
 REQUESTS: Final[list[wire.Request]] = [
     wire.Hello(1, "test"),
-    wire.CreateVolume("volume", "file:///blocks", 65536, 1000, 3600),
+    wire.CreateVolume("volume", "file:///blocks", 65536, 1000, 3600, 2**62),
     wire.OpenSession("volume", "client", SESSION),
     wire.Renew(9),
     wire.CloseSession(),

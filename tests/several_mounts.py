@@ -23,7 +23,7 @@ from fuseclient import servers
 #: Seconds; short, so that what waits for a lease does not wait long.
 LEASE_S: Final = 2.0
 #: Seconds that a process may be late on a machine with much to do.
-SLACK_S: Final = 2.0
+SLACK_S: Final = 5.0
 VOLUME: Final = "home"
 #: Log lines of mounts that killing, stopping and cutting off provoke.
 WORKER_KILLED: Final = r"the worker \(pid \d+\) ended with -9"
@@ -163,13 +163,12 @@ def _state(pid: int) -> str:
         return "X"
 
 
-def kill_all(mounted: rig.Mount) -> None:
-    """Kill all processes of a mount at once, and return when they are gone."""
-    pids = [process.pid for process in mounted.record.processes]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+def kill(mounted: rig.Mount, *roles: str) -> None:
+    """Kill processes of a mount, all at once, and return when they are gone."""
+    pids = [mounted.process(role).pid for role in roles]
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            os.kill(pid, number)
     rig.wait_for(lambda: all(_state(pid) in "XZ" for pid in pids), "the processes are gone")
 
 

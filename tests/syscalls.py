@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 from typing import Final
 
 KEEP_SIZE: Final = 0x01
@@ -14,6 +15,8 @@ ZERO_RANGE: Final = 0x10
 INSERT_RANGE: Final = 0x20
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
+#: struct linux_dirent64, without its name.
+_DIRENT: Final = struct.Struct("=QqHB")
 _AT_FDCWD: Final = -100
 _AT_SYMLINK_FOLLOW: Final = 0x400
 _AT_EMPTY_PATH: Final = 0x1000
@@ -47,6 +50,20 @@ def seek(fd: int, offset: int, whence: int) -> int | None:
         if error.errno != errno.ENXIO:
             raise
         return None
+
+
+def getdents(fd: int, size: int) -> list[tuple[bytes, int, int, int]]:
+    """getdents64(2) with a buffer of so many bytes: the name, inode, offset and type of each entry it brings."""
+    buffer = ctypes.create_string_buffer(size)
+    count = int(_LIBC.getdents64(fd, buffer, ctypes.c_size_t(size)))
+    _check(count)
+    found, at = [], 0
+    while at < count:
+        ino, offset, length, kind = _DIRENT.unpack_from(buffer, at)
+        name = buffer.raw[at + _DIRENT.size : at + length].split(b"\0", 1)[0]
+        found.append((name, ino, offset, kind))
+        at += length
+    return found
 
 
 def data_map(fd: int, start: int = 0) -> list[tuple[int, int]]:

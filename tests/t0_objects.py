@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from one_file import INO, OneFile, Store, plain_reader
 
 from fuseclient.data.layouts import visible
+from fuseclient.data.object_names import Listed, listed
 from fuseclient.data.objects import NoSpace, ObjectMissing, ObjectStore, StoreError, object_name, open_store
 from fuseclient.data.unused import UnusedObjects
 from metaserver import wire
@@ -34,6 +35,26 @@ def test_names_are_two_levels_deep_and_sorted_by_id() -> None:
     assert names[0] == "00000/000/000000000000"
     assert names[3] == "00000/001/000000000400"
     assert names == sorted(names)
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1))
+def test_names_sort_as_the_ids_do(one: int, other: int) -> None:
+    assert (object_name(one) < object_name(other)) == (one < other)
+    assert listed(object_name(one), 5, 0.0) == Listed(one, 5, 0.0, False)
+
+
+@pytest.mark.parametrize("shift", range(20, 64))
+def test_names_sort_where_ids_grow_longer(shift: int) -> None:
+    ids = [(1 << shift) + step for step in (-(2**20), -1025, -1024, -1, 0, 1, 1024, 2**20)]
+    ids = [each for each in ids if 0 <= each < 2**63]
+    assert sorted(map(object_name, ids)) == [object_name(each) for each in ids]
+
+
+async def test_objects_are_listed_by_rising_id(store: ObjectStore) -> None:
+    ids = [0, 5, 2**40 - 1, 2**40, 2**40 + 2**20, 2**44, 2**50, 2**63 - 1]
+    for slice_id in reversed(ids):
+        await store.put(slice_id, b"x")
+    assert [each.slice_id async for page in store.list() for each in page] == ids
 
 
 async def test_an_object_reads_back_in_ranges(store: ObjectStore) -> None:

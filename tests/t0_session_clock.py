@@ -293,10 +293,12 @@ class Metaserver:
             session = cast(bytes, request.resume) if resumed else self.next.pop(0)
             self.live.add(session)
             return wire.SessionOpened(session, 30_000, 3, "file:///blocks", 65536, resumed)
-        if isinstance(request, wire.Renew):
-            return self.renewed if self.live else rpc.Refused(wire.ErrorCode.STALE_SESSION, "gone")
         if isinstance(request, wire.CloseSession):
             return wire.Done()
+        if not self.live:
+            return rpc.Refused(wire.ErrorCode.STALE_SESSION, "gone")
+        if isinstance(request, wire.Renew):
+            return self.renewed
         return wire.Found(messages.ATTRIBUTES)
 
 
@@ -447,16 +449,38 @@ async def test_the_session_of_an_earlier_worker(clock: Clock, known: bool) -> No
     await mount.session.close()
 
 
-async def test_calls_wait_for_a_lease(clock: Clock) -> None:
+async def test_changes_wait_for_a_lease(clock: Clock) -> None:
+    mount = Mount(clock)
+    await mount.session.open()
+    clock.now = mount.session.deadline_ns
+    await mount.session.call(wire.Link(2, 1, b"a"), wire.Found)
+    assert [type(call) for call in mount.server.connections[0].calls] == [wire.OpenSession, wire.Renew, wire.Link]
+    await mount.session.close()
+
+
+async def test_reads_do_not_wait_for_a_lease_that_waits_for_them(clock: Clock) -> None:
+    """A session is resumed; its renewal waits for an acknowledgement, and that for a page that is being read."""
+    mount = Mount(clock)
+    await mount.session.open()
+    read = asyncio.get_running_loop().create_future()
+    mount.server.override = lambda request: read if isinstance(request, wire.Renew) else None
+    mount.server.connections[0].abort()
+    await mount.session.call(wire.GetAttributes(1), wire.Found)
+    changing = asyncio.create_task(mount.session.call(wire.Link(2, 1, b"a"), wire.Found))
+    await asyncio.sleep(0)
+    assert not changing.done()
+    read.set_result(mount.server.renewed)
+    await changing
+    assert len(mount.server.connections) == 2
+    await mount.session.close()
+
+
+async def test_a_read_after_the_lease_has_it_renewed_at_once(clock: Clock) -> None:
     mount = Mount(clock)
     await mount.session.open()
     clock.now = mount.session.deadline_ns
     await mount.session.call(wire.GetAttributes(1), wire.Found)
-    assert [type(call) for call in mount.server.connections[0].calls] == [
-        wire.OpenSession,
-        wire.Renew,
-        wire.GetAttributes,
-    ]
+    assert (await mount.until(2))[1] > clock.now
     await mount.session.close()
 
 

@@ -106,7 +106,7 @@ def open_out(ino: int, flags: int) -> bytes:
 
 NO_FLUSH = 1 << 5
 FOPEN_FILE = 1 << 1 | NO_FLUSH  # KEEP_CACHE
-FOPEN_DIRECTORY = 1 << 3  # CACHE_DIR
+FOPEN_DIRECTORY = 1 << 1 | 1 << 3  # KEEP_CACHE, CACHE_DIR
 
 
 class Case(NamedTuple):
@@ -136,7 +136,6 @@ ANSWERED = [
         open_out(FILE, FOPEN_FILE),
     ),
     Case("OPEN to execute", kernel.open_(FILE, 0o100040), "ANSWERED", open_out(FILE, FOPEN_FILE)),
-    Case("OPENDIR", kernel.opendir(DIR, os.O_DIRECTORY), "ANSWERED", open_out(DIR, FOPEN_DIRECTORY)),
     Case("READ of everything", kernel.read(FILE, 0, 131072), "ANSWERED", CONTENT),
     Case("READ with the worker's handle", kernel.read(FILE, 0, 131072, WORKER_FH), "ANSWERED", CONTENT),
     Case("READ of a part", kernel.read(FILE, 4096, 512), "ANSWERED", CONTENT[4096:4608]),
@@ -183,7 +182,7 @@ ANSWERED = [
 MISSED = [
     *(
         Case(f"opcode {opcode}", Request(opcode, FILE, bytes(16), b"x\0"), "MISS_OPCODE")
-        for opcode in (0, 2, 4, 9, 16, 28, 35, 44, 52, 63, 64, 4096, 2**32 - 1)
+        for opcode in (0, 2, 4, 9, 16, 35, 45, 52, 63, 64, 4096, 2**32 - 1)
     ),
     Case("LOOKUP of an unknown name", kernel.lookup(ROOT, b"unknown"), "MISS_NAME"),
     Case("LOOKUP of a file being written", kernel.lookup(ROOT, b"written"), "MISS_FLAGS"),
@@ -250,6 +249,8 @@ EVERY_KIND = [
     kernel.getattr_(FILE),
     kernel.open_(FILE),
     kernel.opendir(DIR),
+    kernel.readdir(DIR),
+    kernel.readdir(DIR, plus=True),
     kernel.read(FILE, 0, 4096),
     kernel.readlink(LINK),
     kernel.release(FILE, FH_KERNEL | FILE),
@@ -363,6 +364,17 @@ def test_statfs_is_missed_while_its_figures_are_written(bpf: Kernel) -> None:
     assert bpf.ask(kernel.statfs()).outcome == "MISS_RACE"
     bpf.cache.put_statfs(**STATFS, valid_until_ns=2**63)
     assert bpf.ask(kernel.statfs()).outcome == "ANSWERED"
+
+
+def test_a_directory_is_opened_for_its_listing(bpf: Kernel) -> None:
+    before = struct.unpack("<QII", bpf.ask(kernel.opendir(DIR, os.O_DIRECTORY)).payload)
+    assert (before[0] & (1 << 48) - 1, before[0] >> 63, before[1:]) == (DIR, 1, (FOPEN_DIRECTORY, 0))
+    again = struct.unpack("<QII", bpf.ask(kernel.opendir(DIR, os.O_DIRECTORY)).payload)
+    assert again[0] != before[0]
+    for version in (5, 77, 1 << 40 | 255):
+        bpf.cache.put_inode(attributes(DIR, DIRECTORY, version=version))
+        fh = struct.unpack_from("<Q", bpf.ask(kernel.opendir(DIR)).payload)[0]
+        assert fh >> 48 & 255 == version & 255
 
 
 def test_handles_are_counted_from_open_to_release(bpf: Kernel) -> None:

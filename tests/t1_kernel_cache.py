@@ -309,7 +309,7 @@ def test_a_full_map_forgets_and_never_fails(make: MakeKernel) -> None:
     assert 0 < counts.names <= 512
     assert 0 < counts.inodes <= 512
     assert any(outcome(bpf, kernel.lookup(ROOT, b"file%d" % ino)) == "ANSWERED" for ino in range(9802, 10002))
-    assert bpf.cache.figures()["filling"] == {"overtaken": 0, "put_failures": 0, "forced_epochs": 0}
+    assert bpf.cache.figures()["filling"] == {"listings": 0, "overtaken": 0, "put_failures": 0, "forced_epochs": 0}
 
 
 def test_a_value_that_the_kernel_refuses_is_not_cached(bpf: Kernel) -> None:
@@ -317,7 +317,7 @@ def test_a_value_that_the_kernel_refuses_is_not_cached(bpf: Kernel) -> None:
     cache = KernelCache(MapFds(**{**_fields(bpf.fds), "names": small, "count_program": -1}))
     cache.put(ROOT, [file_entry(ino, None) for ino in range(2, 12)])
     figures = cache.figures()
-    assert figures["filling"] == {"overtaken": 0, "put_failures": 6, "forced_epochs": 0}
+    assert figures["filling"] == {"listings": 0, "overtaken": 0, "put_failures": 6, "forced_epochs": 0}
     assert figures["maps"]["names"]["entries"] == 4
     assert figures["maps"]["inodes"]["entries"] == 10
     cache.close()
@@ -332,7 +332,7 @@ def test_when_a_drop_fails_everything_is_forgotten(bpf: Kernel) -> None:
     assert outcome(bpf, kernel.read(2, 0, 10)) == "MISS_EPOCH"
     bpf.cache.put_inode(attributes(2, size=3), b"new")
     assert outcome(bpf, kernel.read(2, 0, 10)) == "MISS_EPOCH"
-    assert bpf.cache.figures()["filling"] == {"overtaken": 0, "put_failures": 1, "forced_epochs": 2}
+    assert bpf.cache.figures()["filling"] == {"listings": 0, "overtaken": 0, "put_failures": 1, "forced_epochs": 2}
 
 
 def _fields(fds: MapFds) -> dict[str, Any]:

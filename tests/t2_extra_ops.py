@@ -32,7 +32,7 @@ class Channel:
         self.rig = rig
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.setblocking(False)
-        self.extra = ExtraOps(theirs.detach(), rig.ops, rig.mount.ranges)
+        self.extra = ExtraOps(theirs.detach(), rig.ops, rig.mount.ranges, rig.mount.locks)
         self._unique = 0
 
     def send(self, opcode: int, nodeid: int, body: bytes) -> int:

@@ -16,7 +16,7 @@ import pyfuse3
 import pytest
 import pytest_asyncio
 from served import DEADLINE_S, until
-from worker_rig import INLINE_LIMIT, ME, ROOT, Rig, fails, rigged
+from worker_rig import INLINE_LIMIT, ME, ROOT, Rig, dirents, fails, rigged
 
 from fuseclient.data.objects import StoreError
 from fuseclient.worker import handles
@@ -271,7 +271,51 @@ async def test_large_directories_are_fetched_by_windows(rig: Rig, monkeypatch: p
     log = spied(rig)
     assert await rig.listing(at_once=3) == made
     assert [type(each) for each in log] == [wire.FetchDirectory] * 4
+    assert [name for name, _ in dirents(rig.maps.listings[ROOT])] == [b".", b"..", *made]
     await rig.assert_maps_are_right()
+
+
+@pytest.mark.parametrize("changer", ["here", "elsewhere"])
+async def test_a_listing_is_put_whole_and_goes_with_a_name(rig: Rig, changer: str) -> None:
+    await rig.other.make(b"one")
+    await rig.listing()
+    assert [name for name, _ in dirents(rig.maps.listings[ROOT])] == [b".", b"..", b"one"]
+    await rig.ops.getattr(ROOT, ME)
+    assert ROOT in rig.maps.listings
+    if changer == "here":
+        await rig.create(b"two")
+    else:
+        await rig.other.make(b"two")
+        assert {("entry", ROOT, b"two"), ("inode", ROOT)} <= set(rig.kernel.log)
+    assert ROOT not in rig.maps.listings
+    assert set(await rig.listing()) == {b"one", b"two"}
+    assert ROOT in rig.maps.listings
+    await rig.assert_maps_are_right()
+
+
+async def test_no_listing_of_what_changes_while_it_is_fetched(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name comes between two windows: no listing is made of the two."""
+    monkeypatch.setattr(rig.ops._directories, "_window", 10)
+    for index in range(15):
+        await rig.other.make(b"%03d" % index)
+    fh = await rig.ops.opendir(ROOT, ME)
+    first = await rig.readdir(fh, 0, 10)
+    await rig.create(b"new")
+    start = first[-1][2]
+    while entries := await rig.readdir(fh, start, 10):
+        start = entries[-1][2]
+    assert ROOT not in rig.maps.listings
+
+
+async def test_directories_that_the_kernel_listed_are_dropped_with_the_session(quiet: None, rig: Rig) -> None:
+    made = await rig.ops.mkdir(ROOT, b"dir", DIR, ME)
+    await rig.readdir(await rig.ops.opendir(made.st_ino, ME), 0, 10)
+    rig.kernel.log.clear()
+    assert rig.mount._changes is not None
+    rig.mount._changes.lost()
+    await rig.mount._changes.settle()
+    assert ("epoch",) in rig.kernel.log
+    assert ("inode", made.st_ino) in rig.kernel.log
 
 
 async def test_a_removed_directory(both: Rig) -> None:
@@ -608,6 +652,22 @@ async def test_what_another_writes_is_asked_for_each_time_and_kept_when_it_is_cl
     assert len(log) > 6
     await rig.ops.getattr(ino, ME)
     assert (ino in rig.maps.inodes) == rig.remembers
+
+
+@pytest.mark.parametrize("size", [10, INLINE_LIMIT - 5, 2 * INLINE_LIMIT])
+async def test_what_was_gathered_to_append_goes_behind_what_another_appended(rig: Rig, size: int) -> None:
+    """Inline, out of there by the other's bytes, and in slices."""
+    ino = await rig.create(b"file", b"begin")
+    info = await rig.ops.open(ino, os.O_WRONLY | os.O_APPEND, ME)
+    assert info.direct_io
+    await rig.ops.write(info.fh | handles.APPENDS, 0, b"x" * size)
+    await rig.ops.write(info.fh | handles.APPENDS, 0, b"y")
+    await rig.other.change(wire.WriteInline(ino, 5, b"other", appended_at=5))
+    await rig.ops.fsync(info.fh, False)
+    assert (await rig.ops.getattr(ino, ME)).st_size == 11 + size
+    await rig.ops.write(info.fh, 0, b"B")
+    await rig.close(info.fh)
+    assert await rig.content(ino) == b"Beginother" + b"x" * size + b"y"
 
 
 async def test_a_session_that_is_resumed_tells_what_is_open(rig: Rig) -> None:

@@ -118,8 +118,9 @@ async def _client(metaserver: Metaserver, store: str) -> Client:
     return client
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "hang-up"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "hang-up", "unmounted"])
 async def test_a_clean_end_commits_what_was_written(metaserver: Metaserver, tmp_path: Path, how: str) -> None:
+    """The session is ended with the mount only: else the kernel may answer under its lease, or a worker follow."""
     client = await _client(metaserver, f"file://{tmp_path}/blocks")
     channel = Channel(tmp_path, metaserver.address)
     try:
@@ -131,6 +132,10 @@ async def test_a_clean_end_commits_what_was_written(metaserver: Metaserver, tmp_
         assert found.attributes.size in (0, 3, 7)
         if how == "hang-up":
             channel.fuse.close()
+            channel.status.shutdown(socket.SHUT_WR)
+        elif how == "unmounted":
+            channel.fuse.close()
+            channel.status.send(b"unmounted\n")
         else:
             channel.worker.send_signal(signal.Signals[how])
         assert await channel.exit_code() == 0
@@ -138,7 +143,7 @@ async def test_a_clean_end_commits_what_was_written(metaserver: Metaserver, tmp_
         channel.close()
     content = await client.connection.call(wire.GetContent(found.attributes.ino, 0, 100), wire.Content)
     assert content.inline == b"content"
-    assert len(metaserver.server.sessions) == 1
+    assert len(metaserver.server.sessions) == (1 if how == "unmounted" else 2)
     log = channel.log.read_text()
     assert "Traceback" not in log
     assert "never retrieved" not in log

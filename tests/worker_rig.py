@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+import struct
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +52,8 @@ class Maps:
         #: Inodes of which it is known only that they have no xattrs.
         self.written: set[int] = set()
         self.data: dict[int, bytes] = {}
+        self.listings: dict[int, bytes] = {}
+        self.listing_limit = 1 << 30
         self.opens: dict[int, int] = {}
         self.locks: dict[int, int] = {}
         self.backings: dict[int, int] = {}
@@ -64,7 +67,7 @@ class Maps:
             self.put_inode(entry.attributes, entry.data)
 
     def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
-        self.drop_inode(attributes.ino)
+        self._drop_inode(attributes.ino)
         if not attributes.mode:
             self.written.add(attributes.ino)
             return
@@ -82,16 +85,28 @@ class Maps:
         self.names.pop((parent, name), None)
 
     def drop_inode(self, ino: int) -> None:
+        self._drop_inode(ino)
+        self.listings.pop(ino, None)
+
+    def _drop_inode(self, ino: int) -> None:
         self.inodes.pop(ino, None)
         self.written.discard(ino)
         self.data.pop(ino, None)
+
+    def put_listing(self, ino: int, entries: bytes) -> bool:
+        if ino in self.inodes:
+            self.listings[ino] = entries
+        return ino in self.inodes
+
+    def drop_listing(self, ino: int) -> None:
+        self.listings.pop(ino, None)
 
     def renew(self, deadline_ns: int) -> None:
         self.deadline_ns = deadline_ns
 
     def bump_epoch(self) -> None:
         self.epoch += 1
-        for each in (self.names, self.inodes, self.data, self.written):
+        for each in (self.names, self.inodes, self.data, self.written, self.listings):
             each.clear()
 
     def put_statfs(self, **figures: int) -> None:
@@ -285,11 +300,26 @@ class Rig:
         for ino in self.maps.written:
             with contextlib.suppress(Refused):
                 assert not (await self.other.attributes(ino)).flags & wire.InodeFlag.HAS_XATTRS
+        for ino, entries in self.maps.listings.items():
+            request = wire.FetchDirectory(ino, 0, wire.MAX_FETCH, 0, 0)
+            fetched = self.other.connection.stream(request)
+            listed = [(entry.name, entry.attributes.ino) async for page in fetched for entry in page.entries]
+            assert dirents(entries)[2:] == listed
         for ino, data in self.maps.data.items():
             if stat.S_ISREG(self.maps.inodes[ino].mode):
                 content = await self.other.connection.call(wire.GetContent(ino, 0, wire.MAX_INLINE), wire.Content)
                 assert content.inline is None or content.inline.ljust(content.attributes.size, b"\0") == data
                 assert len(data) == content.attributes.size
+
+
+def dirents(entries: bytes) -> list[tuple[bytes, int]]:
+    """Take a listing apart: names and inodes."""
+    found, at = [], 0
+    while at < len(entries):
+        ino, _, length, _ = struct.unpack_from("=QQII", entries, at)
+        found.append((entries[at + 24 : at + 24 + length], ino))
+        at += -(-(24 + length) // 8) * 8
+    return found
 
 
 class Token:

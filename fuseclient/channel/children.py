@@ -120,6 +120,7 @@ class Worker(Child):
         generation: int,
         maps: MapFds | None,
         session: str | None,
+        locks_fd: int,
     ) -> Worker:
         """Start a worker and wait until it has its session; raise :exc:`StartError`."""
         fuse, fuse_theirs = _message_pair()
@@ -140,6 +141,7 @@ class Worker(Child):
             generation=generation,
             maps=maps,
             session=session,
+            locks_fd=locks_fd,
         )
         with contextlib.ExitStack() as ours:
             for mine in (fuse, extra, notify, *slow, status):
@@ -195,6 +197,11 @@ class Worker(Child):
             self._owed -= 1
         return line
 
+    def say_unmounted(self) -> None:
+        """Tell the worker that the mount is gone, so that it may end its session."""
+        with contextlib.suppress(OSError):
+            self._status.send(b"unmounted\n")
+
     def release(self) -> None:
         """Close what is left of the sockets of a worker that has ended."""
         for end in (self.fuse_socket, self.extra_socket, self.notify_socket, *self.slow_sockets, self._status):
@@ -226,6 +233,8 @@ async def _spawn_worker(config: WorkerConfig, sockets: Sequence[socket.socket]) 
         os.write(descriptor, msgspec.json.encode(config))
         os.lseek(descriptor, 0, os.SEEK_SET)
         inherited = [descriptor, *(end.fileno() for end in sockets), *_descriptors(config.maps)]
+        if config.locks_fd is not None:
+            inherited.append(config.locks_fd)
         return await _spawn(["-m", "fuseclient.worker", str(descriptor)], inherited)
     finally:
         os.close(descriptor)

@@ -30,6 +30,7 @@ from fuseclient.native import Bpf, NativeError
 from fuseclient.observe import stats
 from fuseclient.processes import identify
 from fuseclient.volumes import Embedded, parse_volume
+from fuseclient.worker.lock_store import make_store
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Mount:
         self._transport: Transport | None = None
         self._control: asyncio.Server | None = None
         self._generation = 0
+        #: What is locked, which outlives the workers.
+        self._locks_fd = make_store()
         self._ending = False
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
@@ -128,6 +131,7 @@ class Mount:
                 self.volume.url,
                 read_only=self.options.read_only,
                 allow_other=self.options.allow_other,
+                shared_locks=self.options.locks == "shared",
                 trusted=self.options.trusted,
                 entries_fd=None if self._bpf is None else self._bpf.map_fd("entries"),
                 depth=acceleration.queue_depth(self.options),
@@ -142,6 +146,7 @@ class Mount:
             generation=self._generation,
             maps=None if self._bpf is None else acceleration.map_fds(self._bpf, self.options),
             session=session,
+            locks_fd=self._locks_fd,
         )
 
     def _remote_address(self) -> str:
@@ -345,6 +350,8 @@ class Mount:
             asyncio.get_running_loop().remove_reader(self._transport.fileno())
             closing = asyncio.create_task(asyncio.to_thread(self._transport.close))
         if self._worker is not None:
+            if await asyncio.to_thread(mounts.find_mount, self.options.mountpoint) is None:
+                self._worker.say_unmounted()
             if self._transport is None:
                 await self._worker.stop(_WORKER_END_S)
             else:
@@ -366,4 +373,5 @@ class Mount:
         self._ending = True
         if self._server is not None:
             await self._server.stop(_SERVER_END_S)
+        os.close(self._locks_fd)
         self.directory.remove()

@@ -32,6 +32,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     replayed: int
     refused: int
     interrupted: int
+    crowded: int
     notifications: int
     malformed_requests: int
     malformed_replies: int
@@ -59,6 +60,7 @@ class Transport:
         *,
         read_only: bool,
         allow_other: bool,
+        shared_locks: bool,
         trusted: bool,
         entries_fd: int | None,
         depth: int,
@@ -68,6 +70,7 @@ class Transport:
         options.mountpoint, options.source = strings
         options.read_only = read_only
         options.allow_other = allow_other
+        options.shared_locks = shared_locks
         options.trusted = trusted
         options.uring = entries_fd is not None
         options.entries_fd = -1 if entries_fd is None else entries_fd

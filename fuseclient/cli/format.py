@@ -27,7 +27,23 @@ def format_volume(
     inline_limit: Annotated[
         str, typer.Option(metavar="SIZE", help="files up to this size lie in the metadata engine")
     ] = format_size(wire.MAX_INLINE),
+    reuse_store: Annotated[
+        bool, typer.Option("--reuse-store", help="take a store that is not empty, and give up what is in it")
+    ] = False,
+    keep_events: Annotated[
+        int, typer.Option(metavar="COUNT", min=1, max=2**40, help="how many changes bpfuse events can go back")
+    ] = wire.KEPT_EVENTS,
+    keep_events_days: Annotated[
+        float, typer.Option(metavar="DAYS", min=0.0001, max=36500, help="and for how long")
+    ] = wire.KEPT_S / 86400,
 ) -> None:
     """Make a volume: embedded in a directory, or on a metaserver that runs."""
-    made = formatting.format_volume(url, store, parse_size(inline_limit), compression)
+    settings = formatting.Settings(
+        inline_limit=parse_size(inline_limit),
+        compression=compression,
+        reuse_store=reuse_store,
+        kept_events=keep_events,
+        kept_s=max(1, round(keep_events_days * 86400)),
+    )
+    made = formatting.format_volume(url, store, settings)
     print(f"{made} is ready to be mounted")

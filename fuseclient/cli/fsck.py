@@ -30,10 +30,15 @@ def fsck(
         str | None,
         typer.Option(metavar="URL", help="for bpfuse://...: where its metaserver keeps metadata"),
     ] = None,
+    accept_empty_store: Annotated[
+        bool, typer.Option("--accept-empty-store", help="repair even if the store has none of the objects needed")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="a line of JSON for each finding, and a last one")] = False,
 ) -> int:
     """Check a volume that is not mounted. Exit code: 0 clean, 1 something is wrong (still), 2 it cannot be checked."""
-    options = Options(repair=repair, verify=verify, store=not metadata_only, engine=engine)
+    options = Options(
+        repair=repair, verify=verify, store=not metadata_only, engine=engine, accept_empty_store=accept_empty_store
+    )
     with ProgressLine() as line:
         outcome = asyncio.run(check(url, options, _JsonLines(line) if as_json else _Lines(line)))
     print(json.dumps(_summary(outcome)) if as_json else _text(outcome))

@@ -54,6 +54,10 @@ def mount(
     lease: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, max=3600, help="the lease that an embedded metaserver gives")
     ] = _DEFAULTS.lease_s,
+    locks: Annotated[
+        Literal["shared", "local"],
+        typer.Option(help="file locks: shared with other mounts of the volume, or known to this mount only"),
+    ] = "shared",
     durability: Annotated[
         Literal["commit", "interval"],
         typer.Option(help="of an embedded volume's commits: durable at once, or within 100 ms and at each fsync"),
@@ -78,6 +82,7 @@ def mount(
         cache_bytes=None if cache_size is None else parse_size(cache_size),
         queue_depth=queue_depth,
         lease_s=lease,
+        locks=locks,
         durability=durability,
         log_file=None if foreground else os.path.abspath(log_file or mounting.default_log_file(directory)),
         log_level=log_level,

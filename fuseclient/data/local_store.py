@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from fuseclient.data.object_format import Buffer
-from fuseclient.data.object_names import UNFINISHED, Listed, listed, object_name
+from fuseclient.data.object_names import OWNER, UNFINISHED, Listed, listed, object_name
 from fuseclient.data.store_errors import NoSpace, ObjectExists, ObjectMissing, StoreError
 
 _T = TypeVar("_T")
@@ -65,6 +65,14 @@ class LocalBackend:
         while page := await self._run(self._readers, lambda: _take(walk, _LISTED_AT_ONCE)):
             yield page
 
+    async def owner(self) -> bytes:
+        """Return what :meth:`set_owner` was given last. Raises ObjectMissing, StoreError."""
+        return await self._run(self._readers, (self._root / OWNER).read_bytes)
+
+    async def set_owner(self, text: bytes) -> None:
+        """Keep a short text beside the objects, durably. Raises NoSpace, StoreError."""
+        await self._run(self._writers, lambda: self._set_owner(text))
+
     def close(self) -> None:
         """End the threads after what they have begun."""
         self._writers.shutdown(wait=False, cancel_futures=True)
@@ -108,6 +116,12 @@ class LocalBackend:
             if len(self._durable) >= _KNOWN_DIRECTORIES:
                 self._durable = {self._root}
             self._durable.add(directory)
+
+    def _set_owner(self, text: bytes) -> None:
+        unfinished = self._root / (OWNER + UNFINISHED)
+        _write_durably(unfinished, [text])
+        unfinished.replace(self._root / OWNER)
+        _sync_directory(self._root)
 
     def _forget_directories(self) -> None:
         with self._lock:

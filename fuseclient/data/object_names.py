@@ -1,6 +1,7 @@
 """What objects are called in every kind of store. Pure.
 
-Ids are handed out by the metaserver in rising order and never twice, so neighbours share a directory.
+Ids are handed out by the metaserver in rising order and never twice, so neighbours share a directory. Names sort as the
+ids do: the uppermost directory has five hex digits or, from id 2^40 on, more behind a letter that says how many.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from typing import Final, NamedTuple
 
 #: What the name of an object ends in that is still being written.
 UNFINISHED: Final = ".new"
-_NAME: Final = re.compile(r"[0-9a-f]{5,}/[0-9a-f]{3}/([0-9a-f]{12,})(\.new)?")
+#: What says which volume a store belongs to: its identity in hex.
+OWNER: Final = "bpfuse-volume"
+_NAME: Final = re.compile(r"[g-l]?[0-9a-f]{5,11}/[0-9a-f]{3}/([0-9a-f]{12,16})(\.new)?")
+_SHORTEST: Final = 5
 
 
 class Listed(NamedTuple):
@@ -25,7 +29,10 @@ class Listed(NamedTuple):
 
 def object_name(slice_id: int) -> str:
     """Return the path of a slice's object: 1024 to a directory, 1024 of those to a directory above."""
-    return f"{slice_id >> 20:05x}/{slice_id >> 10 & 0x3FF:03x}/{slice_id:012x}"
+    high = f"{slice_id >> 20:05x}"
+    longer = len(high) - _SHORTEST
+    prefix = chr(ord("f") + longer) if longer else ""
+    return f"{prefix}{high}/{slice_id >> 10 & 0x3FF:03x}/{slice_id:012x}"
 
 
 def listed(path: str, size: int, stored_s: float) -> Listed | None:

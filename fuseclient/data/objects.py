@@ -21,7 +21,7 @@ from typing import Final, Protocol, TypeVar
 
 from fuseclient.data.local_store import LocalBackend
 from fuseclient.data.object_format import MAX_HEADER, MAX_OBJECT, Buffer, Codec, Header, encode, parse_header
-from fuseclient.data.object_names import Listed, object_name
+from fuseclient.data.object_names import OWNER, Listed, object_name
 from fuseclient.data.store_errors import (
     NoSpace,
     ObjectDamaged,
@@ -66,6 +66,8 @@ class Backend(Protocol):
     async def read(self, slice_id: int, start: int, length: int) -> memoryview: ...
     async def delete(self, slice_ids: Iterable[int]) -> None: ...
     def list(self) -> AsyncIterator[Sequence[Listed]]: ...
+    async def owner(self) -> bytes: ...
+    async def set_owner(self, text: bytes) -> None: ...
     def close(self) -> None: ...
 
 
@@ -185,6 +187,22 @@ class ObjectStore:
     def list(self) -> AsyncIterator[Sequence[Listed]]:
         """Yield all objects, and those whose upload was broken off, some at a time. Raises :exc:`StoreError`."""
         return self._backend.list()
+
+    async def owner(self) -> bytes | None:
+        """Return the identity of the volume that the store was made for; ``None``: it does not say.
+
+        Raises :exc:`StoreError`.
+        """
+        try:
+            return bytes.fromhex((await self._access(self._backend.owner())).decode())
+        except ObjectMissing:
+            return None
+        except ValueError:
+            raise StoreError(f"what says whose it is cannot be read ({OWNER})") from None
+
+    async def set_owner(self, identity: bytes) -> None:
+        """Note which volume the store is for. Raises :exc:`StoreError`."""
+        await self._access(self._backend.set_owner(identity.hex().encode()))
 
     def where(self, slice_id: int) -> str:
         """Return an object's place, for messages."""

@@ -16,7 +16,7 @@ import obstore.exceptions
 import obstore.store
 
 from fuseclient.data.object_format import Buffer
-from fuseclient.data.object_names import Listed, listed, object_name
+from fuseclient.data.object_names import OWNER, Listed, listed, object_name
 from fuseclient.data.store_errors import NoSpace, ObjectExists, ObjectMissing, StoreError
 from fuseclient.data.store_url import StoreUrl
 
@@ -78,6 +78,22 @@ class S3Backend:
             )
         except FileNotFoundError as error:
             raise ObjectMissing("it is missing") from error
+        except (obstore.exceptions.BaseError, OSError) as error:
+            raise _error(error) from None
+
+    async def owner(self) -> bytes:
+        """Return what :meth:`set_owner` was given last. Raises ObjectMissing, StoreError."""
+        try:
+            return bytes(await (await obstore.get_async(self._store, OWNER)).bytes_async())
+        except FileNotFoundError as error:
+            raise ObjectMissing("it is missing") from error
+        except (obstore.exceptions.BaseError, OSError) as error:
+            raise _error(error) from None
+
+    async def set_owner(self, text: bytes) -> None:
+        """Keep a short text beside the objects. Raises NoSpace, StoreError."""
+        try:
+            await obstore.put_async(self._store, OWNER, text, use_multipart=False)
         except (obstore.exceptions.BaseError, OSError) as error:
             raise _error(error) from None
 

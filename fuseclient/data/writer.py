@@ -70,6 +70,8 @@ _DEFERRED: Final = ("mode", "uid", "gid", "atime_ns", "mtime_ns")
 _OVERTAKEN: Final = (wire.ErrorCode.BUSY, wire.ErrorCode.INVALID)
 #: Refusals after which it is not known whether the commit was made.
 _UNKNOWN: Final = (wire.ErrorCode.INTERNAL,)
+#: Refusals after which there is nowhere to write to: the file is no more, or not this client's to write any more.
+_NOWHERE: Final = (wire.ErrorCode.NOT_FOUND, wire.ErrorCode.LOST_LOCK)
 #: The most that experience with new files counts.
 _SURE: Final = 8
 _LOST: Final = StoreError("the metaserver may have lost changes that it had acknowledged")
@@ -395,6 +397,18 @@ class Writer:
             if file.unsynced or file.syncing:
                 file.loss, file.owed = _LOST, file.writers
 
+    async def publish(self, ino: int) -> None:
+        """Return when all that was written is committed, durable or not; raise what is in the way."""
+        file = self._files.get(ino)
+        if file is not None:
+            await self._drain(file)
+
+    def forfeit(self, ino: int) -> None:
+        """What was written and is not committed is refused from now on: find that out, and give it up."""
+        file = self._files.get(ino)
+        if file is not None and _uncommitted(file):
+            self._in_background(self._drain_old(file))
+
     async def flush_all(self) -> None:
         """Flush every file; errors stay with their files."""
         await asyncio.gather(*(self._drain_quietly(file) for file in self._files.values()))
@@ -553,7 +567,7 @@ class Writer:
         (self._uploads.abandon if unknown else self._uploads.discard)(file.staged)
         batches = _uncommitted(file)
         file.dirty, file.flushing, file.staged = Extents(), None, deque()
-        gone = isinstance(error, Refused) and error.code == wire.ErrorCode.NOT_FOUND
+        gone = isinstance(error, Refused) and error.code in _NOWHERE
         if gone and batches:
             file.loss, file.owed = error, file.writers
         for offset, data in (piece for each in batches for piece in _pieces(each)):

@@ -46,6 +46,8 @@ class Options:
     store: bool = True
     verify: bool = False
     engine: str | None = None
+    #: Repair even if not one object that is needed is there.
+    accept_empty_store: bool = False
 
 
 @dataclass
@@ -84,7 +86,7 @@ def _engine_of(volume: Embedded | Remote, engine: str | None) -> str:
         if engine is None:
             raise UserError(
                 f"{volume.url} is checked without its metaserver, which changes it all the time: stop that, and run"
-                f" on its machine: bpfuse fsck {volume.url} --engine lmdb:///directory"
+                f" on its machine: bpfuse fsck {volume.url} --engine lmdb:///directory (bpfuse gc works meanwhile, too)"
             )
         return engine
     if engine is not None:
@@ -113,7 +115,9 @@ class _Check:
             async for message in self._messages:
                 if message.volume is not None:
                     self._store_url = message.volume.store
-                    store = stack.enter_context(stores.opened(self._store_url)) if self._options.store else None
+                    if self._options.store:
+                        store = stack.enter_context(stores.opened(self._store_url))
+                        await stores.must_belong(store, self._store_url, bytes.fromhex(message.volume.identity))
                 elif message.slices is not None and store is not None:
                     comparison = await self._compare(store, message)
                 else:
@@ -145,16 +149,22 @@ class _Check:
             lambda done: self._listener.progress("objects", done, 0),
             verify=self._options.verify,
         ).run()
-        if self._options.repair and result.missing and stores.is_bare(self._store_url):
-            raise UserError(
-                f"the store {self._store_url} is empty, and {len(result.missing)} objects are missing:"
-                " nothing is given up; is it the right directory, and mounted?"
-            )
+        self._check_plausible(result)
         await self._tell(missing=result.missing)
         await self._tell(damaged=result.damaged)
         await self._child.send(last=result.last)
         self._outcome.objects, self._outcome.unused = result.objects, result.unused
         return result
+
+    def _check_plausible(self, result: Comparison) -> None:
+        """Raise :exc:`UserError` rather than give up all data because the store is not the one that it was."""
+        if not self._options.repair or self._options.accept_empty_store:
+            return
+        if result.missing and result.objects.count == len(result.leaked_ids):
+            raise UserError(
+                f"the store {self._store_url} is empty of all {len(result.missing)} objects that files need: nothing is"
+                " given up; is it the right one, and mounted? If they are lost indeed: --accept-empty-store"
+            )
 
     async def _needed(self, first: Message) -> AsyncIterator[Needed]:
         """Yield the slices of this message and of those that follow, up to the empty one."""

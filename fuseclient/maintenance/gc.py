@@ -117,6 +117,7 @@ async def _collect_objects(name: str, address: str, collected: Collected, age_s:
     try:
         async with _client(name, address) as client:
             with stores.opened(client.opened.store) as store:
+                await stores.must_belong(store, client.opened.store, client.opened.volume)
                 await _Collector(client, store, collected, age_s, listener).run()
     except rpc.Refused as refused:
         raise UserError(f"the metaserver of {collected.url} refused: {refused}") from None

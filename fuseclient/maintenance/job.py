@@ -25,6 +25,8 @@ class VolumeInfo(msgspec.Struct):
 
     name: str
     store: str
+    #: In hex.
+    identity: str
 
 
 class Finding(msgspec.Struct):

@@ -37,10 +37,11 @@ def _must_exist(url: StoreUrl) -> None:
         raise UserError(f"the store {url} is gone: there is no such directory")
 
 
-def is_bare(url: str) -> bool:
-    """Say whether a local store's directory is empty, as a mount point is on which the store is not mounted."""
-    parsed = parse_store_url(url)
-    return parsed.is_local and not any(Path(parsed.path).iterdir())
+async def must_belong(store: ObjectStore, url: str, identity: bytes) -> None:
+    """Raise :exc:`UserError` if a store says that it is another volume's. Raises :exc:`StoreError`."""
+    owner = await store.owner()
+    if owner not in (None, identity):
+        raise UserError(f"the store {url} belongs to another volume: nothing in it is this one's")
 
 
 async def ascending(store: ObjectStore) -> AsyncIterator[Listed]:

@@ -148,6 +148,8 @@ class Changes:
         try:
             with self._kernel.keeping_out(kept_out):
                 await self._kernel.drop(told.names, told.inodes)
+        except ConnectionError as error:
+            _log.info("the kernel's caches can be dropped no more, so the session ends with its lease: %s", error)
         except Exception as error:
             _log.error("the kernel's caches cannot be dropped, so the session will end: %s", error)
         else:
@@ -177,7 +179,7 @@ class Changes:
             self._drop_everything()
             return
         self._drop(renewed.names, renewed.inodes)
-        self._later(lambda: self._invalidate(renewed.names, renewed.inodes))
+        self._later(lambda: self._kernel.drop(renewed.names, renewed.inodes))
 
     def _drop(self, names: Sequence[tuple[int, bytes]], inodes: Sequence[int]) -> None:
         """Drop these from the worker's state and from the maps."""
@@ -203,29 +205,34 @@ class Changes:
     def renewed(self, deadline_ns: int) -> None:
         """The lease runs until ``deadline_ns``: use it when the kernel has dropped what is to be dropped."""
         self._deadline_ns = deadline_ns
-        if self._passthrough.is_stale and not self._pending:
-            self._pending.append(self._passthrough.refresh)
         if not self._pending:
-            self._lease.move(deadline_ns)
+            self._use_deadline()
         elif self._task is None:
             self._start()
         self._orphans.retry()
 
+    def _use_deadline(self) -> None:
+        """Nothing is pending: use the lease, or first bring up to date what the kernel reads by itself."""
+        if self._passthrough.is_stale:
+            self._refresh_soon()
+        else:
+            self._lease.move(self._deadline_ns)
+
     async def settle(self) -> None:
         """Wait until nothing is pending."""
-        while running := self._breaking | ({self._task} if self._task is not None else set()):
+        while running := self._breaking | {task for task in (self._task, self._refreshing) if task and not task.done()}:
             await asyncio.wait(running)
 
     def _drop_everything(self) -> InodeSet:
         """Drop all there is; return the files that the kernel may have pages of."""
         self._lease.move(0)
-        paged = self._feeder.paged.take()
+        paged, listed = self._feeder.paged.take(), self._feeder.listed.take()
         self._feeder.drop_everything()
         self._directories.forget_everything()
         self._writer.everything_changed()
         self._opened.clear()
         self._passthrough.changed_elsewhere(None)
-        self._later(lambda: self._invalidate_everything(paged))
+        self._later(lambda: self._kernel.everything(paged, listed))
         return paged
 
     def _later(self, action: Callable[[], Awaitable[None]]) -> None:
@@ -242,19 +249,11 @@ class Changes:
             while self._pending:
                 await self._pending[0]()
                 self._pending.popleft()
-            self._lease.move(self._deadline_ns)
+            self._use_deadline()
         except Exception as error:
             _log.error("what others changed cannot be dropped, so the lease is not used: %s", error)
         finally:
             self._task = None
-
-    async def _invalidate(self, names: Sequence[tuple[int, bytes]], inodes: Sequence[int]) -> None:
-        await self._kernel.drop(names, inodes)
-        await self._passthrough.refresh()
-
-    async def _invalidate_everything(self, paged: Iterable[int]) -> None:
-        await self._kernel.everything(paged)
-        await self._passthrough.refresh()
 
     def _refresh_soon(self) -> None:
         """Bring what the kernel reads by itself up to date, as soon as the change that was made way for is made."""
@@ -264,6 +263,8 @@ class Changes:
     async def _refresh(self) -> None:
         try:
             await self._passthrough.refresh()
+            if not self._pending:
+                self._lease.move(self._deadline_ns)
             while self._passthrough.is_stale:
                 await asyncio.sleep(_REFRESH_S)
                 await self._passthrough.refresh()

@@ -23,6 +23,7 @@ from typing import Final, NamedTuple, Protocol
 
 from fuseclient.data.caller import Caller
 from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.listings import Entry
 from fuseclient.worker.rpc import Refused
 from metaserver import wire
 
@@ -43,14 +44,6 @@ class Session(Caller, Protocol):
     def stream(self, request: wire.FetchDirectory, /) -> AsyncIterator[wire.DirectoryPage]:
         """Yield the pages of a directory fetch."""
         ...
-
-
-class Entry(NamedTuple):
-    """One entry of a listing."""
-
-    name: bytes
-    cookie: int
-    attributes: wire.Attributes
 
 
 @dataclass(frozen=True)
@@ -115,9 +108,23 @@ class _Fetch:
             self.error = error
         finally:
             self.entries.sort(key=_cookie)
+            self._put_listing()
             self.done = True
             self._progress.set()
             self.__exit__()
+
+    def _put_listing(self) -> None:
+        """Put what these entries add to the directory's listing, if they follow a known one."""
+        after = self._begins
+        if self.error is None and after is not None:
+            self._feeder.listing(self._token, self.request.ino, after, self.entries, complete=self.complete)
+
+    @property
+    def _begins(self) -> int | None:
+        """The cookie that all entries follow, or None if they are those around a name."""
+        if self.request.around is None:
+            return self.request.cookie
+        return 0 if self.whole else None
 
     def _add(self, page: wire.DirectoryPage) -> None:
         self._feeder.page(self._token, page)
@@ -170,8 +177,8 @@ class _Fetch:
         """Say whether the listing after a cookie can be read here: nothing was dropped since, and it is covered."""
         if self.generation != self._feeder.generation or self.error is not None:
             return False
-        begins = self.request.cookie if self.request.around is None else None
-        covered = self.whole or (begins is not None and begins <= cookie)
+        begins = self._begins
+        covered = begins is not None and begins <= cookie
         return covered and (not self.done or self.complete or self._index(cookie) < len(self.entries))
 
 

@@ -40,6 +40,7 @@ _ERRNO: Final = {
     ErrorCode.MALFORMED: errno.EIO,
     ErrorCode.BUSY: errno.EBUSY,
     ErrorCode.INTERNAL: errno.EIO,
+    ErrorCode.LOST_LOCK: errno.EIO,
     ErrorCode.EVENTS_GONE: errno.EIO,
 }
 

@@ -27,15 +27,20 @@ _COPY_64_REPLY: Final = struct.Struct("=Q")
 _ENTRY: Final = struct.Struct("=QQQQIIQQQQQQIIIIIIIIII")
 _OPEN: Final = struct.Struct("=QII")
 _OPEN_REQUEST: Final = struct.Struct("=II")
+_CLOSING: Final = struct.Struct("=QIIq")
+_LOCK: Final = struct.Struct("=QqQQIIII")
+_LOCK_REPLY: Final = struct.Struct("=QQII")
 _SETXATTR: Final = struct.Struct("=II")
 
 #: The longest message that is a request of these kinds, in bytes: a SETXATTR of the longest name and value is shorter.
 MESSAGE_MAX: Final = 65536 + 4096
 _INT64: Final = 1 << 63
 _SECOND_NS: Final = 1_000_000_000
+_READ_LOCK, _WRITE_LOCK, _UNLOCK = range(3)
+_LOCK_IS_FLOCK: Final = 1 << 0
+_RELEASE_ENDS_FLOCK: Final = 1 << 1
 _FOPEN_DIRECT_IO: Final = 1 << 0
 _FOPEN_KEEP_CACHE: Final = 1 << 1
-_FOPEN_NOFLUSH: Final = 1 << 5
 _FOPEN_PASSTHROUGH: Final = 1 << 7
 
 
@@ -51,7 +56,12 @@ class Opcode(enum.IntEnum):
     """The opcodes of this socket."""
 
     OPEN = 14
+    RELEASE = 18
     SETXATTR = 21
+    FLUSH = 25
+    GETLK = 31
+    SETLK = 32
+    SETLKW = 33
     INTERRUPT = 36
     FALLOCATE = 43
     LSEEK = 46
@@ -118,6 +128,45 @@ class Tmpfile(NamedTuple):
     mode: int
 
 
+class Flush(NamedTuple):
+    """A descriptor is closed. ``owner``: of the ranges that its process has locked."""
+
+    fh: int
+    owner: int
+
+
+class Release(NamedTuple):
+    """``flock_owner`` of a file that may have been locked by flock."""
+
+    fh: int
+    flock_owner: int | None
+
+
+class GetLock(NamedTuple):
+    """Bytes ``start`` to ``end``, the last one included; ``owner`` is signed."""
+
+    fh: int
+    owner: int
+    start: int
+    end: int
+    exclusive: bool
+    pid: int
+    flock: bool
+
+
+class SetLock(NamedTuple):
+    """As :class:`GetLock`; ``exclusive`` None: unlock."""
+
+    fh: int
+    owner: int
+    start: int
+    end: int
+    exclusive: bool | None
+    pid: int
+    flock: bool
+    wait: bool
+
+
 class Interrupt(NamedTuple):
     unique: int
 
@@ -126,7 +175,12 @@ class Unknown(NamedTuple):
     """A request of a kind that is not decoded."""
 
 
-Body: TypeAlias = Open | SetXattr | Fallocate | Lseek | CopyFileRange | Tmpfile | Interrupt | Unknown
+# fmt: off
+Body: TypeAlias = (
+    Open | Release | SetXattr | Flush | GetLock | SetLock | Fallocate | Lseek | CopyFileRange | Tmpfile | Interrupt
+    | Unknown
+)
+# fmt: on
 
 
 def decode(message: bytes) -> tuple[Header, Body]:
@@ -158,6 +212,14 @@ def _decode_body(opcode: int, body: bytes) -> Body:
             if not end or len(value) != size:
                 raise ValueError(f"a value of {len(value)} bytes that says {size}")
             return SetXattr(name, value, flags)
+        case Opcode.RELEASE:
+            fh, _, flags, owner = _CLOSING.unpack(body)
+            return Release(fh, owner if flags & _RELEASE_ENDS_FLOCK else None)
+        case Opcode.FLUSH:
+            fh, _, _, owner = _CLOSING.unpack(body)
+            return Flush(fh, owner)
+        case Opcode.GETLK | Opcode.SETLK | Opcode.SETLKW:
+            return _decode_lock(opcode, body)
         case Opcode.FALLOCATE:
             fh, offset, length, mode, _ = _FALLOCATE.unpack(body)
             _check_range(offset, length)
@@ -182,6 +244,19 @@ def _decode_body(opcode: int, body: bytes) -> Body:
             return Unknown()
 
 
+def _decode_lock(opcode: int, body: bytes) -> GetLock | SetLock:
+    fh, owner, start, end, kind, pid, flags, _ = _LOCK.unpack(body)
+    if start > end or end >= _INT64:
+        raise ValueError("a lock of a range that is none")
+    if kind not in (_READ_LOCK, _WRITE_LOCK) and (kind != _UNLOCK or opcode == Opcode.GETLK):
+        raise ValueError(f"a lock of kind {kind}")
+    flock = bool(flags & _LOCK_IS_FLOCK)
+    if opcode == Opcode.GETLK:
+        return GetLock(fh, owner, start, end, kind == _WRITE_LOCK, pid, flock)
+    exclusive = None if kind == _UNLOCK else kind == _WRITE_LOCK
+    return SetLock(fh, owner, start, end, exclusive, pid, flock, opcode == Opcode.SETLKW)
+
+
 def _check_range(offset: int, length: int) -> None:
     if offset + length >= _INT64:
         raise ValueError("a range beyond every file")
@@ -200,6 +275,14 @@ def encode_error(unique: int, number: int) -> bytes:
 def encode_offset(offset: int) -> bytes:
     """Return the body of a reply to LSEEK."""
     return _LSEEK_REPLY.pack(offset)
+
+
+def encode_lock(lock: tuple[int, int, bool, int] | None) -> bytes:
+    """Return the body of a reply to GETLK: the first byte, the last, exclusive?, and the process; ``None``: free."""
+    if lock is None:
+        return _LOCK_REPLY.pack(0, 0, _UNLOCK, 0)
+    start, end, exclusive, pid = lock
+    return _LOCK_REPLY.pack(start, end, _WRITE_LOCK if exclusive else _READ_LOCK, pid)
 
 
 def encode_count(count: int, *, size_64: bool) -> bytes:
@@ -227,7 +310,7 @@ def encode_open(opened: pyfuse3.FileInfo, opening: Opening | None) -> bytes:
     """Return the body of a reply to OPEN: a handle, and the backing that it reads from."""
     if opening is None:
         return _OPEN.pack(opened.fh, _open_flags(opened), 0)
-    flags = _FOPEN_PASSTHROUGH | (_FOPEN_DIRECT_IO if opening.direct else _FOPEN_NOFLUSH)
+    flags = _FOPEN_PASSTHROUGH | (_FOPEN_DIRECT_IO if opening.direct else 0)
     return _OPEN.pack(opened.fh, flags, opening.backing_id)
 
 

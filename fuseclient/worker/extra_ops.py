@@ -1,11 +1,13 @@
-"""The FUSE requests that pyfuse3 has no method for: FALLOCATE, LSEEK, COPY_FILE_RANGE and TMPFILE; OPEN, which it
-cannot answer with a backing for passthrough; and SETXATTR, of which it makes two requests when it has flags.
+"""The FUSE requests that pyfuse3 has no method for: FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE and those for locks;
+OPEN, which it cannot answer with a backing for passthrough; SETXATTR, of which it makes two requests when it has flags;
+FLUSH and RELEASE, of which it does not tell the lock owner.
 
 They come over a socket of their own, one message each, and are answered on it, each by a task of its own; what is not
 known here is answered ENOSYS, after which the kernel does without. This is an edge to the kernel, as operations.py is
 for all else: it speaks of errno, and what is below does not.
 
-An INTERRUPT makes a copy stop at the next piece, with a short count if it has come so far; all else is soon through.
+An INTERRUPT makes a copy stop at the next piece, with a short count if it has come so far, and ends the wait for a
+lock; all else is soon through.
 The socket's end is the worker's (see process.py); requests in hand are carried out, but nobody is told.
 """
 
@@ -24,7 +26,10 @@ from pyfuse3 import FUSEError
 from fuseclient.data.ranges import Ranges
 from fuseclient.worker import extra_messages as messages
 from fuseclient.worker.errors import errno_of
+from fuseclient.worker.lock_store import Held, Key
+from fuseclient.worker.locks import Locks, Lost
 from fuseclient.worker.operations import Operations
+from metaserver.wire import LockOutcome
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +44,13 @@ _MODES: Final = {
     _ZERO_RANGE: (False, True),
     _KEEP_SIZE | _ZERO_RANGE: (True, True),
 }
+#: What a program is told when it does not get a lock.
+_LOCK_ERRORS: Final = {
+    LockOutcome.DENIED: errno.EAGAIN,
+    LockOutcome.DEADLOCK: errno.EDEADLK,
+    LockOutcome.FULL: errno.ENOLCK,
+    LockOutcome.CANCELLED: errno.EINTR,
+}
 #: What a reply to COPY_FILE_RANGE can say, in bytes, in whole pages.
 _COUNT_32: Final = (1 << 32) - 4096
 
@@ -46,17 +58,17 @@ _COUNT_32: Final = (1 << 32) - 4096
 class ExtraOps:
     """Serves a socket from :meth:`start` to :meth:`close`. To be used on the event loop."""
 
-    def __init__(self, fd: int, operations: Operations, ranges: Ranges) -> None:
+    def __init__(self, fd: int, operations: Operations, ranges: Ranges, locks: Locks) -> None:
         self._socket = socket.socket(fileno=fd)
         self._socket.setblocking(False)
         self._operations = operations
         self._ranges = ranges
+        self._locks = locks
         self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        #: Requests in hand, by their unique, and those of them that were interrupted.
-        self._running: set[int] = set()
-        self._interrupted: set[int] = set()
+        #: Requests in hand, by their unique; the event is set when one is interrupted.
+        self._running: dict[int, asyncio.Event] = {}
 
     def start(self) -> None:
         """Take requests from now on."""
@@ -67,7 +79,8 @@ class ExtraOps:
         if self._socket.fileno() < 0:
             return
         self._loop.remove_reader(self._socket)
-        self._interrupted |= self._running
+        for interrupted in self._running.values():
+            interrupted.set()
         while self._tasks:
             await asyncio.wait(self._tasks)
         self._socket.close()
@@ -94,10 +107,10 @@ class ExtraOps:
             raise messages.Malformed("a request of more bytes than any has", messages.unique_of(message))
         header, body = messages.decode(message)
         if not isinstance(body, messages.Interrupt):
-            self._running.add(header.unique)
+            self._running[header.unique] = asyncio.Event()
             self._start(self._answer(header, body))
         elif body.unique in self._running:
-            self._interrupted.add(body.unique)
+            self._running[body.unique].set()
 
     def _start(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -109,12 +122,13 @@ class ExtraOps:
             reply = messages.encode(header.unique, await self._carry_out(header, body))
         except FUSEError as error:
             reply = messages.encode_error(header.unique, error.errno)
+        except Lost:
+            reply = messages.encode_error(header.unique, errno.EIO)
         except Exception as error:
             gone = errno.ENOENT if isinstance(body, messages.Tmpfile) else errno.ESTALE
             reply = messages.encode_error(header.unique, errno_of(error, type(body).__name__.lower(), gone=gone))
         finally:
-            self._running.discard(header.unique)
-            self._interrupted.discard(header.unique)
+            del self._running[header.unique]
         await self._send(reply)
 
     async def _send(self, reply: bytes) -> None:
@@ -133,6 +147,14 @@ class ExtraOps:
                 create, replace = bool(flags & os.XATTR_CREATE), bool(flags & os.XATTR_REPLACE)
                 await self._operations.set_xattr(header.nodeid, name, value, create=create, replace=replace)
                 return b""
+            case messages.Flush():
+                return await self._flush(header, body)
+            case messages.Release():
+                return await self._release(header, body)
+            case messages.GetLock():
+                return await self._get_lock(header, body)
+            case messages.SetLock():
+                return await self._set_lock(header, body)
             case messages.Fallocate():
                 return await self._fallocate(header, body)
             case messages.Lseek():
@@ -145,6 +167,39 @@ class ExtraOps:
                 return messages.encode_opened(entry, opened)
             case _:
                 raise FUSEError(errno.ENOSYS)
+
+    async def _flush(self, header: messages.Header, request: messages.Flush) -> bytes:
+        try:
+            await self._operations.flush(request.fh)
+        finally:
+            await self._locks.closed(header.nodeid, request.owner)
+        return b""
+
+    async def _release(self, header: messages.Header, request: messages.Release) -> bytes:
+        try:
+            await self._operations.release(request.fh)
+        finally:
+            if self._locks.has(header.nodeid):
+                fh = None if self._operations.is_shared(request.fh) else request.fh
+                await self._locks.released(header.nodeid, fh, request.flock_owner)
+        return b""
+
+    async def _get_lock(self, header: messages.Header, request: messages.GetLock) -> bytes:
+        key = Key(header.nodeid, request.flock, request.owner)
+        wanted = Held(key, request.start, request.end, request.exclusive, request.pid, request.fh)
+        lock = await self._locks.test(wanted)
+        return messages.encode_lock(None if lock is None else (lock.start, lock.end, lock.exclusive, lock.pid))
+
+    async def _set_lock(self, header: messages.Header, request: messages.SetLock) -> bytes:
+        key = Key(header.nodeid, request.flock, request.owner)
+        if request.exclusive is None:
+            outcome = await self._locks.unlock(key, request.start, request.end)
+        else:
+            wanted = Held(key, request.start, request.end, request.exclusive, request.pid, request.fh)
+            outcome = await self._locks.take(wanted, self._running[header.unique] if request.wait else None)
+        if outcome is not LockOutcome.GRANTED:
+            raise FUSEError(_LOCK_ERRORS[outcome])
+        return b""
 
     async def _fallocate(self, header: messages.Header, request: messages.Fallocate) -> bytes:
         if request.mode not in _MODES:
@@ -171,6 +226,7 @@ class ExtraOps:
             raise FUSEError(errno.EINVAL)
         await self._operations.adopt(request.fh_out)
         length = request.length if request.size_64 else min(request.length, _COUNT_32)
+        interrupted = self._running[header.unique]
         async with self._operations.changing(header.nodeid, request.nodeid_out):
             copied = await self._ranges.copy(
                 header.nodeid,
@@ -178,8 +234,8 @@ class ExtraOps:
                 request.nodeid_out,
                 request.offset_out,
                 length,
-                lambda: header.unique in self._interrupted,
+                interrupted.is_set,
             )
-        if length and not copied and header.unique in self._interrupted:
+        if length and not copied and interrupted.is_set():
             raise FUSEError(errno.EINTR)
         return messages.encode_count(copied, size_64=request.size_64)

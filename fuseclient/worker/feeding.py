@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -19,6 +19,7 @@ import msgspec
 from fuseclient.data.writer import Closed
 from fuseclient.worker.guard import Guard, Token
 from fuseclient.worker.inode_set import InodeSet
+from fuseclient.worker.listings import Entry, Listings
 from fuseclient.worker.whole import WholeDirectories
 from metaserver import wire
 
@@ -51,11 +52,14 @@ class Feeder:
         self._on_old_pages = on_old_pages
         self._distrusts_pages = False
         self._guard = Guard()
+        self._listings = Listings(cache)
         self._recent: OrderedDict[int, int] = OrderedDict()
         #: Rises with everything that is dropped.
         self.generation = 0
         #: The files that the kernel may hold pages of, whoever answered its requests.
         self.paged = InodeSet()
+        #: The directories that it may hold listings of.
+        self.listed = InodeSet()
         #: What is known of whole directories, to be used while there is a lease.
         self.whole = WholeDirectories()
         #: Told of what an inode has become by a change made here.
@@ -92,6 +96,12 @@ class Feeder:
                 self._cache.put_name(parent, entry.name, entry.attributes.ino)
         self._cache.put(parent, whole)
 
+    def listing(self, token: Token, ino: int, after: int, entries: Sequence[Entry], *, complete: bool) -> None:
+        """Put the entries of a directory that follow a cookie; see :meth:`Listings.fetched`."""
+        if self._guard.may_put(token, _listing(ino)):
+            self.listed.add(ino)
+            self._listings.fetched(ino, after, entries, complete=complete)
+
     def found(self, token: Token, parent: int, name: bytes, attributes: wire.Attributes) -> bool:
         """Put what a lookup found; say whether it was fresh."""
         self.inode(token, attributes)
@@ -125,8 +135,11 @@ class Feeder:
         )
 
     def _has_old_pages(self, attributes: wire.Attributes) -> bool:
-        """Say whether the kernel may hold pages of a file that nobody here knows of; they are to go then."""
-        if not self._distrusts_pages or not stat.S_ISREG(attributes.mode) or attributes.ino in self.paged:
+        """Say whether the kernel may hold pages of an inode that nobody here knows of; they are to go then."""
+        if not self._distrusts_pages:
+            return False
+        known = {stat.S_IFREG: self.paged, stat.S_IFDIR: self.listed}.get(stat.S_IFMT(attributes.mode))
+        if known is None or attributes.ino in known:
             return False
         self._on_old_pages(attributes.ino)
         return True
@@ -135,6 +148,7 @@ class Feeder:
         """The kernel has dropped an inode's pages, which it was told to after the token was taken."""
         if self._guard.may_put(token, ino):
             self.paged.add(ino)
+            self.listed.add(ino)
 
     def _put_inode(self, attributes: wire.Attributes, content: bytes | None) -> None:
         self._note_pages(attributes)
@@ -210,6 +224,8 @@ class Feeder:
     def _drop_name(self, parent: int, name: bytes) -> None:
         self.generation += 1
         self._guard.dropped((parent, name))
+        self._guard.dropped(_listing(parent))
+        self._listings.forget(parent)
         self._cache.drop_name(parent, name)
 
     def drop_inode(self, ino: int) -> None:
@@ -226,6 +242,12 @@ class Feeder:
         self._guard.dropped_all()
         self._recent.clear()
         self.whole.clear()
+        self._listings.clear()
         self._cache.bump_epoch()
         self._cache.drop_statfs()
         self.on_drop(None)
+
+
+def _listing(ino: int) -> tuple[int, bytes]:
+    """Return what a directory's listing is guarded by."""
+    return ino, b""

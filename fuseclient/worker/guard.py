@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-#: An inode number, or a directory and a name in it.
+#: An inode number, or a directory and a name in it; without a name, the directory's listing.
 Key = int | tuple[int, bytes]
 
 

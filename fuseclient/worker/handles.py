@@ -3,7 +3,7 @@
 bit 63      given out by the BPF program (``BPFUSE_FH_KERNEL_BIT``); then bits 62-48 are its serial number
 bit 62      open for writing
 bits 61-56  generation of the worker that gave it out, modulo 64
-bit 55      opened to append (O_APPEND), and for writing
+bit 55      0; set by the channel in a WRITE to the end of the file (``BPFUSE_FH_APPENDS_BIT``)
 bits 54-48  serial number: tells handles of one inode apart, of which the last is given to all that are left
 bits 47-0   inode
 """
@@ -16,7 +16,8 @@ from typing import Final, NamedTuple
 _KERNEL: Final = 1 << 63
 _WRITING: Final = 1 << 62
 _GENERATION_SHIFT: Final = 56
-_APPENDS: Final = 1 << 55
+#: Of a WRITE.
+APPENDS: Final = 1 << 55
 GENERATIONS: Final = 64
 _SERIAL_SHIFT: Final = 48
 _INO: Final = (1 << 48) - 1
@@ -31,21 +32,18 @@ class Handle(NamedTuple):
     writing: bool
     generation: int
     kernel: bool
-    appends: bool = False
 
 
-def encode(ino: int, *, writing: bool, generation: int, serial: int = 0, appends: bool = False) -> int:
+def encode(ino: int, *, writing: bool, generation: int, serial: int = 0) -> int:
     """Return a handle of this worker."""
-    bits = _APPENDS * appends | _WRITING * writing | generation % GENERATIONS << _GENERATION_SHIFT
-    return bits | serial << _SERIAL_SHIFT | ino
+    return _WRITING * writing | generation % GENERATIONS << _GENERATION_SHIFT | serial << _SERIAL_SHIFT | ino
 
 
 def decode(fh: int) -> Handle:
     """Take a handle apart."""
     if fh & _KERNEL:
         return Handle(fh & _INO, False, 0, True)
-    generation = fh >> _GENERATION_SHIFT & GENERATIONS - 1
-    return Handle(fh & _INO, bool(fh & _WRITING), generation, False, bool(fh & _APPENDS))
+    return Handle(fh & _INO, bool(fh & _WRITING), fh >> _GENERATION_SHIFT & GENERATIONS - 1, False)
 
 
 class Serials:

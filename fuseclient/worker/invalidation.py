@@ -6,6 +6,10 @@ one may wait at the metaserver for the very change that is to be made way for. S
 and when dropping a name takes too long, all names are expired instead, which takes no lock: each is then asked for
 again, and answered by BPF.
 
+A directory's listing goes with any of its names, and with it pages that the kernel keeps of it. A listing that is being
+read there may put them back, with what it was told before, as long as it has the directory's lock: so the lock is
+waited for first, by dropping a name; and if that takes too long, the pages are dropped once more when it is had.
+
 Pages of a file that is open for writing here are dropped behind the caller's back: a write holds its page while it
 waits for the metaserver. Until they are gone the inode must not enter the maps; ``dropping`` tells.
 """
@@ -17,7 +21,7 @@ import contextlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Final, Protocol
 
 _log = logging.getLogger(__name__)
@@ -28,6 +32,8 @@ NAMES_ONE_BY_ONE: Final = 256
 _AT_ONCE: Final = 64
 #: Seconds after which a name that cannot be dropped is expired with all others.
 _PATIENCE_S: Final = 0.03
+#: What no entry is called: dropping it waits for the directory's lock, and drops nothing.
+_NO_NAME: Final = b"/"
 
 
 class Kernel(Protocol):
@@ -50,11 +56,15 @@ class Invalidator:
         self.busy: Counter[int] = Counter()
         #: Inodes whose pages are being dropped behind the caller's back.
         self.dropping: Counter[int] = Counter()
+        #: Set when there are fewer of them.
+        self._dropped = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def drop(self, names: Sequence[tuple[int, bytes]], inodes: Sequence[int]) -> None:
         """Return when the kernel has dropped these names and inodes. Names first: a lookup in flight is waited for."""
         await self._drop_names(names)
+        listings = {parent for parent, _ in names}.difference(inodes)
+        await _in_batches(self._kernel.invalidate_inode(ino) for ino in listings)
         unknown = await _in_batches(self._drop_inode(ino) for ino in inodes)
         if unknown:
             # A lookup that was answered before may be about to make the inode known, with what is out of date.
@@ -64,16 +74,29 @@ class Invalidator:
         if not names:
             return
         in_the_way = len(names) > NAMES_ONE_BY_ONE or any(self.busy[parent] for parent, _ in names)
-        if in_the_way and await self._kernel.increment_epoch():
-            return
+        expired = in_the_way and await self._kernel.increment_epoch()
+        if expired:
+            names = self._one_of_each(names)
         one_by_one = asyncio.ensure_future(_in_batches(self._kernel.invalidate_entry(*each) for each in names))
         done, _ = await asyncio.wait({one_by_one}, timeout=_PATIENCE_S)
         if done:
             one_by_one.result()
-        elif await self._kernel.increment_epoch():
-            one_by_one.add_done_callback(_note_failure)
+        elif expired or await self._kernel.increment_epoch():
+            self._in_background(self._drop_late(one_by_one, {parent for parent, _ in names}))
         else:
             await one_by_one
+
+    def _one_of_each(self, names: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+        """Return a name of each directory whose lock may be had by listings. A change in flight has it for itself."""
+        return [(parent, name) for parent, name in dict(names).items() if not self.busy[parent]]
+
+    async def _drop_late(self, names: Awaitable[object], directories: Iterable[int]) -> None:
+        """Names took too long to drop: drop the pages of their directories when that is done."""
+        try:
+            await names
+            await _in_batches(self._kernel.invalidate_inode(ino) for ino in directories)
+        except OSError as error:
+            _log.warning("a name was dropped late, or not: %s", error)
 
     async def _drop_inode(self, ino: int) -> bool:
         """Drop an inode; say whether the kernel did not know it."""
@@ -82,11 +105,17 @@ class Invalidator:
         self.drop_pages_later(ino)
         return not await self._kernel.invalidate_attributes(ino)
 
-    async def everything(self, paged: Iterable[int]) -> None:
-        """Return when the kernel has dropped every name and the inodes that it may have pages of."""
+    async def everything(self, paged: Iterable[int], listed: Iterable[int] = ()) -> None:
+        """Return when the kernel has dropped every name and the files and directories that it may have pages of."""
         if not await self._kernel.increment_epoch():
             _log.warning("this kernel cannot expire all names at once; they expire with their time to live")
         await _in_batches(self._drop_inode(ino) for ino in paged)
+        await _in_batches(self._drop_listing(ino) for ino in listed)
+
+    async def _drop_listing(self, ino: int) -> None:
+        if not self.busy[ino]:
+            await self._drop_names([(ino, _NO_NAME)])
+        await self._kernel.invalidate_inode(ino)
 
     @contextlib.contextmanager
     def keeping_out(self, inodes: Iterable[int]) -> Iterator[None]:
@@ -100,6 +129,13 @@ class Invalidator:
                 self.dropping[ino] -= 1
                 if not self.dropping[ino]:
                     del self.dropping[ino]
+            self._dropped.set()
+
+    async def settled(self, ino: int) -> None:
+        """Return when no pages of a file are being dropped behind anybody's back."""
+        while ino in self.dropping:
+            self._dropped.clear()
+            await self._dropped.wait()
 
     async def drop_pages(self, ino: int) -> None:
         """Return when the kernel has written back and dropped an inode's pages."""
@@ -110,7 +146,10 @@ class Invalidator:
 
     def drop_pages_later(self, ino: int) -> None:
         """Have the kernel drop an inode's pages, of a file that is written or has been; keep it out of the maps."""
-        task = asyncio.create_task(self._drop_pages(ino))
+        self._in_background(self._drop_pages(ino))
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -120,11 +159,6 @@ class Invalidator:
                 await self._kernel.invalidate_written(ino)
             except OSError as error:
                 _log.error("the pages of inode %d cannot be dropped: %s", ino, error)
-
-
-def _note_failure(late: asyncio.Future[bool]) -> None:
-    if not late.cancelled() and (error := late.exception()) is not None:
-        _log.warning("a name was dropped late, or not: %s", error)
 
 
 async def _in_batches(calls: Iterable[Awaitable[object]]) -> bool:

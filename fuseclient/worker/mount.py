@@ -22,6 +22,8 @@ from fuseclient.worker.directories import WINDOW, Directories
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.invalidation import Invalidator, Kernel
 from fuseclient.worker.lease import Lease
+from fuseclient.worker.lock_store import LockStore
+from fuseclient.worker.locks import Locks
 from fuseclient.worker.operations import Operations, Parts
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.reading import ReadPath
@@ -57,6 +59,7 @@ class Mount:
         self._cache = cache
         self._notifier = kernel
         self._kernel = Invalidator(kernel, self._is_written)
+        self.locks = Locks(cache, LockStore(config.locks_fd))
         self._changes: Changes | None = None
         #: What the session told while it was being opened, when there was nothing yet to tell.
         self._early: list[Callable[[Changes], None]] = []
@@ -66,12 +69,19 @@ class Mount:
             client=f"{socket.gethostname()}:{config.options.mountpoint}"[:256],
             on_changes=lambda renewed: self._tell(lambda changes: changes.apply(renewed)),
             on_renewed=lambda deadline_ns: self._tell(lambda changes: changes.renewed(deadline_ns)),
-            on_lost=lambda: self._tell(lambda changes: changes.lost()),
+            on_lost=self._lost,
             on_break=self._broken,
             on_restarted=lambda: self._tell(lambda changes: changes.restarted()),
             writing=lambda: self._writer.open_inodes()[: wire.MAX_OPEN] if self._changes is not None else [],
+            on_connected=lambda connection, resumed: self.locks.connected(connection, resumed=resumed),
+            check_change=lambda request: self.locks.check_change(request),
             resume=bytes.fromhex(config.session) if config.session else None,
         )
+        self.locks.session = self._session
+
+    def _lost(self) -> None:
+        self.locks.session_lost()
+        self._tell(lambda changes: changes.lost())
 
     def _is_written(self, ino: int) -> bool:
         return self._changes is not None and self._writer.is_open(ino)
@@ -163,6 +173,7 @@ class Mount:
         )  # fmt: skip
         through = reading.passthrough
         self._changes = Changes(feeder, directories, writer, orphans, lease, versions, kernel, through, is_open)
+        self._join_locks()
         for each in self._early:
             each(self._changes)
         self.ranges = Ranges(
@@ -189,9 +200,25 @@ class Mount:
                 on_read=reading.read,
                 generation=config.generation,
                 kernel=kernel,
+                locks=self.locks,
                 may_remember=config.maps is not None,
             )
         )
+
+    def _join_locks(self) -> None:
+        """Locks have to do with data: see locks.py."""
+        writer, kernel, through = self._writer, self._kernel, self._reading.passthrough
+
+        async def publish(ino: int) -> None:
+            await through.absorb(ino)
+            await writer.publish(ino)
+
+        async def refresh(ino: int) -> None:
+            await kernel.settled(ino)
+            if through.has(ino) and through.is_stale:
+                await through.refresh()
+
+        self.locks.publish, self.locks.refresh, self.locks.forfeit = publish, refresh, writer.forfeit
 
     @property
     def session_id(self) -> bytes:
@@ -208,16 +235,17 @@ class Mount:
             "files_being_written": self._writer.count,
             "filling": cache.get("filling", {}),
             "compaction": self._compactor.figures(),
+            "locks": self.locks.figures(),
             **self._reading.figures(),
         }
 
-    async def close(self) -> None:
-        """Commit all that was written, and end the session."""
+    async def close(self, *, farewell: bool = True) -> None:
+        """Commit all that was written, and end the session; without a ``farewell`` it ends with its lease."""
         self._cleaning.cancel()
         self._compacting.cancel()
         await self._reading.passthrough.absorb_all()
         await self._writer.flush_all()
-        await self._session.close()
+        await self._session.close(farewell=farewell)
         await self._reading.close()
         self._store.close()
 

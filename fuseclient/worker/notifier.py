@@ -32,6 +32,8 @@ _CODE_INC_EPOCH = 8
 _CODE_BACKING_OPEN = int(lib.BPFUSE_NOTIFY_BACKING_OPEN)
 _CODE_BACKING_CLOSE = int(lib.BPFUSE_NOTIFY_BACKING_CLOSE)
 
+_GONE = "the channel closed the notification socket"
+
 
 class _Lane:
     """One socket: notifications in order, any number on their way."""
@@ -59,6 +61,8 @@ class _Lane:
         """Send a message, with a descriptor if there is one; return its result, or raise OSError for a negative one."""
         result: asyncio.Future[int] = self._loop.create_future()
         async with self._sending:
+            if self._socket.fileno() < 0:
+                raise ConnectionResetError(_GONE)
             message = _HEADER.pack(_HEADER.size + len(body), code, 0) + body
             if descriptor is None:
                 await self._loop.sock_sendall(self._socket, message)
@@ -104,7 +108,7 @@ class _Lane:
         while self._waiting:
             result = self._waiting.popleft()
             if not result.done():
-                result.set_exception(ConnectionResetError("the channel closed the notification socket"))
+                result.set_exception(ConnectionResetError(_GONE))
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

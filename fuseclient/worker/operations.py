@@ -35,6 +35,8 @@ from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.guard import Token
 from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
+from fuseclient.worker.listings import DOTS
+from fuseclient.worker.locks import Locks
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
@@ -43,8 +45,6 @@ if TYPE_CHECKING:
     from fuseclient.kernel_cache import Cache
 
 _INT64: Final = 1 << 63
-#: Positions of "." and ".." in a listing; entries follow at their cookie and this.
-_DOTS: Final = 2
 #: How long a volume's figures are answered from the kernel.
 _STATISTICS_NS: Final = 1_000_000_000
 #: Kinds of xattr that are kept.
@@ -70,6 +70,7 @@ class Parts:
     cache: Cache
     opened: OpenedVersions
     kernel: Invalidator
+    locks: Locks
     #: Handles given out by this worker and not yet released, by inode.
     open_handles: Counter[int]
     passthrough: Passthrough
@@ -99,6 +100,7 @@ class Operations(pyfuse3.Operations):
         self._cache = parts.cache
         self._opened = parts.opened
         self._kernel = parts.kernel
+        self._locks = parts.locks
         self._open_handles = parts.open_handles
         self._serials = handles.Serials()
         self._passthrough = parts.passthrough
@@ -384,16 +386,17 @@ class Operations(pyfuse3.Operations):
     @answered
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         ino = handles.decode(fh).ino
-        for position in range(start_id, _DOTS):
+        self._feeder.listed.add(ino)
+        for position in range(start_id, DOTS):
             if not pyfuse3.readdir_reply(token, b"." * (position + 1), dot_entry(ino), position + 1):
                 return
-        cookie, complete = max(0, start_id - _DOTS), False
+        cookie, complete = max(0, start_id - DOTS), False
         while not complete:
             listing = await self._directories.listing(ino, cookie)
             complete = listing.complete
             for entry in listing.entries:
                 attributes = self._entry(entry.attributes, listing.is_fresh(entry))
-                if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + _DOTS):
+                if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + DOTS):
                     return
                 cookie = entry.cookie
 
@@ -497,14 +500,16 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         if off + len(buf) > wire.MAX_FILE:
             raise FUSEError(errno.EFBIG)
-        await self.adopt(fh)
-        handle = handles.decode(fh)
-        if self._passthrough.has(handle.ino):
-            await self._passthrough.write(handle.ino, off, buf)
-        elif handle.appends:
-            await self._writer.append(handle.ino, buf)
+        await self.adopt(fh & ~handles.APPENDS)
+        ino = handles.decode(fh).ino
+        if not self._locks.may_write(ino):
+            raise FUSEError(errno.EIO)
+        if self._passthrough.has(ino):
+            await self._passthrough.write(ino, off, buf)
+        elif fh & handles.APPENDS:
+            await self._writer.append(ino, buf)
         else:
-            await self._writer.write(handle.ino, off, buf)
+            await self._writer.write(ino, off, buf)
         return len(buf)
 
     async def absorb(self, ino: int) -> None:
@@ -551,16 +556,9 @@ class Operations(pyfuse3.Operations):
     # Handles
 
     def _handle(self, ino: int, flags: int) -> int:
-        """Return a handle. One that appends is direct: where its bytes go, the kernel does not know (see writer.py)."""
         self._open_handles[ino] += 1
         self._cache.opened(ino)
-        return handles.encode(
-            ino,
-            writing=_writes(flags),
-            generation=self._generation,
-            serial=self._serials.take(ino),
-            appends=_appends(flags),
-        )
+        return handles.encode(ino, writing=_writes(flags), generation=self._generation, serial=self._serials.take(ino))
 
     @contextlib.contextmanager
     def _opening(self, ino: int) -> Iterator[None]:
@@ -586,6 +584,11 @@ class Operations(pyfuse3.Operations):
                 self._reader.closed(handle.ino)
         self._passthrough.released(handle.ino)
         self._orphans.closed(handle.ino)
+
+    def is_shared(self, fh: int) -> bool:
+        """Whether another open handle may be the same as this one, which was released."""
+        handle = handles.decode(fh)
+        return not handle.kernel and handle.generation == self._generation and self._serials.in_use(fh)
 
     def _is_earlier_writer(self, fh: int) -> bool:
         handle = handles.decode(fh)
@@ -627,6 +630,7 @@ def _writes(flags: int) -> bool:
 
 
 def _appends(flags: int) -> bool:
+    """Whether a file is opened to append: it is direct then, as the kernel may not know where the bytes go."""
     return bool(flags & os.O_APPEND) and _writes(flags)
 
 

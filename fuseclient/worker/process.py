@@ -5,6 +5,9 @@ session, says that it is ready, and serves FUSE requests from the channel's sock
 everything written committed and the session closed, on SIGTERM or SIGINT and when the channel closes the socket. It
 dies with the channel, too: the kernel sends it SIGTERM then.
 
+Only if the channel says that the mount is gone is the session ended. Else it is left to its lease, to be resumed by the
+next worker, or because a mount whose channel died is still there: the kernel answers from what it was told to keep.
+
 pyfuse3 takes the end of the socket for a broken device and raises in each of its tasks; so the socket is watched
 for a hang-up, and the loop is told to end first.
 """
@@ -44,6 +47,8 @@ _MAX_TASKS: Final = 1024
 _MIN_TASKS: Final = 16
 #: Seconds that a clean stop may take before the process just ends.
 _STOP_S: Final = 30
+#: Seconds within which a channel that closes the socket says why.
+_LAST_WORD_S: Final = 5.0
 
 
 def main(argv: list[str]) -> int:
@@ -79,11 +84,16 @@ def _die_with_parent() -> None:
 
 
 class Status:
-    """The stream to the channel: JSON objects, one a line, and the line "figures" that asks for one of them."""
+    """The stream to the channel: JSON objects, one a line; and from it, lines: "figures" asks for one of them, and
+    "unmounted" says that the mount is gone.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unmounted = False
+        #: Set when nothing more is to be expected.
+        self._last = asyncio.Event()
         os.set_blocking(fd, False)
 
     def send(self, message: dict[str, Any]) -> None:
@@ -91,26 +101,36 @@ class Status:
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
             os.write(self._fd, json.dumps(message).encode() + b"\n")
 
+    async def is_unmounted(self) -> bool:
+        """Say whether the mount is gone, when the channel has said so, or is gone itself, or is silent for long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORD_S):
+                await self._last.wait()
+        return self._unmounted
+
     @contextlib.contextmanager
     def answering(self, figures: Callable[[], Awaitable[dict[str, Any]]]) -> Iterator[None]:
-        """Answer the channel's questions with ``figures``."""
+        """Listen to the channel, and answer its questions with ``figures``."""
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._fd, self._asked, figures)
+        loop.add_reader(self._fd, self._told, figures)
         try:
             yield
         finally:
             loop.remove_reader(self._fd)
 
-    def _asked(self, figures: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+    def _told(self, figures: Callable[[], Awaitable[dict[str, Any]]]) -> None:
         try:
-            asked = os.read(self._fd, 4096)
+            told = os.read(self._fd, 4096)
         except BlockingIOError:
             return
         except OSError:
-            asked = b""
-        if not asked:
+            told = b""
+        if b"unmounted\n" in told:
+            self._unmounted = True
+        if not told or self._unmounted:
+            self._last.set()
             asyncio.get_running_loop().remove_reader(self._fd)
-        for _ in range(asked.count(b"figures\n")):
+        for _ in range(told.count(b"figures\n")):
             task = asyncio.create_task(self._answer(figures))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -126,6 +146,7 @@ class Worker:
         self._config = config
         self._status = status
         self._ending = False
+        self._hang_up = False
 
     async def run(self) -> None:
         """Serve until told to stop; raise :exc:`CannotStart`."""
@@ -137,17 +158,21 @@ class Worker:
             stack.callback(notifier.close)
             mount = Mount(self._config, cache, notifier)
             await mount.open()
-            stack.push_async_callback(mount.close)
+            stack.enter_context(self._status.answering(mount.figures))
+            stack.push_async_callback(self._leave, mount)
             await self._serve(mount)
+
+    async def _leave(self, mount: Mount) -> None:
+        await mount.close(farewell=self._hang_up and await self._status.is_unmounted())
 
     async def _serve(self, mount: Mount) -> None:
         """Answer requests until the socket is closed or a signal comes."""
         options = set(pyfuse3.default_options) | {"fsname=bpfuse"}
         pyfuse3.init(mount.operations, f"/dev/fd/{self._config.fuse_fd}", options)
-        extra = ExtraOps(self._config.extra_fd, mount.operations, mount.ranges)
+        extra = ExtraOps(self._config.extra_fd, mount.operations, mount.ranges, mount.locks)
         extra.start()
         try:
-            with self._watched(), self._status.answering(mount.figures):
+            with self._watched():
                 self._status.send({"ready": True, "session": mount.session_id.hex()})
                 await pyfuse3.main(_MIN_TASKS, _MAX_TASKS)
         finally:
@@ -170,6 +195,7 @@ class Worker:
 
     def _hung_up(self, watch_fd: int) -> None:
         asyncio.get_running_loop().remove_reader(watch_fd)
+        self._hang_up = True
         self._end("the channel closed the socket")
 
     def _end(self, why: str) -> None:

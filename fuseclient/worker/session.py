@@ -9,10 +9,14 @@ The lease is what makes caches right, so the order of things is the point of thi
   the metaserver moves the lease only past breaks that were acknowledged;
 * a session that could not be resumed is gone: ``on_lost`` is called, in which all that is cached must be dropped,
   before the new session's deadline is announced;
+* over each connection ``on_connected`` tells what the metaserver must know before the lease is renewed (locks), and
+  ``check_change`` may refuse a change when it is about to be sent, for what happened since it was asked for;
 * a session that is resumed at another run of the metaserver goes on, but what that had acknowledged lazily may be lost:
   ``on_restarted`` is called.
 
-One task renews and reconnects. Calls run in their callers' tasks; they wait while there is no connection or no lease.
+One task renews and reconnects. Calls run in their callers' tasks. Reads wait while the session is open on no
+connection, and not for the lease, because a lease may have to wait for them: the kernel holds the pages that it reads,
+and the acknowledgement of a break, without which there is no lease, waits for these. Changes wait for the lease, too.
 A change has a slot of the session and a sequence number in it, under which the metaserver keeps its outcome: so it is
 sent again when its reply was lost, and made once. No more calls are under way than the metaserver takes in at once,
 and changes, which may wait for others' acknowledgements, leave room for all the rest.
@@ -50,7 +54,7 @@ _CALLS: Final = 64
 _REPEATABLE: Final = (
     wire.Lookup, wire.FetchDirectory, wire.GetAttributes, wire.ReadLink, wire.GetXattr, wire.ListXattrs,
     wire.GetContent, wire.GetStatistics, wire.ListSlices, wire.InspectSlices, wire.Seek, wire.NewSlices, wire.Reap,
-    wire.ForgetSlices, wire.Sync, wire.OpenFile, wire.ClosedForWriting,
+    wire.ForgetSlices, wire.Sync, wire.OpenFile, wire.ClosedForWriting, wire.TestLock, wire.SetLock, wire.CancelLock,
 )  # fmt: skip
 
 
@@ -72,6 +76,10 @@ Acknowledge = Callable[[Sequence[int]], None]
 def _acknowledge_at_once(told: wire.Break, acknowledge: Acknowledge) -> None:
     """What a session without caches does with a break."""
     acknowledge(())
+
+
+async def _do_nothing(connection: Connection, resumed: bool) -> None:
+    """What is to be done with a connection before its lease is renewed, of a session that holds nothing."""
 
 
 class Slots:
@@ -122,6 +130,8 @@ class Session:
         on_break: Callable[[wire.Break, Acknowledge], object] = _acknowledge_at_once,
         on_restarted: Callable[[], object] = lambda: None,
         writing: Callable[[], list[int]] = list,
+        on_connected: Callable[[Connection, bool], Awaitable[object]] = _do_nothing,
+        check_change: Callable[[wire.Request], object] = lambda request: None,
         resume: bytes | None = None,
         clock: Callable[[], int] = boottime_ns,
         connect: Callable[[str], Awaitable[Connection]] = rpc.connect,
@@ -136,6 +146,8 @@ class Session:
         self._on_break = on_break
         self._on_restarted = on_restarted
         self._writing = writing
+        self._on_connected = on_connected
+        self._check_change = check_change
         self._calls = asyncio.Semaphore(_CALLS)
         self._slots = Slots(clock())
         self._clock = clock
@@ -147,7 +159,9 @@ class Session:
         self.changes = 0
         self._lease_s = 0.0
         self._connection: Connection | None = None
-        #: Set while there are a connection and a lease, as far as is known.
+        #: Set while there is a connection that the session is open on, as far as is known.
+        self._bound = asyncio.Event()
+        #: Set while there is a lease, too.
         self._ready = asyncio.Event()
         #: Set to make the keeping task act now.
         self._poked = asyncio.Event()
@@ -163,9 +177,10 @@ class Session:
         self._keeping = asyncio.create_task(self._keep(), name="session")
         return self.opened
 
-    async def close(self) -> None:
+    async def close(self, *, farewell: bool = True) -> None:
         """End the session at the metaserver too, if it can be reached. Orphans of this session are reaped then.
 
+        Without a ``farewell`` it ends there when its lease does: something may go on to answer under it until then.
         Calls that wait, and later ones, raise :exc:`NotSent`.
         """
         if self._keeping is not None:
@@ -173,20 +188,22 @@ class Session:
             await asyncio.wait({self._keeping})
         self.deadline_ns = 0
         connection, self._connection = self._connection, None
-        self._ready.set()  # those who wait learn that nothing will come
-        if connection is not None:
+        self._bound.set()  # those who wait learn that nothing will come
+        self._ready.set()
+        if connection is not None and farewell:
             with contextlib.suppress(Disconnected, Refused, TimeoutError):
                 async with asyncio.timeout(_CLOSE_S):
                     await connection.call(wire.CloseSession(), wire.Done)
+        if connection is not None:
             connection.abort("the session is closed")
 
     async def call(self, request: wire.Request, reply_type: type[_Reply]) -> _Reply:
         """Send a request and return its reply.
 
-        Waits for a connection and a lease, for at most a lease's length, then raises :exc:`Disconnected`. A change
-        whose reply was lost is sent again; if its session is lost meanwhile :exc:`Disconnected` is raised too, and the
-        change may or may not have been made. Raises :exc:`Refused` as the metaserver does; STALE_SESSION comes through
-        only for a change that was under way when the session was lost, and was not made.
+        Waits for a connection, and a change for a lease, for at most a lease's length, then raises :exc:`Disconnected`.
+        A change whose reply was lost is sent again; if its session is lost meanwhile :exc:`Disconnected` is raised too,
+        and the change may or may not have been made. Raises :exc:`Refused` as the metaserver does; STALE_SESSION comes
+        through only for a change that was under way when the session was lost, and was not made.
         """
         if isinstance(request, _REPEATABLE):
             async with self._calls:
@@ -201,11 +218,12 @@ class Session:
         give_up = loop.time() + self._lease_s
         session = self.id
         while True:
-            connection = await self._usable(give_up)
+            connection = await self._usable(give_up, self._ready)
             if lost is not None and session != self.id:
                 raise Disconnected("the session was lost while a change was under way") from lost
             if stale is not None and session != self.id:
                 raise stale
+            self._check_change(request)
             session = self.id
             try:
                 reply = await connection.change(request, reply_type, slot, sequence)
@@ -227,7 +245,7 @@ class Session:
     async def _repeatable(self, request: wire.Request, reply_type: type[_Reply]) -> _Reply:
         give_up = asyncio.get_running_loop().time() + self._lease_s
         while True:
-            connection = await self._usable(give_up)
+            connection = await self._usable(give_up, self._bound)
             try:
                 return await connection.call(request, reply_type)
             except (Disconnected, Refused) as error:
@@ -239,7 +257,7 @@ class Session:
         give_up = asyncio.get_running_loop().time() + self._lease_s
         begun = False
         while True:
-            connection = await self._usable(give_up)
+            connection = await self._usable(give_up, self._bound)
             try:
                 async with contextlib.aclosing(connection.stream(request)) as pages:
                     async for page in pages:
@@ -256,28 +274,36 @@ class Session:
 
     # Calls
 
-    def _usable_now(self) -> Connection | None:
+    def _usable_now(self, awaited: asyncio.Event) -> Connection | None:
         connection = self._connection
-        if self._ready.is_set() and connection is not None and not connection.lost and self._clock() < self.deadline_ns:
+        if not awaited.is_set() or connection is None or connection.lost:
+            return None
+        if self._clock() < self.deadline_ns:
             return connection
-        return None
+        self._poked.set()
+        return connection if awaited is self._bound else None
 
-    async def _usable(self, give_up: float) -> Connection:
-        while (connection := self._usable_now()) is None:
+    async def _usable(self, give_up: float, awaited: asyncio.Event) -> Connection:
+        while (connection := self._usable_now(awaited)) is None:
             if self._keeping is None or self._keeping.done():
                 raise NotSent("the session is closed")
-            self._ready.clear()
+            awaited.clear()
             self._poked.set()
             try:
                 async with asyncio.timeout_at(give_up):
-                    await self._ready.wait()
+                    await awaited.wait()
             except TimeoutError:
                 raise NotSent(f"no connection to {self._address} for {self._lease_s:g} s") from None
         return connection
 
     def _mend(self) -> None:
+        self._bound.clear()
         self._ready.clear()
         self._poked.set()
+
+    def _bind(self, connection: Connection) -> None:
+        self._connection = connection
+        self._bound.set()
 
     def _may_repeat(self, error: Exception, connection: Connection, give_up: float) -> bool:
         """Say whether a read that failed is to be sent again, and get the session mended if it was that."""
@@ -302,7 +328,7 @@ class Session:
         except BaseException:
             connection.abort()
             raise
-        self._connection = connection
+        self._bind(connection)
         connection.when_lost(lambda: self._lost(connection))
         self._poked.clear()
         self._ready.set()
@@ -321,9 +347,12 @@ class Session:
         if opened.resumed:
             if self._epoch not in (None, connection.welcome.server_epoch):
                 self._on_restarted()
+            await self._on_connected(connection, True)
+            self._bind(connection)
             await self._renew(connection)
         else:
             self._replace(opened)
+            await self._on_connected(connection, False)
             self._grant(sent_ns, opened.lease_ms)
         self.opened, self._epoch = opened, connection.welcome.server_epoch
 
@@ -359,6 +388,7 @@ class Session:
                 _log.warning("the session on %s: %s", self._volume, error)
             except Exception:
                 _log.exception("renewing the session on %s failed", self._volume)
+            self._bound.clear()
             self._ready.clear()
             connection, self._connection = self._connection, None
             if connection is not None:
@@ -373,6 +403,7 @@ class Session:
                     await self._renew(connection)
             except TimeoutError:
                 raise Disconnected("a renewal was not answered in time") from None
+            self._bound.set()
             self._ready.set()
 
     async def _until_due(self) -> None:

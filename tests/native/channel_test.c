@@ -133,8 +133,9 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 
 static bool is_extra(uint32_t opcode)
 {
-	return opcode == FUSE_OPEN || opcode == FUSE_FALLOCATE || opcode == FUSE_LSEEK ||
-	       opcode == FUSE_COPY_FILE_RANGE || opcode == FUSE_TMPFILE || opcode == COPY_FILE_RANGE_64;
+	return opcode == FUSE_OPEN || opcode == FUSE_FLUSH || opcode == FUSE_RELEASE || opcode == FUSE_FALLOCATE ||
+	       opcode == FUSE_LSEEK || opcode == FUSE_COPY_FILE_RANGE || opcode == FUSE_TMPFILE ||
+	       opcode == COPY_FILE_RANGE_64;
 }
 
 static bool is_one_way(uint32_t opcode)

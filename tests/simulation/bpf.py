@@ -83,6 +83,15 @@ class Maps:
     def drop_inode(self, ino: int) -> None:
         self._inodes.pop(ino, None)
 
+    #: The model's kernel lists through the worker.
+    listing_limit = 0
+
+    def put_listing(self, ino: int, entries: bytes) -> bool:
+        return False
+
+    def drop_listing(self, ino: int) -> None:
+        pass
+
     def renew(self, deadline_ns: int) -> None:
         self.deadline_ns = deadline_ns
 

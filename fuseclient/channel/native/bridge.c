@@ -10,6 +10,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,17 +43,17 @@ static void bridge_wake(struct bpfuse_channel *channel)
 		return;
 }
 
-/* Describes the classic message of a request that lies in a ring entry. Returns 0, or -EPROTO for impossible sizes. */
+/* Describes the classic message of a request that lies in a ring entry. Returns 0, or -EIO for impossible sizes. */
 static int request_of_entry(struct request *request, struct bpfuse_entry *entry)
 {
 	const struct fuse_in_header *header = (void *)entry->uring.in_out;
 	size_t payload = entry->uring.payload_size, operation;
 
 	if (payload > sizeof(entry->payload) || header->len < sizeof(*header) + payload)
-		return -EPROTO;
+		return -EIO;
 	operation = header->len - sizeof(*header) - payload;
 	if (operation > sizeof(entry->uring.op_in))
-		return -EPROTO;
+		return -EIO;
 	request->header = *header;
 	request->parts[1] = (struct iovec){ entry->uring.op_in, operation };
 	request->parts[2] = (struct iovec){ entry->payload, payload };
@@ -68,9 +69,29 @@ static void request_of_copy(struct request *request, const struct pending *pendi
 	request->count = 2;
 }
 
+/*
+ * Says in the handle of a WRITE whether it goes to the end of the file, which libfuse would not tell the worker. It is
+ * the request's own flag, as it can be set and cleared while the file is open. What comes from a mapping goes where it is.
+ */
+static void mark_append(const struct request *request)
+{
+	struct fuse_write_in *in = request->parts[1].iov_base;
+
+	if (request->header.opcode != FUSE_WRITE || request->parts[1].iov_len < sizeof(*in))
+		return;
+	in->fh &= ~(1ULL << BPFUSE_FH_APPENDS_BIT);
+	if (in->flags & O_APPEND && !(in->write_flags & FUSE_WRITE_CACHE))
+		in->fh |= 1ULL << BPFUSE_FH_APPENDS_BIT;
+}
+
 static enum lane lane_of(uint32_t opcode)
 {
 	switch (opcode) {
+	case FUSE_FLUSH:   /* pyfuse3 does not tell of the owners of locks */
+	case FUSE_RELEASE: /* the same */
+	case FUSE_GETLK:
+	case FUSE_SETLK:
+	case FUSE_SETLKW:
 	case FUSE_OPEN:     /* pyfuse3 cannot answer it with a backing for passthrough */
 	case FUSE_SETXATTR: /* pyfuse3 makes two requests of it when it must or must not be there */
 	case FUSE_FALLOCATE:
@@ -87,7 +108,7 @@ static enum lane lane_of(uint32_t opcode)
 /* Sends a pending to the worker; with the lock held. Returns 0, or -EAGAIN if it has to wait. */
 static int pending_send(struct bpfuse_channel *channel, struct pending *pending)
 {
-	struct request request;
+	struct request request = { .count = 0 };
 	struct msghdr message = { .msg_iov = request.parts };
 
 	if (!channel->worker.ready)
@@ -96,8 +117,11 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending)
 		request_of_entry(&request, &channel->entries[pending->origin.index]);
 	else
 		request_of_copy(&request, pending);
+	mark_append(&request);
 	if (pending->origin.kind != PENDING_ONE_WAY)
 		request.header.unique = pending_token(pending);
+	if (pending->tried)
+		request.header.opcode = FUSE_SETLK;
 	request.parts[0] = (struct iovec){ &request.header, sizeof(request.header) };
 	message.msg_iovlen = (size_t)request.count;
 	/* A worker that died is noticed where its socket is read; until then its requests wait. */
@@ -339,6 +363,9 @@ static void reply_receive(struct bpfuse_channel *channel, enum lane lane, size_t
 		pending = pending_by_token(channel, header->unique);
 	if (pending) {
 		origin = pending->origin;
+		/* A wait that was only tried did not fail because it was not to wait. */
+		if (pending->tried && header->error == -EAGAIN)
+			header->error = -ENOLCK;
 		pending_finish(channel, pending);
 	}
 	channel->figures.malformed_replies += !whole;
@@ -370,8 +397,36 @@ static void drain_replies(struct bpfuse_channel *channel, enum lane lane)
 }
 
 /*
- * Called by a queue's owner for a request that BPF left untouched. Returns 0, or -EPROTO for a request whose sizes
- * are impossible: the owner then refuses it.
+ * A wait for a lock keeps its ring entry until it is over. Half of a queue's may do so; more waits are only tried, or
+ * else there would be no entry left for the request that gives the lock up. With the lock held.
+ */
+static void wait_begin(struct bpfuse_channel *channel, struct pending *pending)
+{
+	struct queue *queue = &channel->queues[queue_of_entry(channel, pending->origin.index)];
+
+	pending->tried = queue->waiting >= queue->count / 2;
+	channel->figures.crowded += pending->tried;
+	if (pending->tried)
+		return;
+	pending->waits = queue;
+	queue->waiting++;
+}
+
+/*
+ * Tells whether a request was interrupted before it came here: the two come by different ways. That counts for waits
+ * only, which nothing else may ever end. With the lock held.
+ */
+static bool interrupted_early(const struct bpfuse_channel *channel, const struct fuse_in_header *header)
+{
+	for (uint32_t i = 0; header->opcode == FUSE_SETLKW && i < EARLY_INTERRUPTS; i++)
+		if (channel->early[i] == header->unique)
+			return true;
+	return false;
+}
+
+/*
+ * Called by a queue's owner for a request that BPF left untouched. Returns 0, or with what the owner is to refuse it:
+ * -EIO for one whose sizes are impossible, -EINTR.
  */
 int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index)
 {
@@ -387,7 +442,11 @@ int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index)
 	pending->lane = lane_of(header->opcode);
 	if (error)
 		channel->figures.malformed_requests++;
-	else
+	else if (interrupted_early(channel, header))
+		error = -EINTR;
+	else if (header->opcode == FUSE_SETLKW)
+		wait_begin(channel, pending);
+	if (!error)
 		pending_forward(channel, pending);
 	pthread_mutex_unlock(&channel->lock);
 	return error;
@@ -511,8 +570,12 @@ void bridge_interrupt(struct bpfuse_channel *channel, const void *message, size_
 	if (sent) {
 		carried.interrupt.unique = pending_token(pending);
 		lane = pending->lane;
+		/* If this worker dies the next one is not to wait. Others are carried out by it. */
+		pending->interrupted = pending->opcode == FUSE_SETLKW;
 	} else if (pending) {
 		pending->interrupted = true;
+	} else {
+		channel->early[channel->early_count++ % EARLY_INTERRUPTS] = carried.interrupt.unique;
 	}
 	pthread_mutex_unlock(&channel->lock);
 	if (sent) {

@@ -2,7 +2,7 @@
 /*
  * The worker's side of the kernel cache.
  *
- * Content lies in `pages`, a ring: a cursor walks it, and each extent goes where the cursor is. `owners` has at an
+ * Content and listings lie in `pages`, a ring: a cursor walks it, and each extent goes where the cursor is. `owners` has at an
  * extent's first page the inode it was given to. When the cursor comes by again, the inode, if it still has that
  * extent, is put anew without content, and only then are its pages written. Dropping or replacing an inode leaves its
  * pages to the cursor. An extent never wraps; the pages left over at the end keep what they had.
@@ -16,6 +16,7 @@
 #define _GNU_SOURCE
 #include <bpf/bpf.h>
 #include <errno.h>
+#include <linux/fuse.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
@@ -48,6 +49,7 @@ struct bpfuse_cache {
 	__u8 *pages;
 	struct bpfuse_open_slot *opens;
 	__u64 *owners;     /* by page */
+	__u8 *listed;      /* a bit by slot of `opens`: directories there may have a listing */
 	__u64 version;     /* the last one used */
 	__u32 batch_pages; /* how far the cursor went for the batch at hand */
 	__u32 batch_epoch; /* when its pages were taken; a new epoch frees them */
@@ -110,6 +112,20 @@ static bool has_pages(const struct bpfuse_cache *cache, const struct bpfuse_inod
 	       value->first_page < cache->options.page_count;
 }
 
+static void mark_listed(struct bpfuse_cache *cache, __u64 ino)
+{
+	__u32 slot = bpfuse_open_slot(ino);
+
+	cache->listed[slot / 8] |= 1 << slot % 8;
+}
+
+static bool may_be_listed(const struct bpfuse_cache *cache, __u64 ino)
+{
+	__u32 slot = bpfuse_open_slot(ino);
+
+	return cache->listed[slot / 8] >> slot % 8 & 1;
+}
+
 static void take_over(void *context, const void *key, const void *value)
 {
 	struct bpfuse_cache *cache = context;
@@ -118,8 +134,11 @@ static void take_over(void *context, const void *key, const void *value)
 	memcpy(&inode, value, sizeof(inode));
 	if (inode.version > cache->version)
 		cache->version = inode.version;
-	if (has_pages(cache, &inode))
-		memcpy(&cache->owners[inode.first_page], key, sizeof(__u64));
+	if (!has_pages(cache, &inode))
+		return;
+	memcpy(&cache->owners[inode.first_page], key, sizeof(__u64));
+	if (S_ISDIR(inode.mode))
+		mark_listed(cache, cache->owners[inode.first_page]);
 }
 
 static int prepare(struct bpfuse_cache *cache)
@@ -132,7 +151,8 @@ static int prepare(struct bpfuse_cache *cache)
 	if (!cache->control || !cache->pages || !cache->opens)
 		return -errno;
 	cache->owners = calloc(options->page_count, sizeof(*cache->owners));
-	if (!cache->owners)
+	cache->listed = calloc(BPFUSE_OPEN_SLOTS / 8, 1);
+	if (!cache->owners || !cache->listed)
 		return -ENOMEM;
 	if (cache->control->page_cursor >= options->page_count)
 		cache->control->page_cursor = 0;
@@ -163,6 +183,7 @@ void bpfuse_cache_close(struct bpfuse_cache *cache)
 	unmap_array(cache->pages, pages_size(cache));
 	unmap_array(cache->opens, BPFUSE_OPEN_SLOTS * sizeof(*cache->opens));
 	free(cache->owners);
+	free(cache->listed);
 	free(cache);
 }
 
@@ -308,6 +329,12 @@ void bpfuse_cache_place(struct bpfuse_cache *cache, __u32 count)
 
 /* Values */
 
+static bool find_directory(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_inode_value *value)
+{
+	return !bpf_map_lookup_elem(cache->options.inodes_fd, &ino, value) && S_ISDIR(value->mode) &&
+	       value->epoch == cache->control->epoch;
+}
+
 static void split_time(__s64 ns, __s64 *seconds, __u32 *nanoseconds)
 {
 	__s64 rest = ns % NANOSECONDS;
@@ -335,14 +362,14 @@ static void fill_opening(struct bpfuse_cache *cache, struct bpfuse_inode_value *
 }
 
 /*
- * Attributes that come without content leave the extent that the inode has, if it has not changed since. The extent is
- * the inode's until the cursor comes by, and is looked for under the new value then.
+ * Attributes that come without content leave the extent that the inode has, if it has not changed since; a directory's
+ * is its listing. The extent is the inode's until the cursor comes by, and is looked for under the new value then.
  */
 static void keep_content(struct bpfuse_cache *cache, struct bpfuse_inode_value *value, __u64 ino)
 {
 	struct bpfuse_inode_value old;
 
-	if (!is_served_from_pages(value->mode, value->size) ||
+	if (!(S_ISDIR(value->mode) || is_served_from_pages(value->mode, value->size)) ||
 	    bpf_map_lookup_elem(cache->options.inodes_fd, &ino, &old))
 		return;
 	if (!has_pages(cache, &old) || old.file_version != value->file_version || old.size != value->size)
@@ -434,6 +461,104 @@ void bpfuse_cache_drop_inode(struct bpfuse_cache *cache, __u64 ino)
 	drop(cache, cache->options.inodes_fd, &ino);
 }
 
+/* Listings */
+
+static void put_inode(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_inode_value *value)
+{
+	value->version = ++cache->version;
+	*append(cache, &cache->inodes, ino) = *value;
+	put_inodes(cache, &cache->inodes);
+}
+
+/* The bytes of an entry with its name, or 0 if they are not all there. */
+static __u32 dirent_bytes(const __u8 *entries, size_t left)
+{
+	struct fuse_dirent dirent;
+	__u32 bytes;
+
+	if (left < FUSE_NAME_OFFSET)
+		return 0;
+	memcpy(&dirent, entries, FUSE_NAME_OFFSET);
+	if (dirent.namelen > BPFUSE_NAME_MAX)
+		return 0;
+	bytes = FUSE_DIRENT_SIZE(&dirent);
+	return bytes <= left ? bytes : 0;
+}
+
+/* How many entries there are; 0 if one is not whole. */
+static __u32 count_entries(const __u8 *entries, size_t bytes)
+{
+	__u32 count = 0;
+
+	for (size_t at = 0, size; at < bytes; at += size) {
+		size = dirent_bytes(entries + at, bytes - at);
+		if (!size)
+			return 0;
+		count++;
+	}
+	return count;
+}
+
+/* The bytes of a listing in front of its first entry. */
+static size_t listing_head(__u32 count)
+{
+	return (sizeof(__u32) * (2 + (size_t)count) + 7) & ~(size_t)7;
+}
+
+static void write_listing(__u8 *out, const __u8 *entries, size_t bytes, __u32 count)
+{
+	struct bpfuse_listing *listing = (void *)out;
+	__u32 head = (__u32)listing_head(count);
+	size_t at = 0;
+
+	listing->count = count;
+	for (__u32 i = 0; i < count; i++) {
+		listing->starts[i] = head + (__u32)at;
+		at += dirent_bytes(entries + at, bytes - at);
+	}
+	listing->starts[count] = head + (__u32)at;
+	memcpy(out + head, entries, bytes);
+}
+
+int bpfuse_cache_put_listing(struct bpfuse_cache *cache, __u64 ino, const __u8 *entries, size_t bytes)
+{
+	struct bpfuse_inode_value value;
+	size_t most = pages_size(cache) / BPFUSE_LISTING_SHARE, total;
+	__u32 first, count;
+
+	if (bytes > most || !find_directory(cache, ino, &value))
+		return 0;
+	count = count_entries(entries, bytes);
+	total = listing_head(count) + bytes;
+	if (!count || total > most)
+		return 0;
+	cache->batch_pages = 0;
+	if (!take_pages(cache, ino, pages_of((__u32)total), &first))
+		return 0;
+	put_inodes(cache, &cache->overtaken);
+	if (value.epoch != cache->control->epoch) /* a drop failed */
+		return 0;
+	write_listing(cache->pages + (size_t)first * BPFUSE_PAGE, entries, bytes, count);
+	value.flags |= BPFUSE_INODE_HAS_DATA;
+	value.first_page = first;
+	value.data_bytes = (__u32)total;
+	put_inode(cache, ino, &value);
+	mark_listed(cache, ino);
+	cache->figures.listings++;
+	return 1;
+}
+
+void bpfuse_cache_drop_listing(struct bpfuse_cache *cache, __u64 ino)
+{
+	struct bpfuse_inode_value value;
+
+	if (!may_be_listed(cache, ino) || !find_directory(cache, ino, &value))
+		return;
+	value.flags &= ~(__u32)BPFUSE_INODE_HAS_DATA;
+	value.first_page = value.data_bytes = 0;
+	put_inode(cache, ino, &value);
+}
+
 /* The control page */
 
 void bpfuse_cache_set_deadline(struct bpfuse_cache *cache, __u64 deadline_ns)
@@ -461,6 +586,7 @@ void bpfuse_cache_bump_epoch(struct bpfuse_cache *cache)
 {
 	__atomic_store_n(&cache->control->epoch, cache->control->epoch + 1, __ATOMIC_SEQ_CST);
 	memset(cache->owners, 0, cache->options.page_count * sizeof(*cache->owners));
+	memset(cache->listed, 0, BPFUSE_OPEN_SLOTS / 8);
 }
 
 /* Handles */

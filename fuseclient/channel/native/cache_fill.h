@@ -19,7 +19,8 @@ struct bpfuse_statfs;
 
 enum bpfuse_cache_limit {
 	BPFUSE_BATCH = 256,
-	BPFUSE_BACKINGS = 1024, /* inodes of which bpfuse_cache_set_backing() can say something */
+	BPFUSE_LISTING_SHARE = 2, /* a listing takes up at most the pages divided by this */
+	BPFUSE_BACKINGS = 1024,   /* inodes of which bpfuse_cache_set_backing() can say something */
 };
 
 enum bpfuse_cache_mark {
@@ -50,7 +51,8 @@ struct bpfuse_record {
 
 /* Counts since the cache was opened. */
 struct bpfuse_cache_figures {
-	__u64 overtaken;     /* inodes whose content lost its pages to newer content */
+	__u64 listings;      /* of directories, that were put */
+	__u64 overtaken;     /* inodes whose content or listing lost its pages to newer content */
 	__u64 put_failures;  /* values that the kernel did not take, and that are therefore not cached */
 	__u64 forced_epochs; /* times that everything was dropped because a drop failed */
 };
@@ -72,6 +74,14 @@ void bpfuse_cache_put(struct bpfuse_cache *cache, __u32 count, __u64 parent, con
 void bpfuse_cache_put_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length, __u64 ino);
 void bpfuse_cache_drop_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length);
 void bpfuse_cache_drop_inode(struct bpfuse_cache *cache, __u64 ino);
+
+/*
+ * The listing of a directory whose inode was put: entries of struct fuse_dirent, in the order of `off`. Returns
+ * 1, or 0 if it is not kept: the inode is not there, or the entries are too many, or not whole.
+ */
+int bpfuse_cache_put_listing(struct bpfuse_cache *cache, __u64 ino, const __u8 *entries, size_t bytes);
+/* Forgets a directory's listing, and nothing else of it. */
+void bpfuse_cache_drop_listing(struct bpfuse_cache *cache, __u64 ino);
 
 void bpfuse_cache_set_deadline(struct bpfuse_cache *cache, __u64 deadline_ns);
 void bpfuse_cache_set_ttl(struct bpfuse_cache *cache, __u64 kernel_ttl_ns);

@@ -25,10 +25,11 @@ struct bpfuse_channel_options {
 	const char *source;     /* the first column of /proc/mounts */
 	int read_only;
 	int allow_other;
-	int trusted;    /* 0: setuid bits and device nodes do nothing */
-	int uring;      /* 1: FUSE-over-io_uring; 0: every request is read from /dev/fuse */
-	int entries_fd; /* the `entries` map; with uring only */
-	__u32 depth;    /* ring entries of each queue whose CPU is online */
+	int shared_locks; /* 1: requests for locks come to the worker; 0: the kernel keeps locks by itself */
+	int trusted;      /* 0: setuid bits and device nodes do nothing */
+	int uring;        /* 1: FUSE-over-io_uring; 0: every request is read from /dev/fuse */
+	int entries_fd;   /* the `entries` map; with uring only */
+	__u32 depth;      /* ring entries of each queue whose CPU is online */
 };
 
 /* What the channel has done so far. Counts, never reset. */
@@ -39,6 +40,7 @@ struct bpfuse_channel_figures {
 	__u64 replayed;      /* sent again to the next worker */
 	__u64 refused;       /* answered EIO because the worker died with them and they cannot be repeated */
 	__u64 interrupted;   /* answered EINTR while they were held */
+	__u64 crowded;       /* waits for locks that were tried only, for want of ring entries to wait in */
 	__u64 notifications; /* written to /dev/fuse for the worker */
 	__u64 malformed_requests;
 	__u64 malformed_replies;
@@ -64,8 +66,8 @@ int bpfuse_channel_start(struct bpfuse_channel *channel);
 /*
  * Gives the channel a worker: the sockets, of type SOCK_SEQPACKET and with buffers for messages of BPFUSE_PAYLOAD and
  * a header, are its to close. Requests go to the worker once it has answered INIT, over `fuse_socket`, or over
- * `extra_socket` if pyfuse3 has no method for them (FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE) or not enough of one
- * (OPEN with passthrough). The end of either is the worker's end. Requests that an earlier worker left unanswered are
+ * `extra_socket` if pyfuse3 has no method for them (FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE, locks) or not enough
+ * of one (OPEN with passthrough, FLUSH and RELEASE with the owner of locks). The end of either is the worker's end. Requests that an earlier worker left unanswered are
  * sent again if they can be repeated, and answered EIO if not.
  */
 int bpfuse_channel_attach_worker(struct bpfuse_channel *channel, int fuse_socket, int extra_socket, int notify_socket);

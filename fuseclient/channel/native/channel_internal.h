@@ -28,6 +28,7 @@ enum {
 	MESSAGE_MAX = BPFUSE_PAYLOAD + 4096, /* the largest classic FUSE message either way */
 	MAX_QUEUES = 4096,
 	MAX_COPIES = 1 << 16, /* requests and one-way messages held in copies at one time */
+	EARLY_INTERRUPTS = 64,
 };
 
 enum pending_state { PENDING_IDLE, PENDING_HELD, PENDING_SENT };
@@ -54,7 +55,9 @@ struct pending {
 	enum lane lane;
 	uint32_t generation; /* rises with each use, so that a late reply is recognised */
 	uint32_t opcode;
-	bool interrupted;     /* while held: to be answered EINTR */
+	bool interrupted;     /* when it is held: to be answered EINTR */
+	struct queue *waits;  /* of a wait for a lock: the queue in which it keeps an entry */
+	bool tried;           /* a wait for a lock that the worker only tries: there is no entry to wait in */
 	atomic_bool replied;  /* the bridge has put the reply in the ring entry */
 	struct pending *next; /* in the held or the free list */
 	void *bytes;
@@ -70,7 +73,8 @@ struct queue {
 	struct io_uring ring;
 	bool ring_open;
 	struct iovec (*vectors)[2];
-	uint32_t live; /* entries the kernel may still complete */
+	uint32_t live;    /* entries the kernel may still complete */
+	uint32_t waiting; /* entries that wait for a lock; under the channel's lock */
 };
 
 struct worker_link {
@@ -82,7 +86,7 @@ struct bpfuse_channel {
 	int device;
 	int event; /* to the owner of the channel */
 	int wake;  /* to the bridge: look at the held list and the worker */
-	bool uring, mounted;
+	bool uring, mounted, shared_locks;
 	atomic_bool ended, closing;
 
 	struct bpfuse_entry *entries;
@@ -109,6 +113,8 @@ struct bpfuse_channel {
 	uint8_t *reply_buffer, *device_buffer;
 	pthread_t bridge, reader;
 	bool bridge_started, reader_started, ring_ready;
+	uint64_t early[EARLY_INTERRUPTS]; /* requests that were interrupted before they were seen here; under lock */
+	uint32_t early_count;
 	uint32_t notifiers; /* threads; under lock */
 	pthread_cond_t notifier_ended;
 };

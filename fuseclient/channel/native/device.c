@@ -83,6 +83,8 @@ static uint64_t init_capabilities(const struct bpfuse_channel *channel)
 			 FUSE_PARALLEL_DIROPS | FUSE_EXPLICIT_INVAL_DATA | FUSE_CACHE_SYMLINKS | FUSE_ASYNC_DIO |
 			 FUSE_INIT_EXT | INIT_DIRECT_IO_ALLOW_MMAP | INIT_PASSTHROUGH;
 
+	if (channel->shared_locks)
+		flags |= FUSE_POSIX_LOCKS | FUSE_FLOCK_LOCKS;
 	return channel->uring ? flags | INIT_OVER_IO_URING : flags;
 }
 
@@ -209,6 +211,7 @@ int bpfuse_channel_open(struct bpfuse_channel **out, const struct bpfuse_channel
 	if (!channel)
 		return -ENOMEM;
 	channel->uring = options->uring;
+	channel->shared_locks = options->shared_locks;
 	result = channel_allocate(channel);
 	if (result)
 		describe(error, size, "cannot open /dev/fuse: %s", strerror(-result));

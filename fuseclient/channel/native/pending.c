@@ -128,7 +128,10 @@ void pending_finish(struct bpfuse_channel *channel, struct pending *pending)
 {
 	pending->state = PENDING_IDLE;
 	pending->generation++;
-	pending->interrupted = false;
+	pending->interrupted = pending->tried = false;
+	if (pending->waits)
+		pending->waits->waiting--;
+	pending->waits = NULL;
 	if (pending->origin.kind == PENDING_ENTRY)
 		return;
 	free(pending->bytes);

@@ -166,12 +166,12 @@ static void queue_commit(struct queue *queue, uint32_t index)
 	atomic_fetch_add_explicit(&queue->channel->committed, 1, memory_order_relaxed);
 }
 
-/* Answers EIO to a request that cannot be carried. */
-static void queue_refuse(struct queue *queue, uint32_t index)
+/* Answers a request with an error. */
+static void queue_refuse(struct queue *queue, uint32_t index, int error)
 {
 	struct bpfuse_entry *entry = &queue->channel->entries[index];
 	const struct fuse_in_header *in = (void *)entry->uring.in_out;
-	struct fuse_out_header out = { .len = sizeof(out), .error = -EIO, .unique = in->unique };
+	struct fuse_out_header out = { .len = sizeof(out), .error = error, .unique = in->unique };
 
 	memcpy(entry->uring.in_out, &out, sizeof(out));
 	entry->uring.payload_size = 0;
@@ -198,8 +198,11 @@ static void queue_complete(struct queue *queue, const struct io_uring_cqe *cqe)
 			queue_commit(queue, index);
 	} else if (queue->channel->entries[index].answered) {
 		queue_commit(queue, index);
-	} else if (bridge_forward_entry(queue->channel, index)) {
-		queue_refuse(queue, index);
+	} else {
+		int error = bridge_forward_entry(queue->channel, index);
+
+		if (error)
+			queue_refuse(queue, index, error);
 	}
 }
 

@@ -562,6 +562,11 @@ void bpfuse_cache_drop_listing(struct bpfuse_cache *cache, __u64 ino)
 
 /* The control page */
 
+void bpfuse_cache_set_profile(struct bpfuse_cache *cache, __u32 profile)
+{
+	__atomic_store_n(&cache->control->profile, profile, __ATOMIC_SEQ_CST);
+}
+
 void bpfuse_cache_set_deadline(struct bpfuse_cache *cache, __u64 deadline_ns)
 {
 	__atomic_store_n(&cache->control->deadline, deadline_ns, __ATOMIC_SEQ_CST);

@@ -228,7 +228,7 @@ class _LmdbSnapshot(Snapshot):
     def end(self) -> None:
         """Let go of the transaction, and so of its place among LMDB's readers, of which there are few.
 
-        Whoever keeps an exception that a body raised keeps its frames, and this view, until the next garbage collection.
+        An exception that a body raised keeps its frames, and this view, until the next garbage collection.
         """
         del self._view
 

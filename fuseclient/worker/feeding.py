@@ -60,6 +60,8 @@ class Feeder:
         self.paged = InodeSet()
         #: The directories that it may hold listings of.
         self.listed = InodeSet()
+        #: What else it may hold attributes of, which outlive the names that lead there: of directories, links, devices.
+        self.told = InodeSet()
         #: What is known of whole directories, to be used while there is a lease.
         self.whole = WholeDirectories()
         #: Told of what an inode has become by a change made here.
@@ -91,7 +93,7 @@ class Feeder:
                 continue
             if self._may_put_inode(token, entry.attributes):
                 whole.append(entry)
-                self._note_pages(entry.attributes)
+                self._note_told(entry.attributes)
             else:
                 self._cache.put_name(parent, entry.name, entry.attributes.ino)
         self._cache.put(parent, whole)
@@ -151,12 +153,11 @@ class Feeder:
             self.listed.add(ino)
 
     def _put_inode(self, attributes: wire.Attributes, content: bytes | None) -> None:
-        self._note_pages(attributes)
+        self._note_told(attributes)
         self._cache.put_inode(attributes, content)
 
-    def _note_pages(self, attributes: wire.Attributes) -> None:
-        if stat.S_ISREG(attributes.mode):
-            self.paged.add(attributes.ino)
+    def _note_told(self, attributes: wire.Attributes) -> None:
+        (self.paged if stat.S_ISREG(attributes.mode) else self.told).add(attributes.ino)
 
     # Changes made through this mount
 

@@ -31,6 +31,12 @@ enum bpfuse_fh_bit {
 	BPFUSE_FH_APPENDS_BIT = 55,  /* of a worker's handle: set by the channel in a WRITE to the end of the file */
 };
 
+/* control.profile */
+enum bpfuse_profile {
+	BPFUSE_PROFILE_GENERAL = 0,
+	BPFUSE_PROFILE_DATASET = 1, /* nothing is opened: OPEN, OPENDIR and FLUSH are ENOSYS, and handles are 0 */
+};
+
 enum bpfuse_inode_flag {
 	BPFUSE_INODE_NO_XATTRS = 1,    /* GETXATTR is ENODATA, LISTXATTR is empty */
 	BPFUSE_INODE_HAS_DATA = 2,     /* the whole content (or symlink target, or listing) lies in `pages` */
@@ -77,6 +83,7 @@ struct bpfuse_name_value {
  */
 struct bpfuse_inode_value {
 	__u64 size;
+	__u64 stored;              /* bytes of content, holes left out */
 	__s64 atime, mtime, ctime; /* seconds */
 	__u32 atimensec, mtimensec, ctimensec;
 	__u32 mode, nlink, uid, gid, rdev;

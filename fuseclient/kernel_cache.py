@@ -76,12 +76,20 @@ class Cache(Protocol):
 class KernelCache:
     """The maps of an accelerated mount. ``kernel_ttl_s`` bounds the time-to-live in replies; ``None``: the lease does.
     Files of ``worker_opens_bytes`` or more are opened by the worker unless they have a backing; ``None``: no files.
+    ``opens_nothing``: the kernel is told to do without OPEN, OPENDIR and FLUSH.
 
     Raises :exc:`native.NativeError` if the maps cannot be mapped, :exc:`ValueError` once it is closed. Filling and
     dropping never fail: see :file:`cache_fill.c`.
     """
 
-    def __init__(self, fds: MapFds, kernel_ttl_s: float | None = None, worker_opens_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        fds: MapFds,
+        kernel_ttl_s: float | None = None,
+        worker_opens_bytes: int | None = None,
+        *,
+        opens_nothing: bool = False,
+    ) -> None:
         self._fds = fds
         self._cache: Any = None
         options = ffi.new("struct bpfuse_cache_options *")
@@ -98,6 +106,8 @@ class KernelCache:
         self._pages = memoryview(ffi.buffer(lib.bpfuse_cache_pages(self._cache), fds.page_count * _PAGE))
         ttl_ns = _FOREVER_NS if kernel_ttl_s is None else round(kernel_ttl_s * 1e9)
         lib.bpfuse_cache_set_ttl(self._cache, ttl_ns)
+        profile = lib.BPFUSE_PROFILE_DATASET if opens_nothing else lib.BPFUSE_PROFILE_GENERAL
+        lib.bpfuse_cache_set_profile(self._cache, profile)
 
     def put(self, parent: int, entries: Sequence[DirectoryEntry]) -> None:
         """Put entries of a directory: names, inodes, and content where ``data`` is the whole of it."""

@@ -85,7 +85,7 @@ def bpf(shared: Kernel) -> Kernel:
 def attr(ino: int, mode: int, size: int, nlink: int = 1) -> bytes:
     times = (1_600_000_000, 1_700_000_000, 1_800_000_000)
     return struct.pack(
-        "<6Q10I", ino, size, (size + 511) // 512, *times, 1, 2, 3, mode, nlink, 1001, 1002, 0x0803, 4096, 0
+        "<6Q10I", ino, size, (size // 2 + 511) // 512, *times, 1, 2, 3, mode, nlink, 1001, 1002, 0x0803, 4096, 0
     )
 
 
@@ -375,6 +375,25 @@ def test_a_directory_is_opened_for_its_listing(bpf: Kernel) -> None:
         bpf.cache.put_inode(attributes(DIR, DIRECTORY, version=version))
         fh = struct.unpack_from("<Q", bpf.ask(kernel.opendir(DIR)).payload)[0]
         assert fh >> 48 & 255 == version & 255
+
+
+def test_a_mount_that_opens_nothing(bpf: Kernel) -> None:
+    """OPEN, OPENDIR and FLUSH are ENOSYS, whatever the inode is; all that has no handle then is answered as ever."""
+    cache = KernelCache(bpf.fds, opens_nothing=True)
+    try:
+        for request in (kernel.open_(FILE), kernel.open_(GONE, os.O_RDWR), kernel.opendir(DIR), kernel.flush(FILE, 0)):
+            assert bpf.ask(request) == Answer("ANSWERED", -errno.ENOSYS, b"")
+            assert bpf.ask(request._replace(length=41)).outcome == "MISS_MALFORMED"
+        assert not any(bpf.cache.is_open(ino) for ino in (FILE, GONE, DIR))
+        assert bpf.ask(kernel.read(FILE, 0, 131072)).payload == CONTENT
+        cache.renew(0)
+        for request in (kernel.open_(FILE), kernel.opendir(DIR), kernel.flush(FILE, 0)):
+            assert bpf.ask(request).outcome == "MISS_DEADLINE"
+    finally:
+        cache.close()
+        KernelCache(bpf.fds).close()
+    bpf.cache.renew(time.clock_gettime_ns(time.CLOCK_BOOTTIME) + kernel.HOUR_NS)
+    assert bpf.ask(kernel.open_(FILE)).error == 0
 
 
 def test_handles_are_counted_from_open_to_release(bpf: Kernel) -> None:

@@ -202,6 +202,7 @@ class Mount:
                 kernel=kernel,
                 locks=self.locks,
                 may_remember=config.maps is not None,
+                opens_nothing=config.opens_nothing,
             )
         )
 

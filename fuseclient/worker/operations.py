@@ -80,6 +80,8 @@ class Parts:
     generation: int
     #: False: each request is answered by the metaserver.
     may_remember: bool
+    #: OPEN, OPENDIR and FLUSH are answered ENOSYS: the kernel sends no more of them.
+    opens_nothing: bool
 
 
 class Operations(pyfuse3.Operations):
@@ -107,6 +109,7 @@ class Operations(pyfuse3.Operations):
         self._on_read = parts.on_read
         self._generation = parts.generation % handles.GENERATIONS
         self._may_remember = parts.may_remember
+        self._opens_nothing = parts.opens_nothing
         #: Writing handles of earlier workers that are used here, and those of them whose loss was reported.
         self._adopted: set[int] = set()
         self._reported: set[int] = set()
@@ -381,6 +384,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        self._check_opens()
         return self._handle(inode, os.O_RDONLY)
 
     @answered
@@ -417,6 +421,7 @@ class Operations(pyfuse3.Operations):
 
     async def open_file(self, ino: int, flags: int, *, passthrough: bool = True) -> tuple[FileInfo, Opening | None]:
         """Open a file, and say from which backing the kernel may read it."""
+        self._check_opens()
         writing = _writes(flags)
         with self._feeder.begin() as token, self._opening(ino):
             attributes, fresh = await self._open_inode(token, ino, writing=writing)
@@ -484,6 +489,7 @@ class Operations(pyfuse3.Operations):
     @answered_of_inode
     async def read(self, fh: int, off: int, size: int) -> bytes:
         ino = handles.decode(fh).ino
+        self._feeder.paged.add(ino)
         if self._passthrough.has(ino):
             data = await self._passthrough.read(ino, off, size)
             if data is not None:
@@ -526,6 +532,7 @@ class Operations(pyfuse3.Operations):
 
     @answered_of_inode
     async def flush(self, fh: int) -> None:
+        self._check_opens()
         await self._sync(fh, self._writer.flush)
 
     @answered_of_inode
@@ -554,6 +561,11 @@ class Operations(pyfuse3.Operations):
         self._released(fh)
 
     # Handles
+
+    def _check_opens(self) -> None:
+        """Have a kernel that is to do without opening and closing do so."""
+        if self._opens_nothing:
+            raise FUSEError(errno.ENOSYS)
 
     def _handle(self, ino: int, flags: int) -> int:
         self._open_handles[ino] += 1

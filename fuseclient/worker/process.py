@@ -224,6 +224,8 @@ def _open_cache(config: WorkerConfig) -> Cache:
         return NoKernelCache()
     try:
         least = LEAST_BYTES if config.options.cache_bytes != 0 else None
-        return KernelCache(config.maps, config.options.kernel_ttl_s, worker_opens_bytes=least)
+        return KernelCache(
+            config.maps, config.options.kernel_ttl_s, worker_opens_bytes=least, opens_nothing=config.opens_nothing
+        )
     except NativeError as error:
         raise CannotStart(str(error)) from error

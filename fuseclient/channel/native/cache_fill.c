@@ -383,6 +383,7 @@ static void fill_inode(struct bpfuse_cache *cache, struct bpfuse_inode_value *va
 {
 	*value = (struct bpfuse_inode_value){
 		.size = record->size,
+		.stored = record->stored,
 		.mode = record->mode,
 		.nlink = record->nlink,
 		.uid = record->uid,
@@ -560,6 +561,11 @@ void bpfuse_cache_drop_listing(struct bpfuse_cache *cache, __u64 ino)
 }
 
 /* The control page */
+
+void bpfuse_cache_set_profile(struct bpfuse_cache *cache, __u32 profile)
+{
+	__atomic_store_n(&cache->control->profile, profile, __ATOMIC_SEQ_CST);
+}
 
 void bpfuse_cache_set_deadline(struct bpfuse_cache *cache, __u64 deadline_ns)
 {

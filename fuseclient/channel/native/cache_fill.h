@@ -44,6 +44,7 @@ struct bpfuse_record {
 	__u32 flags;
 	__u32 padding;
 	__u64 version;
+	__u64 stored;
 	__u32 name_bytes;
 	__u32 data_bytes;
 	__u32 first_page; /* set by bpfuse_cache_place(); BPFUSE_NO_DATA: there is nothing to copy */
@@ -83,6 +84,8 @@ int bpfuse_cache_put_listing(struct bpfuse_cache *cache, __u64 ino, const __u8 *
 /* Forgets a directory's listing, and nothing else of it. */
 void bpfuse_cache_drop_listing(struct bpfuse_cache *cache, __u64 ino);
 
+/* One of enum bpfuse_profile. */
+void bpfuse_cache_set_profile(struct bpfuse_cache *cache, __u32 profile);
 void bpfuse_cache_set_deadline(struct bpfuse_cache *cache, __u64 deadline_ns);
 void bpfuse_cache_set_ttl(struct bpfuse_cache *cache, __u64 kernel_ttl_ns);
 void bpfuse_cache_set_statfs(struct bpfuse_cache *cache, const struct bpfuse_statfs *figures);

@@ -39,7 +39,7 @@ static bool is_xattr_name(const struct request *request)
 	       same4(name + 8, 'o', 's', 'i', 'x') && same4(name + 12, '_', 'a', 'c', 'l') && name[16] == '_';
 }
 
-static enum bpfuse_outcome answer_getxattr(struct request *request)
+static __noinline enum bpfuse_outcome answer_getxattr(struct request *request)
 {
 	enum bpfuse_outcome outcome;
 
@@ -55,7 +55,7 @@ static enum bpfuse_outcome answer_getxattr(struct request *request)
 	return BPFUSE_ANSWERED_ABSENT;
 }
 
-static enum bpfuse_outcome answer_listxattr(struct request *request)
+static __noinline enum bpfuse_outcome answer_listxattr(struct request *request)
 {
 	const struct fuse_getxattr_in *in = (const void *)request->entry->uring.op_in;
 	struct fuse_getxattr_out *out = (void *)request->entry->payload;

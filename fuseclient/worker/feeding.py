@@ -175,9 +175,8 @@ class Feeder:
                 self.written(each)
 
     def written(self, attributes: wire.Attributes) -> None:
-        """Put of an inode that is open for writing only that it has no xattrs: the kernel asks before each write."""
-        has_xattrs = attributes.flags & wire.InodeFlag.HAS_XATTRS
-        if attributes.nlink > 0 and not has_xattrs and self._is_written(attributes.ino):
+        """Put of an inode that is open for writing only whether it has xattrs: the kernel asks before each write."""
+        if attributes.nlink > 0 and self._is_written(attributes.ino):
             self._cache.put_inode(msgspec.structs.replace(attributes, mode=0, size=0))
 
     def named(self, token: Token, parent: int, name: bytes, ino: int) -> None:

@@ -206,7 +206,7 @@ class Session:
         Waits for a connection, and a change for a lease, for at most a lease's length, then raises :exc:`Disconnected`.
         A change whose reply was lost is sent again; if its session is lost meanwhile :exc:`Disconnected` is raised too,
         and the change may or may not have been made. Raises :exc:`Refused` as the metaserver does; STALE_SESSION comes
-        through only for a change that was under way when the lease ran out, and was not made.
+        through only for a change that was under way when the session was lost, and was not made.
         """
         if isinstance(request, _REPEATABLE):
             async with self._calls:
@@ -216,6 +216,7 @@ class Session:
 
     async def _change(self, request: wire.Request, reply_type: type[_Reply], slot: int, sequence: int) -> _Reply:
         lost: Disconnected | None = None
+        stale: Refused | None = None
         loop = asyncio.get_running_loop()
         give_up = loop.time() + self._lease_s
         session = self.id
@@ -223,6 +224,8 @@ class Session:
             connection = await self._usable(give_up, self._ready)
             if lost is not None and session != self.id:
                 raise Disconnected("the session was lost while a change was under way") from lost
+            if stale is not None and session != self.id:
+                raise stale
             self._check_change(request)
             session = self.id
             try:
@@ -235,9 +238,12 @@ class Session:
             except Disconnected as error:
                 lost, give_up = error, loop.time() + self._lease_s
             except Refused as error:
-                if error.code is wire.ErrorCode.STALE_SESSION and connection is self._connection:
+                if error.code is not wire.ErrorCode.STALE_SESSION or loop.time() >= give_up:
+                    raise
+                # Another metaserver has taken over, perhaps, at which the session lives on.
+                stale = error
+                if connection is self._connection:
                     self._mend()
-                raise
 
     async def _repeatable(self, request: wire.Request, reply_type: type[_Reply]) -> _Reply:
         give_up = asyncio.get_running_loop().time() + self._lease_s

@@ -54,8 +54,7 @@ class Xattrs:
             return None
         with self._feeder.begin() as token:
             attributes = (await self._caller.call(wire.GetAttributes(ino), wire.Found)).attributes
-            if self._feeder.inode(token, attributes):
-                self._feeder.written(attributes)
+            self._feeder.inode(token, attributes)
             if not attributes.flags & wire.InodeFlag.HAS_XATTRS:
                 return {}
             names = await self._names(ino)

@@ -128,7 +128,7 @@ static enum bpfuse_outcome answer_known_xattr(struct request *request)
 	return xattrs_still(request, &found) ? answer_no_such_xattr(request) : BPFUSE_MISS_RACE;
 }
 
-static enum bpfuse_outcome answer_getxattr(struct request *request)
+static __noinline enum bpfuse_outcome answer_getxattr(struct request *request)
 {
 	const __u8 *name = request->entry->payload;
 	__u32 length = request->payload_size - 1;
@@ -150,7 +150,7 @@ static enum bpfuse_outcome answer_getxattr(struct request *request)
 	return none ? answer_no_such_xattr(request) : answer_known_xattr(request);
 }
 
-static enum bpfuse_outcome answer_listxattr(struct request *request)
+static __noinline enum bpfuse_outcome answer_listxattr(struct request *request)
 {
 	const struct fuse_getxattr_in *in = (const void *)request->entry->uring.op_in;
 	struct fuse_getxattr_out *out = (void *)request->entry->payload;

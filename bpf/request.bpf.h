@@ -6,9 +6,6 @@
  * An answer reads with *_peek, works, and then asks *_still whether what it read was whole: what lies between the two
  * may be torn and may only be used with care. The reply goes into the payload after that, or, where a request has no
  * payload of its own, before. The header is written last, by answer(), so that a miss leaves the request as it came.
- *
- * The answers that have an inode's value on their stack are functions of their own: all frames of a chain of calls may
- * take up 512 bytes together.
  */
 #ifndef BPFUSE_REQUEST_BPF_H
 #define BPFUSE_REQUEST_BPF_H

@@ -115,6 +115,8 @@ class Session:
 
     #: The lease's end on CLOCK_BOOTTIME; 0 while there is none.
     deadline_ns: int = 0
+    #: No other client sees the volume.
+    alone: bool = False
     #: What the metaserver said when the session was opened or last resumed.
     opened: wire.SessionOpened
 
@@ -332,23 +334,35 @@ class Session:
             self._poked.set()
 
     async def _open(self, connection: Connection) -> None:
-        connection.on_break(
-            lambda told: self._on_break(told, lambda still_open: connection.acknowledge(told.number, still_open))
-        )
+        joined = asyncio.Event()
+        connection.on_break(lambda told: self._told(connection, joined, told))
         sent_ns = self._clock()
         request = wire.OpenSession(self._volume, self._client, self.id, self._writing())
         opened = await connection.call(request, wire.SessionOpened)
+        self.alone = opened.alone and not joined.is_set()
         if opened.resumed:
             if self._epoch not in (None, connection.welcome.server_epoch):
                 self._on_restarted()
             await self._on_connected(connection, True)
             self._bind(connection)
+            if joined.is_set():
+                self._ready.set()
             await self._renew(connection)
         else:
             self._replace(opened)
             await self._on_connected(connection, False)
             self._grant(sent_ns, opened.lease_ms)
         self.opened, self._epoch = opened, connection.welcome.server_epoch
+
+    def _told(self, connection: Connection, joined: asyncio.Event, told: wire.Break) -> None:
+        """A break has come. What waits while a client is alone is to be committed even before the lease is renewed,
+        because the metaserver renews it only then; it has not run out."""
+        if told.joined:
+            joined.set()
+            self.alone = False
+            if connection is self._connection:
+                self._ready.set()
+        self._on_break(told, lambda still_open: connection.acknowledge(told.number, still_open))
 
     def _replace(self, opened: wire.SessionOpened) -> None:
         """Take a new session; if there was another, all that was cached under it is void."""

@@ -13,6 +13,7 @@
 #ifndef BPFUSE_HANDLES_BPF_H
 #define BPFUSE_HANDLES_BPF_H
 
+#include <asm/errno.h>
 #include <asm/fcntl.h>
 #include "hash.h"
 #include "request.bpf.h"
@@ -71,13 +72,31 @@ static enum bpfuse_outcome answer_any_open(struct request *request, __u32 type, 
 	return inode.backing_id ? BPFUSE_ANSWERED_PASSTHROUGH : BPFUSE_ANSWERED;
 }
 
+/* Whether the kernel is to do without opening and closing from now on; `outcome` then is what that comes to. */
+static bool opens_nothing(struct request *request, __u32 op, enum bpfuse_outcome *outcome)
+{
+	if (request->control->profile != BPFUSE_PROFILE_DATASET)
+		return false;
+	*outcome = check_request(request, op, 0, 0);
+	request->error = -ENOSYS;
+	return true;
+}
+
 static enum bpfuse_outcome answer_open(struct request *request)
 {
+	enum bpfuse_outcome outcome;
+
+	if (opens_nothing(request, sizeof(struct fuse_open_in), &outcome))
+		return outcome;
 	return answer_any_open(request, MODE_REGULAR, OPEN_HARMLESS, FOPEN_KEEP_CACHE | FOPEN_NOFLUSH);
 }
 
 static enum bpfuse_outcome answer_opendir(struct request *request)
 {
+	enum bpfuse_outcome outcome;
+
+	if (opens_nothing(request, sizeof(struct fuse_open_in), &outcome))
+		return outcome;
 	return answer_any_open(request, MODE_DIRECTORY, OPEN_HARMLESS | O_DIRECTORY,
 			       FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE);
 }
@@ -113,6 +132,8 @@ static enum bpfuse_outcome answer_flush(struct request *request)
 	const struct bpfuse_open_slot *open;
 	enum bpfuse_outcome outcome;
 
+	if (opens_nothing(request, sizeof(*in), &outcome))
+		return outcome;
 	outcome = check_request(request, sizeof(*in), 0, 0);
 	if (outcome != BPFUSE_ANSWERED)
 		return outcome;

@@ -49,6 +49,7 @@ class MapFds(msgspec.Struct, frozen=True, kw_only=True):
     control: int
     names: int
     inodes: int
+    xattrs: int
     pages: int
     opens: int
     counters: int
@@ -85,3 +86,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     locks_fd: int | None = None
     #: The session of the worker before this one, to be resumed, as hex; None: open a new one.
     session: str | None
+
+    @property
+    def opens_nothing(self) -> bool:
+        """Whether the kernel is told to do without OPEN, OPENDIR and FLUSH."""
+        return self.options.profile == "dataset"

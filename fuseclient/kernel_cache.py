@@ -8,7 +8,7 @@ happens when the kernel refuses a value.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from msgspec.structs import astuple
@@ -54,6 +54,7 @@ class Cache(Protocol):
     def listing_limit(self) -> int: ...
     def put_listing(self, ino: int, entries: bytes) -> bool: ...
     def drop_listing(self, ino: int) -> None: ...
+    def put_xattrs(self, ino: int, xattrs: Mapping[bytes, bytes], *, listed: bool) -> bool: ...
     def renew(self, deadline_ns: int) -> None: ...
     def bump_epoch(self) -> None: ...
     @property
@@ -76,17 +77,26 @@ class Cache(Protocol):
 class KernelCache:
     """The maps of an accelerated mount. ``kernel_ttl_s`` bounds the time-to-live in replies; ``None``: the lease does.
     Files of ``worker_opens_bytes`` or more are opened by the worker unless they have a backing; ``None``: no files.
+    ``opens_nothing``: the kernel is told to do without OPEN, OPENDIR and FLUSH.
 
     Raises :exc:`native.NativeError` if the maps cannot be mapped, :exc:`ValueError` once it is closed. Filling and
     dropping never fail: see :file:`cache_fill.c`.
     """
 
-    def __init__(self, fds: MapFds, kernel_ttl_s: float | None = None, worker_opens_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        fds: MapFds,
+        kernel_ttl_s: float | None = None,
+        worker_opens_bytes: int | None = None,
+        *,
+        opens_nothing: bool = False,
+    ) -> None:
         self._fds = fds
         self._cache: Any = None
         options = ffi.new("struct bpfuse_cache_options *")
         options.control_fd, options.names_fd, options.inodes_fd = fds.control, fds.names, fds.inodes
         options.pages_fd, options.opens_fd, options.page_count = fds.pages, fds.opens, fds.page_count
+        options.xattrs_fd = fds.xattrs
         options.xattrs_flag = InodeFlag.HAS_XATTRS
         options.worker_opens_size = _NO_SIZE if worker_opens_bytes is None else worker_opens_bytes
         out = ffi.new("struct bpfuse_cache **")
@@ -98,6 +108,8 @@ class KernelCache:
         self._pages = memoryview(ffi.buffer(lib.bpfuse_cache_pages(self._cache), fds.page_count * _PAGE))
         ttl_ns = _FOREVER_NS if kernel_ttl_s is None else round(kernel_ttl_s * 1e9)
         lib.bpfuse_cache_set_ttl(self._cache, ttl_ns)
+        profile = lib.BPFUSE_PROFILE_DATASET if opens_nothing else lib.BPFUSE_PROFILE_GENERAL
+        lib.bpfuse_cache_set_profile(self._cache, profile)
 
     def put(self, parent: int, entries: Sequence[DirectoryEntry]) -> None:
         """Put entries of a directory: names, inodes, and content where ``data`` is the whole of it."""
@@ -176,6 +188,27 @@ class KernelCache:
     def drop_listing(self, ino: int) -> None:
         """Forget which entries a directory has, and nothing else of it."""
         lib.bpfuse_cache_drop_listing(self._handle(), ino)
+
+    def put_xattrs(self, ino: int, xattrs: Mapping[bytes, bytes], *, listed: bool) -> bool:
+        """Say what xattrs an inode has, all of them; ``listed``: whoever asks may have the list of their names.
+
+        False if they are too many, or too large. They are dropped with the inode.
+        """
+        names = b"".join(name + b"\0" for name in xattrs)
+        stored = names + b"".join(xattrs.values())
+        if len(xattrs) > lib.BPFUSE_XATTRS or len(stored) > lib.BPFUSE_XATTR_BYTES:
+            return False
+        handle = self._handle()
+        key = lib.bpfuse_cache_control(handle).hash_key
+        value = ffi.new("struct bpfuse_xattrs_value *", {"bytes": stored, "count": len(xattrs)})
+        value.list_bytes = len(names) if listed else lib.BPFUSE_XATTRS_UNLISTED
+        offset = len(names)
+        for entry, (name, content) in zip(value.entries, xattrs.items(), strict=False):
+            lib.bpfuse_hash_name(name, _name_bytes(name), key, entry.hash)
+            entry.offset, entry.size = offset, len(content)
+            offset += len(content)
+        lib.bpfuse_cache_put_xattrs(handle, ino, value)
+        return True
 
     def renew(self, deadline_ns: int) -> None:
         """Let BPF answer until then (nanoseconds of CLOCK_BOOTTIME); 0 stops it at once."""
@@ -303,6 +336,9 @@ class NoKernelCache:
 
     def drop_listing(self, ino: int) -> None:
         pass
+
+    def put_xattrs(self, ino: int, xattrs: Mapping[bytes, bytes], *, listed: bool) -> bool:
+        return False
 
     def renew(self, deadline_ns: int) -> None:
         pass

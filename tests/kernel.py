@@ -70,6 +70,7 @@ def attributes(
         ctime_ns=1_800_000_000_000_000_003,
         flags=int(xattrs),
         version=version,
+        stored=size // 2,
     )
 
 
@@ -85,7 +86,10 @@ class Kernel:
             ring_entries=2,
         )
         self.fds = MapFds(
-            **{name: self.bpf.map_fd(name) for name in ("control", "names", "inodes", "pages", "opens", "counters")},
+            **{
+                name: self.bpf.map_fd(name)
+                for name in ("control", "names", "inodes", "xattrs", "pages", "opens", "counters")
+            },
             count_program=self.bpf.program_fd("count_maps"),
             name_capacity=capacity,
             inode_capacity=capacity,

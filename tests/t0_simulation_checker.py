@@ -63,7 +63,7 @@ class Story:
 
     def complaints(self) -> list[str]:
         self.commits.sort(key=lambda commit: commit.at.order)
-        return check(self.history, self.commits)
+        return check(self.history, self.commits, settling_s=10)
 
 
 def created() -> Story:
@@ -180,6 +180,33 @@ def test_what_is_being_written_is_seen_on_its_own_machine_only() -> None:
     assert story().read(1, DATA, b"y", 12, 13).complaints()
     assert story().read(0, DATA, b"y", 8, 9).complaints(), "before it was written"
     assert story().read(0, DATA, b"x", 12, 13).complaints() == []
+
+
+def test_what_a_crash_takes_back() -> None:
+    def story(*, durable: bool) -> Story:
+        crashed = created()
+        crashed.history.changes[0].durable = durable
+        crashed.commits.append(Commit(Stamp(20, 20), {NAME: 0}, undoes=(0,)))
+        return crashed
+
+    assert story(durable=False).complaints() == []
+    assert story(durable=True).complaints()
+    assert story(durable=False).read(1, NAME, 0, 22, 23).read(2, NAME, 7, 24, 25).complaints() == []
+    assert story(durable=False).read(1, NAME, 7, 32, 33).complaints(), "by now everybody knows"
+    again = story(durable=True)
+    again.history.changes[0].returned = Stamp(30, 30)
+    again.commits.append(Commit(Stamp(25, 25), {NAME: 7}))
+    assert again.complaints() == [], "it was not told before it was made again"
+
+
+def test_content_is_committed_again_for_another_session_only() -> None:
+    def story(session: bytes) -> Story:
+        twice = Story().change(0, {DATA: b"x"}, 1, None, 30, Outcome.UNKNOWN)
+        twice.commits += [Commit(Stamp(at, at), {DATA: b"x"}, each) for at, each in ((2, b"one"), (20, session))]
+        return twice
+
+    assert story(b"two").complaints() == []
+    assert story(b"one").complaints()
 
 
 # The tree

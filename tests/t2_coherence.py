@@ -242,7 +242,7 @@ async def test_scenario_12_an_old_server_commits_nothing(metaserver: Metaserver)
         await metaserver.engine.read(metaserver.server.tenure.check)
 
 
-async def test_scenario_5_an_ended_session_is_refused_in_the_transaction(metaserver: Metaserver) -> None:
+async def test_scenario_05_an_ended_session_is_refused_in_the_transaction(metaserver: Metaserver) -> None:
     one = await metaserver.client()
     await metaserver.engine.write(lambda txn: fencing.delete_session(txn, one.session.session))
     assert await refused(one.make(b"late")) is ErrorCode.STALE_SESSION
@@ -255,7 +255,7 @@ async def _restart(metaserver: Metaserver) -> None:
 
 
 @pytest.mark.parametrize("engine", ["memory://", "lmdb"])
-async def test_scenario_8_nothing_is_changed_until_all_are_back(tmp_path: Path, engine: str) -> None:
+async def test_scenario_08_nothing_is_changed_until_all_are_back(tmp_path: Path, engine: str) -> None:
     async with serving(tmp_path, engine) as metaserver:
         first = await metaserver.client()
         await first.connection.call(wire.CloseSession(), wire.Done)
@@ -291,7 +291,7 @@ async def test_after_the_grace_nobody_comes_back(tmp_path: Path) -> None:
         assert not (await late.open(VOLUME, old.session.session)).resumed
 
 
-async def test_scenario_9_who_was_ended_in_the_first_grace_is_not_back_in_the_second(tmp_path: Path) -> None:
+async def test_scenario_09_who_was_ended_in_the_first_grace_is_not_back_in_the_second(tmp_path: Path) -> None:
     async with serving(tmp_path, lease_s=0.5) as metaserver:
         old = await holder(metaserver)
         await _restart(metaserver)

@@ -66,7 +66,7 @@ async def test_handshake(tmp_path: Path, address: str | None) -> None:
 
 
 @pytest.mark.parametrize("version", [0, wire.PROTOCOL_VERSION - 1, wire.PROTOCOL_VERSION + 1, 2**32 - 1])
-async def test_another_version_is_refused_cleanly(metaserver: Metaserver, version: int) -> None:
+async def test_scenario_22_another_version_is_refused_cleanly(metaserver: Metaserver, version: int) -> None:
     raw = await metaserver.raw()
     raw.send(wire.encode(9, wire.Hello(version, "future")))
     request_id, reply = await raw.receive()

@@ -288,6 +288,22 @@ def test_scenario_08_the_metaserver_is_started_again_under_live_holders(cluster:
     assert sessions == [figures.stats(each)["caches"]["session"] for each in (writer, holder)]
 
 
+def test_scenario_08_what_is_open_is_dropped_with_all_else(sandbox: rig.Sandbox, accel: str) -> None:
+    """After a crash of the metaserver all is dropped: the attributes, too, of what no name need be looked up for."""
+    with several_mounts.cluster(sandbox, lease_s=20.0) as cluster:
+        writer, holder = cluster.pair(accel)
+        (writer.path / "directory").mkdir()
+        fd = os.open(holder.path / "directory", os.O_PATH | os.O_DIRECTORY)
+        try:
+            assert (os.fstat(fd).st_nlink, os.stat(holder.path).st_nlink) == (2, 3)
+            cluster.server.restart()
+            (writer.path / "directory" / "below").mkdir()
+            (writer.path / "more").mkdir()
+            assert (os.fstat(fd).st_nlink, os.stat(holder.path).st_nlink) == (3, 4)
+        finally:
+            os.close(fd)
+
+
 # 14
 
 
@@ -370,6 +386,19 @@ def test_scenario_17_a_worker_killed_with_what_it_has_not_stored(cluster: Cluste
         assert (each.path / "s").read_bytes() == b"synced" * 50_000
         assert (each.path / "c").read_bytes() == b"synced" * 50_000
         assert (each.path / "r").read_bytes() == b"again!" + b"synced" * 49_999
+
+
+def test_scenario_17_a_worker_killed_with_a_break_that_it_has_not_answered(sandbox: rig.Sandbox, accel: str) -> None:
+    """The next worker drops what is asked for, and says so; the writer waits for that, and not for the lease."""
+    with several_mounts.cluster(sandbox, lease_s=60.0) as cluster:
+        writer, holder = cluster.pair(accel, allowed=(WORKER_KILLED,))
+        (writer.path / "file").write_bytes(b"before")
+        know(holder, holder.path / "file", b"before")
+        with stopped(holder.process("worker").pid):
+            changing = background.until_blocked(lambda: overwrite(writer.path / "file", b"after!"))
+            kill(holder, "worker")
+        changing.result(rig.WAIT_S)
+        know(holder, holder.path / "file", b"after!")
 
 
 # 18

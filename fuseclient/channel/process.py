@@ -131,7 +131,8 @@ class Mount:
                 self.volume.url,
                 read_only=self.options.read_only,
                 allow_other=self.options.allow_other,
-                shared_locks=self.options.locks == "shared",
+                # A mount that opens nothing does not say when a file is closed, which ends locks.
+                shared_locks=self.options.locks == "shared" and self.options.profile != "dataset",
                 trusted=self.options.trusted,
                 entries_fd=None if self._bpf is None else self._bpf.map_fd("entries"),
                 depth=acceleration.queue_depth(self.options),

@@ -200,6 +200,10 @@ class Changes:
         self._deadline_ns = 0
         self._drop_everything()
 
+    def woken(self) -> None:
+        """The machine slept: the kernel's times to live did not run, so all is dropped; the lease may run yet."""
+        self._drop_everything()
+
     def restarted(self) -> None:
         """The session goes on at another run of the metaserver, which may lack what was acknowledged lazily."""
         self._writer.acknowledged_lost()
@@ -228,13 +232,13 @@ class Changes:
     def _drop_everything(self) -> InodeSet:
         """Drop all there is; return the files that the kernel may have pages of."""
         self._lease.move(0)
-        paged, listed = self._feeder.paged.take(), self._feeder.listed.take()
+        paged, listed, told = (each.take() for each in (self._feeder.paged, self._feeder.listed, self._feeder.told))
         self._feeder.drop_everything()
         self._directories.forget_everything()
         self._writer.everything_changed()
         self._opened.clear()
         self._passthrough.changed_elsewhere(None)
-        self._later(lambda: self._kernel.everything(paged, listed))
+        self._later(lambda: self._kernel.everything(paged, listed, told))
         return paged
 
     def _later(self, action: Callable[[], Awaitable[None]]) -> None:

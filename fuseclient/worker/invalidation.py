@@ -24,6 +24,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Final, Protocol
 
+from metaserver.wire import ROOT_INO
+
 _log = logging.getLogger(__name__)
 
 #: Above this many names, all of them are expired at once.
@@ -105,10 +107,15 @@ class Invalidator:
         self.drop_pages_later(ino)
         return not await self._kernel.invalidate_attributes(ino)
 
-    async def everything(self, paged: Iterable[int], listed: Iterable[int] = ()) -> None:
-        """Return when the kernel has dropped every name and the files and directories that it may have pages of."""
+    async def everything(
+        self, paged: Iterable[int], listed: Iterable[int] = (), told: Iterable[int] = (ROOT_INO,)
+    ) -> None:
+        """Return when the kernel has dropped every name, the files and directories that it may have pages of, and the
+        attributes of what else it was told of: to the root, and to what is open, no name leads.
+        """
         if not await self._kernel.increment_epoch():
             _log.warning("this kernel cannot expire all names at once; they expire with their time to live")
+        await _in_batches(self._kernel.invalidate_attributes(ino) for ino in told)
         await _in_batches(self._drop_inode(ino) for ino in paged)
         await _in_batches(self._drop_listing(ino) for ino in listed)
 

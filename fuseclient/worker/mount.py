@@ -155,6 +155,8 @@ class Mount:
         writer.when_laid = self._compactor.laid
         writer.when_given_up = kernel.drop_pages_later
         feeder.on_changed = writer.observe
+        feeder.is_shown = lambda attributes: attributes.ino not in kernel.dropping and writer.show(attributes)
+        writer.when_touched = feeder.written
 
         def is_open(ino: int) -> bool:
             return open_handles[ino] > 0 or cache.is_open(ino) or writer.is_open(ino)
@@ -203,6 +205,7 @@ class Mount:
                 kernel=kernel,
                 locks=self.locks,
                 may_remember=config.maps is not None,
+                opens_nothing=config.opens_nothing,
             )
         )
 
@@ -220,6 +223,11 @@ class Mount:
                 await through.refresh()
 
         self.locks.publish, self.locks.refresh, self.locks.forfeit = publish, refresh, writer.forfeit
+
+    def woken(self) -> None:
+        """The machine was suspended until now."""
+        self._tell(lambda changes: changes.woken())
+        self._session.renew_now()
 
     @property
     def session_id(self) -> bytes:

@@ -38,6 +38,7 @@ from fuseclient.native import NativeError
 from fuseclient.worker.extra_ops import ExtraOps
 from fuseclient.worker.mount import CannotStart, Mount
 from fuseclient.worker.notifier import Notifier
+from fuseclient.worker.suspend import SuspendWatch
 
 _log = logging.getLogger(__name__)
 
@@ -160,6 +161,7 @@ class Worker:
             await mount.open()
             stack.enter_context(self._status.answering(mount.figures))
             stack.push_async_callback(self._leave, mount)
+            stack.enter_context(SuspendWatch(mount.woken).watching())
             await self._serve(mount)
 
     async def _leave(self, mount: Mount) -> None:
@@ -222,6 +224,8 @@ def _open_cache(config: WorkerConfig) -> Cache:
         return NoKernelCache()
     try:
         least = LEAST_BYTES if config.options.cache_bytes != 0 else None
-        return KernelCache(config.maps, config.options.kernel_ttl_s, worker_opens_bytes=least)
+        return KernelCache(
+            config.maps, config.options.kernel_ttl_s, worker_opens_bytes=least, opens_nothing=config.opens_nothing
+        )
     except NativeError as error:
         raise CannotStart(str(error)) from error

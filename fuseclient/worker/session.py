@@ -173,9 +173,12 @@ class Session:
         """Connect, open or resume the session, and keep it from now on.
 
         Raises :exc:`Refused` (NO_SUCH_VOLUME, UNSUPPORTED, BUSY), :exc:`Disconnected`, or :exc:`ValueError` for what
-        is not an address. There is no retry here.
+        is not an address. There is no retry here. A session that is resumed has no lease yet: what its renewal waits
+        for may wait for the caller.
         """
-        await self._enter()
+        await self._enter(is_first=True)
+        if self.opened.resumed:
+            self.renew_now()
         self._keeping = asyncio.create_task(self._keep(), name="session")
         return self.opened
 
@@ -205,7 +208,7 @@ class Session:
         Waits for a connection, and a change for a lease, for at most a lease's length, then raises :exc:`Disconnected`.
         A change whose reply was lost is sent again; if its session is lost meanwhile :exc:`Disconnected` is raised too,
         and the change may or may not have been made. Raises :exc:`Refused` as the metaserver does; STALE_SESSION comes
-        through only for a change that was under way when the lease ran out, and was not made.
+        through only for a change that was under way when the session was lost, and was not made.
         """
         if isinstance(request, _REPEATABLE):
             async with self._calls:
@@ -215,6 +218,7 @@ class Session:
 
     async def _change(self, request: wire.Request, reply_type: type[_Reply], slot: int, sequence: int) -> _Reply:
         lost: Disconnected | None = None
+        stale: Refused | None = None
         loop = asyncio.get_running_loop()
         give_up = loop.time() + self._lease_s
         session = self.id
@@ -222,6 +226,8 @@ class Session:
             connection = await self._usable(give_up, self._ready)
             if lost is not None and session != self.id:
                 raise Disconnected("the session was lost while a change was under way") from lost
+            if stale is not None and session != self.id:
+                raise stale
             self._check_change(request)
             session = self.id
             try:
@@ -234,9 +240,12 @@ class Session:
             except Disconnected as error:
                 lost, give_up = error, loop.time() + self._lease_s
             except Refused as error:
-                if error.code is wire.ErrorCode.STALE_SESSION and connection is self._connection:
+                if error.code is not wire.ErrorCode.STALE_SESSION or loop.time() >= give_up:
+                    raise
+                # Another metaserver has taken over, perhaps, at which the session lives on.
+                stale = error
+                if connection is self._connection:
                     self._mend()
-                raise
 
     async def _repeatable(self, request: wire.Request, reply_type: type[_Reply]) -> _Reply:
         give_up = asyncio.get_running_loop().time() + self._lease_s
@@ -312,19 +321,20 @@ class Session:
 
     # The lease
 
-    async def _enter(self) -> None:
-        """Connect and open or resume the session."""
+    async def _enter(self, *, is_first: bool = False) -> None:
+        """Connect and open or resume the session; renew it, if it is not the first time."""
         connection = await self._connect(self._address)
         try:
             async with asyncio.timeout(rpc.CONNECT_TIMEOUT_S):
-                await self._open(connection)
+                resumed = await self._open(connection)
+                if resumed and not is_first:
+                    await self._renew(connection)
         except TimeoutError:
             connection.abort("no reply in time")
             raise Disconnected(f"{self._address} does not answer") from None
         except BaseException:
             connection.abort()
             raise
-        self._bind(connection)
         connection.when_lost(lambda: self._lost(connection))
         self._poked.clear()
         self._ready.set()
@@ -333,26 +343,27 @@ class Session:
         if connection is self._connection:
             self._poked.set()
 
-    async def _open(self, connection: Connection) -> None:
+    async def _open(self, connection: Connection) -> bool:
+        """Open the session on a connection; say whether it was resumed."""
         joined = asyncio.Event()
         connection.on_break(lambda told: self._told(connection, joined, told))
         sent_ns = self._clock()
         request = wire.OpenSession(self._volume, self._client, self.id, self._writing())
         opened = await connection.call(request, wire.SessionOpened)
         self.alone = opened.alone and not joined.is_set()
-        if opened.resumed:
-            if self._epoch not in (None, connection.welcome.server_epoch):
-                self._on_restarted()
-            await self._on_connected(connection, True)
-            self._bind(connection)
-            if joined.is_set():
-                self._ready.set()
-            await self._renew(connection)
-        else:
+        if not opened.resumed:
             self._replace(opened)
-            await self._on_connected(connection, False)
+        elif self._epoch not in (None, connection.welcome.server_epoch):
+            self._on_restarted()
+        await self._on_connected(connection, opened.resumed)
+        if not opened.resumed:
             self._grant(sent_ns, opened.lease_ms)
+        self._lease_s = opened.lease_ms / 1000
         self.opened, self._epoch = opened, connection.welcome.server_epoch
+        self._bind(connection)
+        if joined.is_set():
+            self._ready.set()
+        return opened.resumed
 
     def _told(self, connection: Connection, joined: asyncio.Event, told: wire.Break) -> None:
         """A break has come. What waits while a client is alone is to be committed even before the lease is renewed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from metaserver import wire
@@ -64,6 +64,10 @@ class Maps:
 
     def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
         self._forget(self._inodes)
+        old = self._inodes.get(attributes.ino)
+        if data is None and old is not None and old.epoch == self.epoch:
+            same = (old.attributes.version, old.attributes.size) == (attributes.version, attributes.size)
+            data = old.data if same else None
         self._inodes[attributes.ino] = _Inode(attributes, data, self.epoch)
 
     def put_name(self, parent: int, name: bytes, ino: int) -> None:
@@ -87,6 +91,9 @@ class Maps:
     listing_limit = 0
 
     def put_listing(self, ino: int, entries: bytes) -> bool:
+        return False
+
+    def put_xattrs(self, ino: int, xattrs: Mapping[bytes, bytes], *, listed: bool) -> bool:
         return False
 
     def drop_listing(self, ino: int) -> None:

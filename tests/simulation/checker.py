@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from simulation.history import Change, Commit, History, Outcome, Read, Register, Stamp, Value, agrees
+from simulation.history import PRESENT, Change, Commit, History, Outcome, Read, Register, Stamp, Value, agrees
 
 #: What a change of an inode is known by, beside names.
 _KINDS: Final = ("owner", "mode", "atime", "xattr", "data")
@@ -60,16 +60,7 @@ def check(history: History, commits: Sequence[Commit], given: int = 0, settling_
     complaints: list[str] = []
     authors = _attribute(history.changes, commits, given, complaints)
     registers = _versions(commits, authors, settling_s)
-    done = {id(change) for each in authors.values() for change in each.values()}
-    for change in history.changes:
-        if change.outcome is not Outcome.OK or id(change) in done:
-            continue
-        if not _is_idle(change, registers) and not _is_overwritten(change, registers):
-            complaints.append(f"{change} was acknowledged and never committed")
-    for lost in (number for commit in commits for number in commit.undoes):
-        for change in authors.get(lost, {}).values():
-            if change.durable:
-                complaints.append(f"{change} was durable, and a crash took it back")
+    complaints += _unmade(history.changes, authors, registers, {n for commit in commits for n in commit.undoes})
     by_register: defaultdict[Register, list[Read]] = defaultdict(list)
     for read in history.reads:
         by_register[read.register].append(read)
@@ -81,6 +72,24 @@ def check(history: History, commits: Sequence[Commit], given: int = 0, settling_
     for register, reads in by_register.items():
         versions = registers.get(register) or [Version(_ABSENT.get(register[0], 0), _BEGINNING)]
         complaints += _Register(versions, writes[register], settling_s).check(reads)
+    return complaints
+
+
+def _unmade(
+    changes: Iterable[Change], authors: dict[int, Authors], registers: dict[Register, list[Version]], lost: set[int]
+) -> list[str]:
+    """Return what was acknowledged and is not there."""
+    made = {id(change) for number, each in authors.items() if number not in lost for change in each.values()}
+    taken_back = {id(change) for number in lost for change in authors.get(number, {}).values()} - made
+    complaints = []
+    for change in changes:
+        if change.outcome is not Outcome.OK or id(change) in made:
+            continue
+        if id(change) in taken_back:
+            if change.durable:
+                complaints.append(f"{change} was durable, and a crash took it back")
+        elif not _is_idle(change, registers) and not _is_overwritten(change, registers):
+            complaints.append(f"{change} was acknowledged and never committed")
     return complaints
 
 
@@ -111,7 +120,9 @@ def _attribute(
         for effect in efforts(commit):
             candidates = waiting[frozenset(effect)]
             possible = [each for each in candidates if sessions.get(id(each)) != commit.session]
-            possible = [each for each in possible if _may_be(each, commit, effect)]
+            # What a crash took back is made again, of another inode.
+            told: dict[Register, Value] = {register: PRESENT if value else value for register, value in effect.items()}
+            possible = [each for each in possible if _may_be(each, commit, told if number in lost else effect)]
             author = min(possible, key=lambda change: (id(change) in sessions, _urgency(change)), default=None)
             if author is None:
                 complaints.append(f"a commit at {commit.at.time:.4f} that nobody asked for: {effect}")
@@ -131,7 +142,7 @@ def _may_be(change: Change, commit: Commit, effect: dict[Register, Value]) -> bo
         return False
     if change.outcome is Outcome.OK and change.returned is not None and change.returned.order < commit.at.order:
         return False
-    return all(agrees(change.effect[register], value) for register, value in effect.items())
+    return all(agrees(value, change.effect[register]) for register, value in effect.items())
 
 
 def _urgency(change: Change) -> float:

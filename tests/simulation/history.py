@@ -63,7 +63,9 @@ def data_of(ino: int) -> Register:
 
 def agrees(expected: Value, actual: Value) -> bool:
     """Say whether a value is what was seen of it."""
-    return actual != 0 if expected is PRESENT else expected == actual
+    if PRESENT in (expected, actual):
+        return actual != 0 and expected != 0
+    return expected == actual
 
 
 class Stamp(NamedTuple):

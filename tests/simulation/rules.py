@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from unittest import mock
 
 from fuseclient.worker.guard import Guard
@@ -26,21 +26,27 @@ def _nothing(*args: Any) -> None:
     """Find nothing, and nothing wrong."""
 
 
-_Replaced = tuple[Any, str, Any]
+class Rule(NamedTuple):
+    """A rule: what is put in whose place when it is off, and the faults that it is for; none: all."""
 
-#: What is put in whose place when a rule is off.
-RULES: Final[dict[str, tuple[_Replaced, ...]]] = {
-    "deadline": ((Maps, "checks_deadline", False), (Kernel, "keeps_forever", True)),
-    "acknowledgement": ((Breaks, "wait", _at_once),),
-    "version": ((_State, "unsettled", lambda *args: ([], [])),),
-    "fetches in flight": ((Guard, "may_put", lambda *args: True),),
-    "kernel before acknowledgement": ((Invalidator, "drop", _at_once),),
-    "renewal after acknowledgement": ((Breaks, "settled", _at_once),),
-    "epoch": ((Maps, "bump_epoch", _nothing),),
-    "fencing": ((Tenure, "check", _nothing), (fencing, "check_session", _nothing)),
-    "grace": ((Grace, "over", _at_once),),
-    "remembered outcomes": ((fencing, "outcome", _nothing),),
-    "one connection": ((Change, "is_current", True),),
+    replaced: tuple[tuple[Any, str, Any], ...]
+    faults: tuple[str, ...] = ()
+
+
+RULES: Final[dict[str, Rule]] = {
+    "deadline": Rule(
+        ((Maps, "checks_deadline", False), (Kernel, "keeps_forever", True)), ("partition", "freeze_a_worker")
+    ),
+    "acknowledgement": Rule(((Breaks, "wait", _at_once),), ("cut_a_connection",)),
+    "version": Rule(((_State, "unsettled", lambda *args: ([], [])),)),
+    "fetches in flight": Rule(((Guard, "may_put", lambda *args: True),)),
+    "kernel before acknowledgement": Rule(((Invalidator, "drop", _at_once),)),
+    "renewal after acknowledgement": Rule(((Breaks, "settled", _at_once),)),
+    "epoch": Rule(((Maps, "bump_epoch", _nothing),)),
+    "fencing": Rule(((Tenure, "check", _nothing), (fencing, "check_session", _nothing)), ("fail_over",)),
+    "grace": Rule(((Grace, "over", _at_once),), ("restart_the_server", "partition", "freeze_a_worker")),
+    "remembered outcomes": Rule(((fencing, "outcome", _nothing),), ("cut_a_connection", "restart_the_server")),
+    "one connection": Rule(((Change, "is_current", True),), ("kill_a_worker",)),
 }
 
 
@@ -48,6 +54,6 @@ RULES: Final[dict[str, tuple[_Replaced, ...]]] = {
 def switched_off(rule: str | None) -> Iterator[None]:
     """Run without a rule."""
     with contextlib.ExitStack() as stack:
-        for target, name, value in RULES[rule] if rule is not None else ():
+        for target, name, value in RULES[rule].replaced if rule is not None else ():
             stack.enter_context(mock.patch.object(target, name, value))
         yield

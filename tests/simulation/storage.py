@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from fuseclient.data.objects import ObjectMissing, StoreError
+from fuseclient.data.objects import NoSpace, ObjectMissing, StoreError
 from fuseclient.data.reader import visible
 from metaserver import keys, wire
 from metaserver.engine.base import Snapshot, Transaction
@@ -49,13 +49,14 @@ _NAME_AT = 14
 class ObjectsInMemory:
     """The store that all clients share: objects are whole and durable when ``put`` returns.
 
-    While it is ``failing``, what is asked of it fails, though some of it was done.
+    While it is ``failing``, what is asked of it fails, though some of it was done; while it is ``full`` it takes no
+    more.
     """
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self.objects: dict[int, bytes] = {}
-        self.failing = False
+        self.failing = self.full = False
         self.failures = 0
 
     async def _access(self) -> None:
@@ -66,6 +67,8 @@ class ObjectsInMemory:
 
     async def put(self, slice_id: int, data: bytes | bytearray | memoryview) -> None:
         kept = bytes(data)
+        if self.full:
+            raise NoSpace("the store is full")
         if self._rng.random() < 0.5:
             self.objects[slice_id] = kept
         await self._access()
@@ -97,6 +100,8 @@ class Witness:
     #: The server that took the engine over last.
     ruler: Node | None = None
     complaints: list[str] = field(default_factory=list)
+    #: Called with each commit of what somebody can see.
+    on_commit: Callable[[Commit], None] = lambda commit: None
 
     def committed(self, store: _Store, writes: dict[bytes, bytes | None]) -> int | None:
         """Note what a commit, which has just been applied, changed; return its number if that was anything."""
@@ -117,6 +122,7 @@ class Witness:
         if not changes:
             return None
         self.commits.append(Commit(Stamp(self.loop.stamp(), self.loop.now), changes, session, undoes))
+        self.on_commit(self.commits[-1])
         return len(self.commits) - 1
 
     def _check_fence(self, store: _Store, writes: dict[bytes, bytes | None]) -> None:
@@ -230,6 +236,9 @@ class WitnessedEngine(MemoryEngine):
         self._loop = witness.loop
         self._lazy = lazy
         self.full = self.doubtful = False
+        #: No access ends before this time.
+        self.away_until = 0.0
+        self._losses = 0
         #: How often it was full, an outcome was unknown, and a commit was lost.
         self.counts: Counter[str] = Counter()
         #: Seconds that a commit takes before and after it is done, at most.
@@ -238,6 +247,16 @@ class WitnessedEngine(MemoryEngine):
     @property
     def is_lazy(self) -> bool:
         return self._lazy
+
+    @property
+    def losses(self) -> int:
+        return self._losses
+
+    def lose(self) -> None:
+        """Fail to make durable what was acknowledged, while servers run."""
+        if self._store.held:
+            self._losses += 1
+            self._store.lose(len(self._store.held))
 
     async def sync(self) -> None:
         serial = self._store.serial
@@ -287,6 +306,7 @@ class WitnessedEngine(MemoryEngine):
         return wrapped
 
     async def _wait(self) -> None:
+        await asyncio.sleep(max(0.0, self.away_until - self._loop.now))
         if self._rng.random() < 0.5:
             await asyncio.sleep(self._rng.uniform(0, self.latency_s))
 

@@ -87,6 +87,14 @@ static void mark_append(const struct request *request)
 static enum lane lane_of(uint32_t opcode)
 {
 	switch (opcode) {
+	case FUSE_LOOKUP: /* these, and those up to CREATE, are frequent, and pyfuse3 takes long over each */
+	case FUSE_GETATTR:
+	case FUSE_SETATTR:
+	case FUSE_MKDIR:
+	case FUSE_UNLINK:
+	case FUSE_RMDIR:
+	case FUSE_WRITE:
+	case FUSE_CREATE:
 	case FUSE_FLUSH:   /* pyfuse3 does not tell of the owners of locks */
 	case FUSE_RELEASE: /* the same */
 	case FUSE_GETLK:
@@ -105,6 +113,41 @@ static enum lane lane_of(uint32_t opcode)
 	}
 }
 
+/* Whether a request begins with a handle that the worker may know the inode by. */
+static bool has_handle(uint32_t opcode)
+{
+	switch (opcode) {
+	case FUSE_READ:
+	case FUSE_FSYNC:
+	case FUSE_READDIR:
+	case FUSE_FSYNCDIR:
+	case FUSE_GETLK:
+	case FUSE_SETLK:
+	case FUSE_SETLKW:
+	case FUSE_IOCTL:
+	case FUSE_POLL:
+	case FUSE_READDIRPLUS:
+	case FUSE_LSEEK:
+		return true;
+	default:
+		return false;
+	}
+}
+
+/* A mount that opens nothing has handles of 0: the worker is told one that BPF might have given out. */
+static void fill_handle(struct request *request)
+{
+	uint64_t handle;
+
+	if (!has_handle(request->header.opcode) || request->parts[1].iov_len < sizeof(handle))
+		return;
+	memcpy(&handle, request->parts[1].iov_base, sizeof(handle));
+	if (handle)
+		return;
+	handle = 1ull << BPFUSE_FH_KERNEL_BIT | request->header.nodeid;
+	memcpy(request->parts[1].iov_base, &handle, sizeof(handle));
+}
+
 /* Sends a pending to the worker; with the lock held. Returns 0, or -EAGAIN if it has to wait. */
 static int pending_send(struct bpfuse_channel *channel, struct pending *pending)
 {
@@ -117,6 +160,7 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending)
 		request_of_entry(&request, &channel->entries[pending->origin.index]);
 	else
 		request_of_copy(&request, pending);
+	fill_handle(&request);
 	mark_append(&request);
 	if (pending->origin.kind != PENDING_ONE_WAY)
 		request.header.unique = pending_token(pending);

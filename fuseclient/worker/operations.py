@@ -238,7 +238,8 @@ class Operations(pyfuse3.Operations):
         is not known whether it was made the inodes are, too.
         """
         directories = [parent for parent, _ in names]
-        self._kernel.busy.update(directories)
+        locked = (*directories, *inodes)
+        self._kernel.busy.update(locked)
         try:
             with self._feeder.begin() as token:
                 yield token
@@ -246,14 +247,14 @@ class Operations(pyfuse3.Operations):
             for parent, name in names:
                 self._feeder.drop_name(parent, name)
             if isinstance(error, Disconnected):
-                for ino in (*directories, *inodes):
+                for ino in locked:
                     self._feeder.drop_inode(ino)
             raise
         finally:
-            self._kernel.busy.subtract(directories)
-            for parent in directories:
-                if not self._kernel.busy[parent]:
-                    del self._kernel.busy[parent]
+            self._kernel.busy.subtract(locked)
+            for ino in locked:
+                if not self._kernel.busy[ino]:
+                    del self._kernel.busy[ino]
 
     def _note_orphan(self, attributes: wire.Attributes) -> None:
         if attributes.nlink == 0:
@@ -423,6 +424,7 @@ class Operations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, b"." * (position + 1), dot_entry(ino), position + 1):
                 return
         cookie, complete = max(0, start_id - DOTS), False
+        told = start_id < DOTS
         while not complete:
             listing = await self._directories.listing(ino, cookie)
             complete = listing.complete
@@ -430,7 +432,9 @@ class Operations(pyfuse3.Operations):
                 attributes = self._entry(entry.attributes, listing.is_fresh(entry))
                 if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + DOTS):
                     return
-                cookie = entry.cookie
+                cookie, told = entry.cookie, True
+        if not told:
+            await self._kernel.before_end(ino)
 
     @answered
     async def releasedir(self, fh: int) -> None:

@@ -86,7 +86,10 @@ class Kernel:
             ring_entries=2,
         )
         self.fds = MapFds(
-            **{name: self.bpf.map_fd(name) for name in ("control", "names", "inodes", "pages", "opens", "counters")},
+            **{
+                name: self.bpf.map_fd(name)
+                for name in ("control", "names", "inodes", "xattrs", "pages", "opens", "counters")
+            },
             count_program=self.bpf.program_fd("count_maps"),
             name_capacity=capacity,
             inode_capacity=capacity,

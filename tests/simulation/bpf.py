@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import stat
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from fuseclient.kernel_cache import Room
@@ -97,6 +97,9 @@ class Maps:
     listing_limit = 0
 
     def put_listing(self, ino: int, entries: bytes) -> bool:
+        return False
+
+    def put_xattrs(self, ino: int, xattrs: Mapping[bytes, bytes], *, listed: bool) -> bool:
         return False
 
     def drop_listing(self, ino: int) -> None:

@@ -104,7 +104,7 @@ class DirectoryFetch:
         for entry in entries:
             attributes, data = entry.attributes, entry.data
             mode = attributes.mode
-            if data is not None:
+            if data:
                 pages += -(-len(data) // PAGE_BYTES)
                 content.files += 1
                 content.bytes += len(data)

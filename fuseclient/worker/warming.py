@@ -86,7 +86,10 @@ class Walk:
         """Walk. Raises Refused and Disconnected."""
         for _ in range(_ATTEMPTS):
             epoch = self._parts.cache.epoch
-            await self._run()
+            try:
+                await self._run()
+            finally:
+                self.update()
             if self._parts.cache.epoch == epoch:
                 return
             self._begin()  # all that was put is void

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -167,7 +168,7 @@ def require_bpf() -> None:
     try:
         native.Bpf(str(native.OBJECT_PATH), name_capacity=64, inode_capacity=64, page_count=1, ring_entries=1).close()
     except native.NativeError as error:
-        if error.errno in (1, 13, 95) or not os.path.exists("/sys/kernel/btf/vmlinux"):
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP) or not os.path.exists("/sys/kernel/btf/vmlinux"):
             pytest.skip(f"BPF programs cannot be loaded here: {error}")
         raise
 

@@ -17,6 +17,8 @@ import rig
 import several_mounts
 from conftest import MountFactory
 
+from fuseclient import runtime
+
 pytestmark = pytest.mark.usefixtures("needs_mounts")
 
 DIRECTORIES: Final = 3
@@ -219,4 +221,4 @@ def test_mistakes_are_one_line(mount: MountFactory, sandbox: rig.Sandbox) -> Non
     run("warmup", mounted.path).expect_error("is a dead mount point", "bpfuse umount")
     subprocess.run(["umount", "-l", str(mounted.path)], check=True)
     with mounted.sandbox_environment():
-        rig.runtime.directory_of(str(mounted.path)).remove()
+        runtime.directory_of(str(mounted.path)).remove()

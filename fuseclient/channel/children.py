@@ -22,7 +22,7 @@ from fuseclient.volumes import Embedded
 
 _log = logging.getLogger(__name__)
 
-_START_S: Final = 30.0
+_START_S: Final = 60.0
 _FIGURES_S: Final = 1.0
 _ANSWER_S: Final = 5.0
 _LINE_MAX: Final = 1 << 20

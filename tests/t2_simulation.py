@@ -29,7 +29,7 @@ CONSEQUENCES = ("full", "lost commits", "store failures", "unknown outcomes")
 READS = ("attributes", "bpf", "dentry", "errno", "pages", "readdir", "worker")
 CHANGES = (
     "create", "mkdir", "symlink", "link", "unlink", "rmdir", "rename", "exchange", "chmod", "chown", "utimens",
-    "truncation", "truncating", "write", "xattr",
+    "truncation", "truncating", "write", "append", "setxattr",
 )  # fmt: skip
 
 

@@ -83,6 +83,7 @@ struct bpfuse_name_value {
  */
 struct bpfuse_inode_value {
 	__u64 size;
+	__u64 stored;              /* bytes of content, holes left out */
 	__s64 atime, mtime, ctime; /* seconds */
 	__u32 atimensec, mtimensec, ctimensec;
 	__u32 mode, nlink, uid, gid, rdev;

@@ -9,7 +9,7 @@ static void fill_attr(struct fuse_attr *attr, __u64 ino, const struct bpfuse_ino
 {
 	attr->ino = ino;
 	attr->size = inode->size;
-	attr->blocks = (inode->size >> 9) + !!(inode->size & 511);
+	attr->blocks = (inode->stored >> 9) + !!(inode->stored & 511);
 	attr->atime = inode->atime;
 	attr->mtime = inode->mtime;
 	attr->ctime = inode->ctime;

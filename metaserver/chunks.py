@@ -29,6 +29,7 @@ from metaserver.records import (
     pack_rules,
     pack_slices,
     slice_ids,
+    slices_within,
     unpack_rules,
     unpack_slices,
 )
@@ -60,6 +61,8 @@ _LARGE_HOLE: Final = 16
 #: Pieces, and chunks that have any, that :func:`seen` returns at once.
 _PIECES_SEEN: Final = 512
 _CHUNKS_SEEN: Final = 64
+#: Chunks of which a cut counts what is stored in them.
+_CHUNKS_COUNTED: Final = 256
 #: Chunks that one sweep looks into, and rules that a file may have waiting for sweeps.
 _CHUNKS_SWEPT: Final = 64
 _MOST_RULES: Final = 64
@@ -86,6 +89,9 @@ class Part(NamedTuple):
 
     def slices(self) -> list[Slice]:
         return unpack_slices(self.value[1:])
+
+    def within(self, start: int, end: int) -> list[Slice]:
+        return slices_within(self.value[1:], start, end)
 
     def ids(self) -> set[int]:
         return slice_ids(self.value[1:])
@@ -238,6 +244,7 @@ def _append(
     """Add slices to a chunk's list, or tidy it with them if it is time (or ``eager``) and leaves ``spare`` writes."""
     parts = _parts(txn, volume, inode.ino, chunk, chunk)
     live = [part for part in parts if not _is_void(part, rules)]
+    inode.stored += _gain(live, slices)
     if eager or _is_time(live, len(slices)):
         pieces = resolve([s for part in live for s in part.slices()] + slices)
         if _fits(txn, live, pieces, spare):
@@ -251,6 +258,17 @@ def _append(
         txn.put(live[-1].key, live[-1].value + pack_slices(slices[:room]))
         slices = slices[room:]
     _put_parts(txn, volume, inode, chunk, slices, _PLAIN, _PART_SLICES)
+
+
+def _gain(live: list[Part], slices: list[Slice]) -> int:
+    """Return how many more bytes are seen of a chunk, holes left out, when slices are laid over its list."""
+    start, end = min(s.offset for s in slices), max(map(_end, slices))
+    touched = [s for part in live for s in part.within(start, end)]
+    return _seen_bytes([*touched, *slices], start, end) - _seen_bytes(touched, start, end)
+
+
+def _seen_bytes(slices: list[Slice], start: int, end: int) -> int:
+    return sum(max(0, min(end, _end(s)) - max(start, s.offset)) for s in resolve(slices))
 
 
 def compact(txn: Transaction, volume: Volume, inode: Inode, request: CompactSlices) -> None:
@@ -360,8 +378,16 @@ def cut(txn: Transaction, volume: Volume, inode: Inode, size: int) -> None:
             _append(txn, volume, inode, first, [Slice(size, CHUNK_BYTES - within, 0, 0)], rules, _SPARE)
         first += 1
     if _parts(txn, volume, inode.ino, first, keys.LAST_CHUNK, limit=1):
+        inode.stored = _stored_before(txn, volume, inode, first, size)
         _put_rules(txn, volume, inode.ino, [*rules, Rule(first, inode.version)])
         sweep_void(txn, volume, inode.ino)
+
+
+def _stored_before(txn: Transaction, volume: Volume, inode: Inode, first: int, size: int) -> int:
+    """Return what is stored without the chunks from ``first`` on; more than that, if these are many."""
+    later = walk(txn, volume, inode.ino, first * CHUNK_BYTES, (keys.LAST_CHUNK + 1) * CHUNK_BYTES) if size else ()
+    counted = (sum(piece.length for piece in pieces) for _, pieces in islice(later, _CHUNKS_COUNTED))
+    return min(size, inode.stored - sum(counted))
 
 
 def give_up(txn: Transaction, volume: Volume, ino: int) -> None:

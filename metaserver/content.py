@@ -40,7 +40,9 @@ def write_inline(txn: Transaction, context: Context, request: wire.WriteInline) 
     if request.data:
         key = keys.content(context.volume.id, inode.ino)
         stored = txn.get(key) or b""
-        txn.put(key, stored[: request.offset].ljust(request.offset, b"\0") + request.data + stored[end:])
+        content = stored[: request.offset].ljust(request.offset, b"\0") + request.data + stored[end:]
+        txn.put(key, content)
+        inode.stored = len(content)
         edit.touch(inode, modified=True, written_ns=request.written_ns)
         edit.resize(inode, max(inode.size, end))
     if request.then is not None:
@@ -98,6 +100,7 @@ def _leave_inline(edit: Edit, inode: Inode, request: wire.CommitSlices) -> None:
         raise Refused(ErrorCode.BUSY, f"inode {inode.ino} has changed: read it again")
     edit.txn.delete(key)
     inode.flags &= ~InodeFlag.INLINE
+    inode.stored = 0
 
 
 def set_attributes(txn: Transaction, context: Context, request: wire.SetAttributes) -> wire.Changed:
@@ -138,6 +141,7 @@ def _set_size(edit: Edit, inode: Inode, size: int) -> None:
 def _cut_inline(edit: Edit, inode: Inode, size: int) -> None:
     key = keys.content(edit.volume.id, inode.ino)
     stored = edit.txn.get(key) or b""
+    inode.stored = min(len(stored), size)
     if size == 0:
         edit.txn.delete(key)
     elif size < len(stored):

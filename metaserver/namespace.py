@@ -96,7 +96,7 @@ def make_node(txn: Transaction, context: Context, request: wire.MakeNode) -> wir
     mode, gid = _inherited(parent, request)
     inode = edit.make(parent, request.name, mode, request.uid, gid, request.rdev)
     if request.target is not None:
-        inode.size = len(request.target)
+        inode.size = inode.stored = len(request.target)
         txn.put(keys.content(context.volume.id, inode.ino), request.target)
     cookie = edit.enter(parent, request.name, inode.ino)
     parent.nlink += stat.S_ISDIR(mode)

@@ -61,6 +61,7 @@ def _stored(snapshot: Snapshot, volume: Volume, inode: Inode) -> bytes:
 
 def _store(edit: Edit, inode: Inode, content: bytes) -> None:
     key = keys.content(edit.volume.id, inode.ino)
+    inode.stored = len(content)
     if content:
         edit.txn.put(key, content)
     else:

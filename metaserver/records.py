@@ -1,6 +1,6 @@
 """The values stored under the keys of :mod:`metaserver.keys`, packed and unpacked.
 
-Fixed big-endian layouts: an inode takes 80 bytes, a slice 32. The layout of an inode begins with the fields of
+Fixed big-endian layouts: an inode takes 88 bytes, a slice 32. The layout of an inode begins with the fields of
 :class:`metaserver.wire.Attributes` in their order, so that reading one for a client is a single unpack.
 """
 
@@ -14,8 +14,8 @@ import msgspec
 
 from metaserver.wire import KEPT_EVENTS, KEPT_S, Attributes, InodeFlag, Slice
 
-_ATTRIBUTES: Final = struct.Struct(">5IQ3qIQ")
-_INODE: Final = struct.Struct(">5IQ3qIQQ")
+_ATTRIBUTES: Final = struct.Struct(">5IQ3qIQQ")
+_INODE: Final = struct.Struct(">5IQ3qIQQQ")
 _NUMBER: Final = struct.Struct(">Q")
 _VOLUME: Final = struct.Struct(">II16s")
 _PAIR: Final = struct.Struct(">QQ")
@@ -41,13 +41,14 @@ class Inode(msgspec.Struct, gc=False):
     ctime_ns: int
     flags: int
     version: int
+    stored: int
     #: The directory that a directory is in; 0 for all else.
     parent: int
 
     @classmethod
     def made(cls, ino: int, mode: int, uid: int, gid: int, rdev: int, now_ns: int, parent: int = 0) -> Inode:
         """Return a new inode of version 1 with one link, or the two of an empty directory if it has a parent."""
-        return cls(ino, mode, 2 if parent else 1, uid, gid, rdev, 0, now_ns, now_ns, now_ns, 0, 1, parent)
+        return cls(ino, mode, 2 if parent else 1, uid, gid, rdev, 0, now_ns, now_ns, now_ns, 0, 1, 0, parent)
 
     @classmethod
     def unpack(cls, ino: int, value: bytes) -> Inode:
@@ -56,13 +57,13 @@ class Inode(msgspec.Struct, gc=False):
     def pack(self) -> bytes:
         return _INODE.pack(
             self.mode, self.nlink, self.uid, self.gid, self.rdev, self.size, self.atime_ns, self.mtime_ns,
-            self.ctime_ns, self.flags, self.version, self.parent,
+            self.ctime_ns, self.flags, self.version, self.stored, self.parent,
         )  # fmt: skip
 
     def attributes(self) -> Attributes:
         return Attributes(
             self.ino, self.mode, self.nlink, self.uid, self.gid, self.rdev, self.size, self.atime_ns, self.mtime_ns,
-            self.ctime_ns, self.flags, self.version,
+            self.ctime_ns, self.flags, self.version, self.stored,
         )  # fmt: skip
 
     @property
@@ -133,6 +134,11 @@ def pack_slices(slices: Iterable[Slice]) -> bytes:
 
 def unpack_slices(value: bytes) -> list[Slice]:
     return [Slice(*fields) for fields in _SLICE.iter_unpack(value)]
+
+
+def slices_within(value: bytes, start: int, end: int) -> list[Slice]:
+    """Return what touches [start, end) of a packed list."""
+    return [Slice(*f) for f in _SLICE.iter_unpack(value) if f[0] < end and f[0] + f[1] > start]
 
 
 def slice_ids(value: bytes) -> set[int]:

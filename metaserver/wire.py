@@ -164,7 +164,10 @@ class _Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Attributes(_Message):
-    """An inode. ``version`` is the commit version of its last change: of two, the larger is the newer."""
+    """An inode. ``version`` is the commit version of its last change: of two, the larger is the newer.
+
+    ``stored``: bytes of content, holes left out; more than that, but no more than ``size``, after a cut of many chunks.
+    """
 
     ino: Ino
     mode: U32
@@ -178,6 +181,7 @@ class Attributes(_Message):
     ctime_ns: Nanoseconds
     flags: U32
     version: U63
+    stored: U63 = 0
 
 
 class DirectoryEntry(_Message):

@@ -70,6 +70,7 @@ def attributes(
         ctime_ns=1_800_000_000_000_000_003,
         flags=int(xattrs),
         version=version,
+        stored=size // 2,
     )
 
 

@@ -126,11 +126,11 @@ def test_volumes(name: str) -> None:
 
 
 def test_inode_record() -> None:
-    inode = Inode(7, 0o100644, 3, 1, 2, 4, 2**60, -5, 2**62, 9, 3, 2**40, 11)
+    inode = Inode(7, 0o100644, 3, 1, 2, 4, 2**60, -5, 2**62, 9, 3, 2**40, 2**59, 11)
     packed = inode.pack()
     assert Inode.unpack(7, packed) == inode
     assert unpack_attributes(7, packed) == inode.attributes()
-    assert inode.attributes() == wire.Attributes(7, 0o100644, 3, 1, 2, 4, 2**60, -5, 2**62, 9, 3, 2**40)
+    assert inode.attributes() == wire.Attributes(7, 0o100644, 3, 1, 2, 4, 2**60, -5, 2**62, 9, 3, 2**40, 2**59)
 
 
 @given(INO, NAME)

@@ -421,6 +421,19 @@ async def test_another_run_of_the_metaserver_is_told(clock: Clock) -> None:
     await mount.session.close()
 
 
+async def test_scenario_11_after_ten_minutes_of_suspend_the_session_is_gone(clock: Clock) -> None:
+    """The clock counts suspend: no change is sent under the old session, which the metaserver has ended meanwhile."""
+    mount = Mount(clock)
+    await mount.session.open()
+    clock.now += 600 * S
+    mount.server.live.clear()
+    await mount.session.call(wire.Link(2, 1, b"a"), wire.Found)
+    assert wire.Link not in map(type, mount.server.connections[0].calls)
+    assert mount.told[1] == ("lost", 0)
+    assert mount.session.id == SESSION_B
+    await mount.session.close()
+
+
 async def test_a_session_that_is_gone_is_told_before_the_next_begins(clock: Clock) -> None:
     mount = Mount(clock)
     await mount.session.open()

@@ -369,6 +369,21 @@ async def test_writers_share_a_commit(lmdb: Engine, monkeypatch: pytest.MonkeyPa
     assert len(batches) <= 20
 
 
+async def test_reads_that_are_refused_leave_nothing_behind(lmdb: Engine) -> None:
+    """LMDB has places for 126 readers, and an exception that is kept keeps what the body saw."""
+
+    def fails(snapshot: Snapshot) -> None:
+        snapshot.get(b"key")
+        raise ValueError("of the body")
+
+    errors = []
+    for _ in range(300):
+        with pytest.raises(ValueError, match="of the body") as caught:
+            await lmdb.read(fails)
+        errors.append(caught.value)
+    assert await lmdb.read(lambda snapshot: snapshot.get(b"key")) is None
+
+
 async def test_only_one_process_has_the_directory(lmdb: Engine, tmp_path: Path) -> None:
     with pytest.raises(EngineBusy, match="in use by another metaserver"):
         open_engine(f"lmdb://{tmp_path}/engine")

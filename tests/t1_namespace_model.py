@@ -203,8 +203,6 @@ class Model:
             raise Refused(ErrorCode.IS_A_DIRECTORY if node.is_directory else ErrorCode.INVALID)
 
     def set_xattr(self, now: int, node: Node, name: bytes, value: bytes, create: bool, replace: bool) -> list[Node]:
-        if create and replace:
-            raise Refused(ErrorCode.INVALID)
         if node not in self.nodes:
             raise Refused(ErrorCode.NOT_FOUND)
         if create and name in node.xattrs:

@@ -226,6 +226,45 @@ def case_sparse(p: Place) -> None:
     os.close(fd)
 
 
+def case_blocks(p: Place) -> None:
+    """Programs that copy files take those with fewer blocks than bytes for sparse, and look for their holes."""
+
+    def note(label: str) -> None:
+        status = os.fstat(fd)
+        p.note(f"{label}: sparse", status.st_blocks < status.st_size // 512)
+        p.note(f"{label}: empty", status.st_blocks == 0)
+
+    for size in (0, 5000, 65_536, 300_000, 5_000_000):
+        fd = create(p.unused())
+        note(f"{size}: new")
+        os.write(fd, pattern(size))
+        note(f"{size}: written")
+        os.fsync(fd)
+        note(f"{size}: synced")
+        os.pwrite(fd, b"again", size // 2)
+        os.ftruncate(fd, 10 * size + 100_000)
+        note(f"{size}: grown")
+        os.pwrite(fd, pattern(100_000), 10 * size)
+        os.fsync(fd)
+        note(f"{size}: with an island")
+        os.ftruncate(fd, size)
+        note(f"{size}: cut back")
+        if size > 300_000:
+            check(LIBC.fallocate(fd, 3, ctypes.c_long(65_536), ctypes.c_long(1 << 20)))
+            note(f"{size}: punched")
+        os.ftruncate(fd, 0)
+        note(f"{size}: cut")
+        os.close(fd)
+    for command in (["cp", "big", "copy"], ["cp", "--sparse=always", "big", "copy"]):
+        fd = create("big")
+        os.ftruncate(fd, 1 << 40)
+        os.pwrite(fd, pattern(100_000), 1 << 30)
+        subprocess.run(command, check=True)
+        p.note(f"{' '.join(command)}: small", os.stat("copy").st_blocks < 1000)
+        os.close(fd)
+        os.unlink("copy")
+
+
 def case_truncating_and_growing(p: Place) -> None:
     """What was cut off reads as zeros when the file grows again."""
     for size, cut, grown in product(

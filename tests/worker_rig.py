@@ -67,6 +67,9 @@ class Maps:
             self.put_inode(entry.attributes, entry.data)
 
     def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
+        if data is None and (old := self.inodes.get(attributes.ino)) is not None:
+            same = (old.version, old.size) == (attributes.version, attributes.size)
+            data = self.data.get(attributes.ino) if same else None
         self._drop_inode(attributes.ino)
         if not attributes.mode:
             self.written.add(attributes.ino)

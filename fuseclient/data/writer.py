@@ -460,7 +460,10 @@ class Writer:
         shown = file.attributes
         if ends := [each.end for each in _uncommitted(file)]:
             size, ctime_ns = max(shown.size, *ends), max(shown.ctime_ns, file.written_ns)
-            shown = msgspec.structs.replace(shown, size=size, mtime_ns=file.written_ns, ctime_ns=ctime_ns)
+            stored = min(size, shown.stored + _held(file))
+            shown = msgspec.structs.replace(
+                shown, size=size, mtime_ns=file.written_ns, ctime_ns=ctime_ns, stored=stored
+            )
         return shown if file.pending is None else _with(shown, file.pending)
 
     def known(self, ino: int) -> wire.Attributes | None:

@@ -22,7 +22,7 @@ def entry_of(attributes: wire.Attributes, ttl_s: float) -> pyfuse3.EntryAttribut
     entry.st_gid = attributes.gid
     entry.st_rdev = attributes.rdev
     entry.st_size = attributes.size
-    entry.st_blocks = -(-attributes.size // 512)
+    entry.st_blocks = -(-attributes.stored // 512)
     entry.st_blksize = _BLOCK
     entry.st_atime_ns = attributes.atime_ns
     entry.st_mtime_ns = attributes.mtime_ns

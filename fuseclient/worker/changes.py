@@ -198,6 +198,10 @@ class Changes:
         self._deadline_ns = 0
         self._drop_everything()
 
+    def woken(self) -> None:
+        """The machine slept: the kernel's times to live did not run, so all is dropped; the lease may run yet."""
+        self._drop_everything()
+
     def restarted(self) -> None:
         """The session goes on at another run of the metaserver, which may lack what was acknowledged lazily."""
         self._writer.acknowledged_lost()

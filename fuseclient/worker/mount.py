@@ -221,6 +221,11 @@ class Mount:
 
         self.locks.publish, self.locks.refresh, self.locks.forfeit = publish, refresh, writer.forfeit
 
+    def woken(self) -> None:
+        """The machine was suspended until now."""
+        self._tell(lambda changes: changes.woken())
+        self._session.renew_now()
+
     @property
     def session_id(self) -> bytes:
         """The session to be resumed by the next worker."""

@@ -38,6 +38,7 @@ from fuseclient.native import NativeError
 from fuseclient.worker.extra_ops import ExtraOps
 from fuseclient.worker.mount import CannotStart, Mount
 from fuseclient.worker.notifier import Notifier
+from fuseclient.worker.suspend import SuspendWatch
 
 _log = logging.getLogger(__name__)
 
@@ -160,6 +161,7 @@ class Worker:
             await mount.open()
             stack.enter_context(self._status.answering(mount.figures))
             stack.push_async_callback(self._leave, mount)
+            stack.enter_context(SuspendWatch(mount.woken).watching())
             await self._serve(mount)
 
     async def _leave(self, mount: Mount) -> None:

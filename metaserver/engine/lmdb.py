@@ -225,6 +225,13 @@ class _LmdbSnapshot(Snapshot):
     def __init__(self, txn: lmdb.Transaction, directory: str) -> None:
         self._view = _LmdbView(txn, directory)
 
+    def end(self) -> None:
+        """Let go of the transaction, and so of its place among LMDB's readers, of which there are few.
+
+        An exception that a body raised keeps its frames, and this view, until the next garbage collection.
+        """
+        del self._view
+
     def get(self, key: bytes) -> bytes | None:
         return self._view.get(key)
 
@@ -413,12 +420,13 @@ class LmdbEngine(Engine):
 
     def _read_batch(self, jobs: list[_Job]) -> None:
         try:
-            with self._env.begin() as txn:
-                view = _LmdbSnapshot(txn, self._directory)
-                for job in jobs:
-                    job.run(view)
+            view = _LmdbSnapshot(self._env.begin(), self._directory)
         except lmdb.Error as error:
             _fail(jobs, EngineError(f"LMDB: {error}"))
+            return
+        for job in jobs:
+            job.run(view)
+        view.end()
 
     # The writer's thread
 

@@ -179,6 +179,7 @@ def set_size(edit: Edit, ino: int, size: int) -> None:
     if stat.S_ISREG(inode.mode):
         edit.resize(inode, size)
     inode.size = size
+    inode.stored = min(inode.stored, size)
 
 
 # Content
@@ -189,13 +190,15 @@ def set_target(edit: Edit, ino: int, target: bytes) -> None:
     inode = edit.inode(ino)
     edit.touch(inode)
     edit.txn.put(keys.content(edit.volume.id, ino), target)
-    inode.size = len(target)
+    inode.size = inode.stored = len(target)
 
 
 def delete_content(edit: Edit, ino: int) -> None:
     """Delete inline content that the inode cannot have."""
-    edit.touch(edit.inode(ino), modified=True)
+    inode = edit.inode(ino)
+    edit.touch(inode, modified=True)
     edit.txn.delete(keys.content(edit.volume.id, ino))
+    inode.stored = 0
 
 
 def void_slices(edit: Edit, ino: int) -> None:

@@ -64,6 +64,10 @@ class Maps:
 
     def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
         self._forget(self._inodes)
+        old = self._inodes.get(attributes.ino)
+        if data is None and old is not None and old.epoch == self.epoch:
+            same = (old.attributes.version, old.attributes.size) == (attributes.version, attributes.size)
+            data = old.data if same else None
         self._inodes[attributes.ino] = _Inode(attributes, data, self.epoch)
 
     def put_name(self, parent: int, name: bytes, ino: int) -> None:

@@ -383,6 +383,7 @@ static void fill_inode(struct bpfuse_cache *cache, struct bpfuse_inode_value *va
 {
 	*value = (struct bpfuse_inode_value){
 		.size = record->size,
+		.stored = record->stored,
 		.mode = record->mode,
 		.nlink = record->nlink,
 		.uid = record->uid,

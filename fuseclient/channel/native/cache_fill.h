@@ -44,6 +44,7 @@ struct bpfuse_record {
 	__u32 flags;
 	__u32 padding;
 	__u64 version;
+	__u64 stored;
 	__u32 name_bytes;
 	__u32 data_bytes;
 	__u32 first_page; /* set by bpfuse_cache_place(); BPFUSE_NO_DATA: there is nothing to copy */

@@ -225,7 +225,8 @@ class Program:
     async def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
         """Set a value; an empty one removes it."""
         register = xattr_of(ino, name)
-        await self._set(f"setxattr of {name!r} of {ino} to {value!r}", {register: value}, self._kernel.setxattr(ino, name, value))
+        call = self._kernel.setxattr(ino, name, value)
+        await self._set(f"setxattr of {name!r} of {ino} to {value!r}", {register: value}, call)
 
     async def _set(self, what: str, effect: dict[Register, Value], call: Awaitable[object]) -> None:
         """Change an inode. While its client writes the file this is durable with that only: so nothing is promised."""

@@ -270,7 +270,7 @@ class Program:
             await self._closing(ino, handle)
             return
         change = self._history.begin(self._client.index, f"write of {content!r} to {ino}", {data_of(ino): content})
-        outcome = Outcome.OK
+        failure: FUSEError | None = None
         try:
             await self._kernel.write(ino, handle, content)
             if self._rng.random() < 0.3:
@@ -280,14 +280,16 @@ class Program:
                 self._history.end(change, Outcome.OK, durable=True)
                 await self._closing(ino, handle)
                 return
-        except FUSEError:
-            outcome = Outcome.UNKNOWN
+        except FUSEError as error:
+            failure = error
         try:
             await self._kernel.close(ino, handle)
         except FUSEError as error:
+            failure = failure or error
+        if failure is not None:
             self._history.end(change, Outcome.UNKNOWN)
-            raise Failed from error
-        self._history.end(change, outcome, durable=self._durable)
+            raise Failed from failure
+        self._history.end(change, Outcome.OK, durable=self._durable)
 
     async def _changing(
         self,

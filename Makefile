@@ -27,7 +27,7 @@ simulate: setup ## run the simulation of clients and a metaserver (SEED=n, or SE
 demo: setup ## set up, then show a mounted volume and what BPF answered
 	$(BIN)/python -m bench.demo $(ARGS)
 
-bench: setup ## set up, then measure against the yardsticks
+bench: setup ## set up, then measure (ARGS="large writes" chooses parts, --help says more)
 	$(BIN)/python -m bench $(ARGS)
 
 lint: setup ## check the style and the types of Python and C

@@ -1,25 +1,57 @@
-"""One measurement, in a process of its own: ``python -m bench.measure WORK PASSES``, the paths on standard input.
+"""One measurement, in a process of its own and bound to one CPU: ``python -m bench.measure``, a JSON object on stdin.
 
-Prints the seconds that each pass took. What is read is checked: a file of the tree holds one byte, repeated.
+Prints the seconds that each pass took, as a JSON list. What is read is checked; what is written by :func:`check_*`,
+afterwards and off the clock.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import random
+import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
+
+SMALL_BYTES: Final = 4096
+STEP: Final = 1 << 20
+
+
+class Wrong(Exception):
+    """What was read is not what was written. The text is one line."""
+
+
+def run(work: str, passes: int = 1, **arguments: Any) -> list[float]:
+    """Do a work of :data:`WORKS` in a bound process of its own; return the seconds of each pass.
+
+    Raises :exc:`subprocess.CalledProcessError`, with what it said on its standard error, if it fails.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.measure"],
+        input=json.dumps({"work": work, "passes": passes, "arguments": arguments}),
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    seconds: list[float] = json.loads(done.stdout)
+    return seconds
+
+
+# Works
 
 
 def read_all(paths: list[str]) -> None:
-    """Open, read and close each file once."""
+    """Open, read and close each file once; a file holds one byte, repeated."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
-        data = os.read(descriptor, 1 << 20)
+        data = os.read(descriptor, STEP)
         os.close(descriptor)
         if not data or data[0] != data[-1]:
-            raise SystemExit(f"wrong content in {path}")
+            raise Wrong(f"wrong content in {path}")
 
 
 def stat_all(paths: list[str]) -> None:
@@ -32,20 +64,128 @@ def stat_all(paths: list[str]) -> None:
         os.stat(name)
 
 
-WORKS: Final[dict[str, Callable[[list[str]], None]]] = {"read": read_all, "stat": stat_all}
+def create(directory: str, files: int) -> None:
+    """Make, write and close files of 4 KiB."""
+    for number in range(files):
+        descriptor = os.open(f"{directory}/f{number}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.write(descriptor, small_content(number))
+        os.close(descriptor)
+
+
+def small_content(number: int) -> bytes:
+    return number.to_bytes(8) * (SMALL_BYTES // 8)
+
+
+def check_created(directory: str, files: int) -> None:
+    """Raise :exc:`Wrong` unless the files are as :func:`create` makes them."""
+    for number in range(files):
+        with open(f"{directory}/f{number}", "rb") as file:
+            if file.read() != small_content(number):
+                raise Wrong(f"wrong content in {file.name}")
+
+
+def unpack(directory: str, archive: str) -> None:
+    """Unpack a source tree, as root does."""
+    subprocess.run(["tar", "-xf", archive, "-C", directory], check=True)
+
+
+def check_unpacked(directory: str, archive: str) -> None:
+    """Raise :exc:`Wrong` unless the tree is what the archive has."""
+    compared = subprocess.run(["tar", "-df", archive, "-C", directory], capture_output=True, text=True, check=False)
+    if compared.returncode:
+        raise Wrong(f"the tree in {directory} is not the archive's: {compared.stdout.splitlines()[:1]}")
+
+
+def remove(directory: str) -> None:
+    """Remove a tree."""
+    subprocess.run(["rm", "-rf", directory], check=True)
+
+
+def make_directories(directory: str, count: int) -> None:
+    """Make empty directories."""
+    for number in range(count):
+        os.mkdir(f"{directory}/d{number}")
+
+
+def write_large(path: str, size: int) -> None:
+    """Write a file and fsync it."""
+    block = large_block()
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(size // STEP):
+            file.write(block)
+        os.fsync(file.fileno())
+
+
+def large_block() -> bytes:
+    return random.Random(2).randbytes(STEP)
+
+
+def check_large(path: str, size: int) -> None:
+    """Raise :exc:`Wrong` unless a file is as :func:`write_large` makes it."""
+    block = large_block()
+    with open(path, "rb", buffering=0) as file:
+        for _ in range(size // STEP):
+            if file.read(STEP) != block:
+                raise Wrong(f"wrong content in {path}")
+        if file.read(1):
+            raise Wrong(f"{path} is too long")
+
+
+def read_large(path: str) -> None:
+    """Read a file from its beginning to its end, a MiB at a time."""
+    buffer = bytearray(STEP)
+    with open(path, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def read_at_random(path: str, count: int) -> None:
+    """Read 4 KiB at random places, and check the first bytes of each by the block that the file repeats."""
+    block = large_block()
+    numbers, page = random.Random(1), bytearray(SMALL_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        descriptor, pages = file.fileno(), os.fstat(file.fileno()).st_size // SMALL_BYTES
+        for _ in range(count):
+            offset = numbers.randrange(pages) * SMALL_BYTES
+            os.preadv(descriptor, [page], offset)
+            if page[:16] != block[offset % STEP : offset % STEP + 16]:
+                raise Wrong(f"wrong content in {path} at {offset}")
+
+
+WORKS: Final[dict[str, Callable[..., None]]] = {
+    each.__name__: each
+    for each in (
+        read_all, stat_all, create, unpack, remove, make_directories, write_large, read_large, read_at_random,
+    )
+}  # fmt: skip
+
+
+def pack(path: str, files: int) -> None:
+    """Make the archive of a tree that is like a program's sources: mostly small files, some of 100 KiB and more."""
+    rng = random.Random(7)
+    with tarfile.open(path, "w") as archive:
+        for number in range(files):
+            size = min(int(rng.lognormvariate(8.4, 1.4)), 400_000)
+            member = tarfile.TarInfo(f"src/d{number // 40}/f{number}.c")
+            member.size, member.mtime, member.mode = size, 1_700_000_000 + number, 0o644
+            archive.addfile(member, io.BytesIO(rng.randbytes(size)))
 
 
 def main() -> None:
-    """Do the work named by the argument, as often as the second one says, and print the seconds of each pass."""
+    """Do the work that standard input names, as often as it says, and print the seconds of each pass."""
     # Unbound, an idle machine's scheduler moves the process to another CPU at every reply, or does not: a lottery
     # that decides more than what is measured does.
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    work, passes = WORKS[sys.argv[1]], int(sys.argv[2])
-    paths = sys.stdin.read().splitlines()
-    for _ in range(passes):
+    asked = json.load(sys.stdin)
+    work, seconds = WORKS[asked["work"]], []
+    for _ in range(asked["passes"]):
         start = time.perf_counter()
-        work(paths)
-        print(time.perf_counter() - start)
+        try:
+            work(**asked["arguments"])
+        except Wrong as error:
+            raise SystemExit(str(error)) from None
+        seconds.append(time.perf_counter() - start)
+    print(json.dumps(seconds))
 
 
 if __name__ == "__main__":

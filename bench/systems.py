@@ -16,12 +16,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from fuseclient import mounts
+from fuseclient import control, mounts, runtime
 from fuseclient.channel import acceleration
 
 _MOUNT_S: Final = 30.0
+#: The sources of the proof of the datapath.
+_PROOF: Final = Path(__file__).parent.parent.parent / "shared" / "feasibility"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,20 @@ class Tree:
             (root / f"d{number}").mkdir()
         for number, path in enumerate(self.paths(root)):
             Path(path).write_bytes(bytes([(number + 2) & 255]) * self.size)
+
+
+def bpfuse(*arguments: str | Path) -> None:
+    """Run the command ``bpfuse``."""
+    command = [sys.executable, "-P", "-m", "fuseclient.cli", *map(str, arguments)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def stats(mountpoint: Path) -> dict[str, Any]:
+    """Return what a mount tells of itself."""
+    answer: dict[str, Any] = control.ask(
+        runtime.directory_of(str(mountpoint)).control_socket, "stats", timeout_s=_MOUNT_S
+    )
+    return answer
 
 
 class System(ABC):
@@ -71,23 +87,18 @@ class Bpfuse(System):
     def prepare(self, tree: Tree) -> None:
         self._tree = tree
         self._mountpoint.mkdir(parents=True)
-        self._run("format", self._url)
+        bpfuse("format", self._url)
         with self.mounted(kernel_ttl_s=None):
             tree.create(self._mountpoint)
 
     @contextlib.contextmanager
     def mounted(self, *, kernel_ttl_s: float | None) -> Iterator[list[str]]:
         options = [] if kernel_ttl_s is None else ["--kernel-ttl", str(kernel_ttl_s)]
-        self._run("mount", self._url, self._mountpoint, "--accel", self._accel, *options)
+        bpfuse("mount", self._url, self._mountpoint, "--accel", self._accel, *options)
         try:
             yield self._tree.paths(self._mountpoint)
         finally:
-            self._run("umount", self._mountpoint)
-
-    @staticmethod
-    def _run(*arguments: str | Path) -> None:
-        command = [sys.executable, "-P", "-m", "fuseclient.cli", *map(str, arguments)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            bpfuse("umount", self._mountpoint)
 
 
 class Proof(System):
@@ -132,3 +143,12 @@ class Proof(System):
                 raise RuntimeError("the proof did not mount")
             time.sleep(0.01)
         os.stat(f"{self._mountpoint}/f0")
+
+
+def proof(directory: Path) -> list[System]:
+    """Return the proof of the datapath if its sources are here."""
+    sources = Path(os.environ.get("BPFUSE_PROOF", _PROOF))
+    if sources.is_dir():
+        return [Proof(sources, directory)]
+    print(f"left out: the proof of the datapath, which is not at {sources} (BPFUSE_PROOF says where)", file=sys.stderr)
+    return []

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -573,3 +574,36 @@ async def test_small_files_are_written_ahead_while_that_is_right() -> None:
     await rig.writer.write(INO, 0, b"abc")
     await asyncio.sleep(0)
     assert len(rig.server.requests) == before, "files are written to twice here"
+
+
+async def test_a_new_file_is_shown_until_something_is_done_to_it() -> None:
+    rig = Rig()
+    await rig.writer.close(INO)
+    touched: list[wire.Attributes] = []
+    rig.writer.when_touched = touched.append
+    made = rig.server.attributes
+    assert not rig.writer.show(made), "it is not open"
+    rig.writer.open(made, is_new=True)
+    assert rig.writer.show(made)
+    assert not rig.writer.show(msgspec.structs.replace(made, size=1)), "it is not what is known"
+    assert rig.writer.show(made)
+    assert rig.writer.write_now(INO, 0, b"abc")
+    assert rig.writer.write_now(INO, 3, b"def")
+    assert touched == [made]
+    assert not rig.writer.show(rig.server.attributes)
+    await rig.writer.close(INO)
+    rig.writer.open(rig.server.attributes)
+    assert not rig.writer.show(rig.server.attributes), "it is not new"
+
+
+async def test_what_is_settled_can_be_closed_at_once() -> None:
+    rig = Rig()
+    assert rig.writer.is_settled(INO)
+    assert rig.writer.write_now(INO, 0, b"abc")
+    assert not rig.writer.is_settled(INO)
+    await rig.writer.flush(INO)
+    assert rig.writer.is_settled(INO)
+    closed = rig.writer.close_settled(INO)
+    assert closed is not None
+    assert closed.attributes.size == 3
+    assert rig.writer.count == 0

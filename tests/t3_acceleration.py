@@ -434,3 +434,35 @@ def test_content_is_right_while_pages_are_overtaken(mount: MountFactory) -> None
     assert not readers.faults
     assert figures.stats(mounted)["caches"]["filling"]["overtaken"] > 0
     assert figures.answers(mounted, "READ").kernel > 0
+
+
+@pytest.mark.parametrize("how", ["write", "truncate", "chmod", "link", "mapping"])
+def test_a_file_just_made_is_known_to_the_kernel_until_it_is_changed(mount: MountFactory, accel: str, how: str) -> None:
+    mounted = mount(accel, *NO_TTL)
+    warm(mounted.path)
+    before = figures.answers(mounted, "GETATTR")
+    descriptor = os.open(mounted.path / "f", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    made = [os.fstat(descriptor).st_size for _ in range(10)]
+    after = figures.answers(mounted, "GETATTR")
+    assert made == [0] * 10
+    if accel == "bpf":
+        assert after.daemon == before.daemon
+    if how == "write":
+        os.write(descriptor, bytes(PAGE))
+    elif how == "truncate":
+        os.ftruncate(descriptor, PAGE)
+    elif how == "chmod":
+        os.fchmod(descriptor, 0o600)
+    elif how == "link":
+        os.link(mounted.path / "f", mounted.path / "g")
+    else:
+        os.ftruncate(descriptor, PAGE)
+        with mmap.mmap(descriptor, PAGE) as mapping:
+            mapping[:] = b"x" * PAGE
+            mapping.flush()
+    seen = os.fstat(descriptor)
+    assert seen.st_size == (0 if how in ("chmod", "link") else PAGE)
+    assert seen.st_mode & 0o777 == (0o600 if how == "chmod" else 0o644)
+    assert seen.st_nlink == (2 if how == "link" else 1)
+    os.close(descriptor)
+    assert (mounted.path / "f").stat().st_size == seen.st_size

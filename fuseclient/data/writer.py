@@ -107,6 +107,8 @@ class _File:
     work: asyncio.Task[None] | None = None
     #: It was made here and not flushed since: changes of its attributes wait for that, too.
     is_new: bool = False
+    #: Its attributes are in the maps, because nothing was done to it yet.
+    shown: bool = False
     #: Those that wait.
     pending: wire.SetAttributes | None = None
     #: How often it was written to since it was made.
@@ -170,6 +172,8 @@ class Writer:
         self.is_delegated: Callable[[int], bool] = lambda ino: False
         #: Called with the inode of a file of which data was given up: the kernel may have it in its pages.
         self.when_given_up: Callable[[int], None] = lambda ino: None
+        #: Called with the attributes of a file that was shown, when they are about to be true no more.
+        self.when_touched: Callable[[wire.Attributes], None] = lambda attributes: None
         #: Called with the inode of each commit of slices, and how many they were.
         self.when_laid: Callable[[int, list[wire.Slice]], None] = lambda ino, slices: None
 
@@ -214,10 +218,28 @@ class Writer:
             return None
         changed_ns = max(time.time_ns(), self.overlay(file.attributes).ctime_ns + 1)
         given = {name: getattr(request, name) for name in _DEFERRED if getattr(request, name) is not None}
+        self._touch(file)
         before = file.pending or wire.SetAttributes(request.ino)
         file.pending = msgspec.structs.replace(before, changed_ns=changed_ns, **given)
         self._start_timer(file)
         return self.overlay(file.attributes)
+
+    def show(self, attributes: wire.Attributes) -> bool:
+        """Say whether these are the attributes of an open file as everybody may see them: it is new and as it was made.
+
+        ``when_touched`` is called as soon as that is no more.
+        """
+        file = self._files.get(attributes.ino)
+        if file is None:
+            return False
+        untouched = file.is_new and not file.writes and not _uncommitted(file) and file.pending is None
+        file.shown = untouched and not file.stale and file.attributes == attributes
+        return file.shown
+
+    def _touch(self, file: _File) -> None:
+        if file.shown:
+            file.shown = False
+            self.when_touched(file.attributes)
 
     async def close(self, ino: int) -> Closed | None:
         """Flush, and count one writer less. What is known of the file if this was the last one, else None."""
@@ -226,6 +248,21 @@ class Writer:
         file.writers -= 1
         while file.writers == 0 and drained and (_uncommitted(file) or file.pending):
             drained = await self._drain_quietly(file)
+        return self._closed(file)
+
+    def is_settled(self, ino: int) -> bool:
+        """Say whether nothing of an open file waits to be committed, or is being: :meth:`close_settled` will do."""
+        file = self._files[ino]
+        return not (file.lock.locked() or file.dirty or file.staged or file.flushing or file.pending)
+
+    def close_settled(self, ino: int) -> Closed | None:
+        """Close a file that is settled; as :meth:`close`."""
+        file = self._files[ino]
+        file.writers -= 1
+        return self._closed(file)
+
+    def _closed(self, file: _File) -> Closed | None:
+        ino = file.attributes.ino
         if file.writers or self._files.get(ino) is not file:
             return None
         del self._files[ino]
@@ -260,7 +297,22 @@ class Writer:
         while _uncommitted(file) and file.appended != (offset is None):
             await self._drain(file)
         file.appended = offset is None
-        self._gather(file, self._end(file) if offset is None else offset, data)
+        self._take(file, self._end(file) if offset is None else offset, data)
+
+    def write_now(self, ino: int, offset: int, data: bytes | memoryview) -> bool:
+        """Gather a write that need not wait for anything; else return False, with nothing done."""
+        file = self._files[ino]
+        if file.error is not None or not self._has_memory(len(data)) or _has_enough_staged(file):
+            return False
+        if file.appended and _uncommitted(file):
+            return False
+        file.appended = False
+        self._take(file, offset, data)
+        return True
+
+    def _take(self, file: _File, offset: int, data: bytes | memoryview) -> None:
+        self._touch(file)
+        self._gather(file, offset, data)
         self._stage_whole(file)
         if file.is_new:
             file.writes += 1
@@ -271,7 +323,7 @@ class Writer:
         return max((each.end for each in _uncommitted(file)), default=file.attributes.size)
 
     async def _make_room(self, file: _File, length: int) -> None:
-        while self.bytes and self.bytes + length > self._total_bytes:
+        while not self._has_memory(length):
             largest = max(self._files.values(), key=_held)
             if not await self._drain_quietly(largest):
                 assert largest.error is not None
@@ -279,9 +331,13 @@ class Writer:
                 if largest is file:
                     file.error = None
                 raise error
-        while len(file.staged) >= STAGED and _is_full(file) and file.work is not None:
+        while _has_enough_staged(file):
+            assert file.work is not None
             await asyncio.wait({file.work})
             _raise_error(file)
+
+    def _has_memory(self, length: int) -> bool:
+        return not self.bytes or self.bytes + length <= self._total_bytes
 
     def _write_ahead(self, file: _File) -> None:
         """Commit the first bytes of a new small file at once, if such files were written once and closed of late."""
@@ -297,7 +353,7 @@ class Writer:
             )
         file.is_new = False
 
-    def _gather(self, file: _File, offset: int, data: bytes) -> None:
+    def _gather(self, file: _File, offset: int, data: bytes | memoryview) -> None:
         before = file.dirty.bytes
         file.dirty.write(offset, data)
         self.bytes += file.dirty.bytes - before
@@ -743,6 +799,10 @@ def _held(file: _File) -> int:
 
 def _is_full(file: _File) -> bool:
     return file.dirty.bytes >= FLUSH_BYTES or len(file.dirty) >= FLUSH_EXTENTS
+
+
+def _has_enough_staged(file: _File) -> bool:
+    return len(file.staged) >= STAGED and _is_full(file) and file.work is not None
 
 
 def _with(attributes: wire.Attributes, pending: wire.SetAttributes) -> wire.Attributes:

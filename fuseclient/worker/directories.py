@@ -210,15 +210,21 @@ class Directories:
 
     async def lookup(self, parent: int, name: bytes) -> Answer:
         """Return what a name stands for, and put it in the maps."""
-        if self._window is not None and self._is_live() and self._feeder.whole.lacks(parent, name):
-            with self._feeder.begin() as token:
-                return Answer(None, self._feeder.absent(token, parent, name))
+        if self.lacks(parent, name):
+            return Answer(None, True)
         if self._window is not None and parent not in self._misses:
             with self._join(parent, around=name) as fetch:
                 answer = await fetch.answer(name)
             if answer is not None:
                 return answer
         return await self._lookup_one(parent, name)
+
+    def lacks(self, parent: int, name: bytes) -> bool:
+        """Say whether it is known that a directory has no such name; then the maps know it, too."""
+        if self._window is None or not self._feeder.whole.lacks(parent, name) or not self._is_live():
+            return False
+        with self._feeder.begin() as token:
+            return self._feeder.absent(token, parent, name)
 
     async def _lookup_one(self, parent: int, name: bytes) -> Answer:
         with self._feeder.begin() as token:

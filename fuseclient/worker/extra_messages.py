@@ -1,4 +1,4 @@
-"""The FUSE messages that pyfuse3 has no method for, taken apart and put together.
+"""The FUSE messages that do not go through pyfuse3, taken apart (see direct_ops.py for some) and put together.
 
 Formats: ``include/uapi/linux/fuse.h``, of protocol 7.44; numbers are in the machine's own order. Every length is
 checked here, so the code behind sees only whole requests.
@@ -24,7 +24,9 @@ _INTERRUPT: Final = struct.Struct("=Q")
 _LSEEK_REPLY: Final = struct.Struct("=Q")
 _COPY_REPLY: Final = struct.Struct("=II")
 _COPY_64_REPLY: Final = struct.Struct("=Q")
-_ENTRY: Final = struct.Struct("=QQQQIIQQQQQQIIIIIIIIII")
+_ENTRY: Final = struct.Struct("=QQQQII")
+_ATTRIBUTES: Final = struct.Struct("=QQQqqqIIIIIIIIII")
+_ATTRIBUTES_VALID: Final = struct.Struct("=QII")
 _OPEN: Final = struct.Struct("=QII")
 _OPEN_REQUEST: Final = struct.Struct("=II")
 _CLOSING: Final = struct.Struct("=QIIq")
@@ -32,8 +34,9 @@ _LOCK: Final = struct.Struct("=QqQQIIII")
 _LOCK_REPLY: Final = struct.Struct("=QQII")
 _SETXATTR: Final = struct.Struct("=II")
 
-#: The longest message that is a request of these kinds, in bytes: a SETXATTR of the longest name and value is shorter.
-MESSAGE_MAX: Final = 65536 + 4096
+HEADER_BYTES: Final = _HEADER.size
+#: The longest message, in bytes: a WRITE's headers and BPFUSE_PAYLOAD.
+MESSAGE_MAX: Final = 266240 + 4096
 _INT64: Final = 1 << 63
 _SECOND_NS: Final = 1_000_000_000
 _READ_LOCK, _WRITE_LOCK, _UNLOCK = range(3)
@@ -55,13 +58,21 @@ class Malformed(Exception):
 class Opcode(enum.IntEnum):
     """The opcodes of this socket."""
 
+    LOOKUP = 1
+    GETATTR = 3
+    SETATTR = 4
+    MKDIR = 9
+    UNLINK = 10
+    RMDIR = 11
     OPEN = 14
+    WRITE = 16
     RELEASE = 18
     SETXATTR = 21
     FLUSH = 25
     GETLK = 31
     SETLK = 32
     SETLKW = 33
+    CREATE = 35
     INTERRUPT = 36
     FALLOCATE = 43
     LSEEK = 46
@@ -183,21 +194,32 @@ Body: TypeAlias = (
 # fmt: on
 
 
-def decode(message: bytes) -> tuple[Header, Body]:
+def decode(message: bytes | memoryview) -> tuple[Header, Body]:
     """Take a request apart; raise :exc:`Malformed`."""
-    if len(message) < _HEADER.size:
+    header = decode_header(message)
+    return header, decode_body(header, message)
+
+
+def decode_header(message: bytes | memoryview) -> Header:
+    """Take the header of a request apart; raise :exc:`Malformed`."""
+    if len(message) < HEADER_BYTES:
         raise Malformed(f"a request of {len(message)} bytes")
     length, opcode, unique, nodeid, uid, gid, pid, _, _ = _HEADER.unpack_from(message)
     if length != len(message):
         raise Malformed(f"a request of {len(message)} bytes that says {length}", unique)
+    return Header(opcode, unique, nodeid, uid, gid, pid)
+
+
+def decode_body(header: Header, message: bytes | memoryview) -> Body:
+    """Take apart what follows the header of one of the opcodes above; raise :exc:`Malformed`."""
     try:
-        body = _decode_body(opcode, message[_HEADER.size :])
+        return _decode_body(header.opcode, bytes(message[HEADER_BYTES:]))
     except (struct.error, ValueError) as error:
-        raise Malformed(f"a request of opcode {opcode} and {length} bytes: {error}", unique) from None
-    return Header(opcode, unique, nodeid, uid, gid, pid), body
+        text = f"a request of opcode {header.opcode} and {len(message)} bytes: {error}"
+        raise Malformed(text, header.unique) from None
 
 
-def unique_of(message: bytes) -> int:
+def unique_of(message: bytes | memoryview) -> int:
     """Return the unique of what may be cut off; 0 if it has none."""
     return int(_HEADER.unpack_from(message)[2]) if len(message) >= _HEADER.size else 0
 
@@ -290,20 +312,32 @@ def encode_count(count: int, *, size_64: bool) -> bytes:
     return _COPY_64_REPLY.pack(count) if size_64 else _COPY_REPLY.pack(count, 0)
 
 
-def encode_opened(entry: pyfuse3.EntryAttributes, opened: pyfuse3.FileInfo) -> bytes:
-    """Return the body of a reply to TMPFILE: an inode, and a handle of it."""
+def encode_entry(entry: pyfuse3.EntryAttributes) -> bytes:
+    """Return the body of a reply that tells of a name's inode, or of its absence."""
     entry_valid, entry_valid_ns = _timeout(entry.entry_timeout)
     attr_valid, attr_valid_ns = _timeout(entry.attr_timeout)
+    head = _ENTRY.pack(entry.st_ino, 0, entry_valid, attr_valid, entry_valid_ns, attr_valid_ns)
+    return head + _attributes(entry)
+
+
+def encode_attributes(entry: pyfuse3.EntryAttributes) -> bytes:
+    """Return the body of a reply that tells of an inode."""
+    return _ATTRIBUTES_VALID.pack(*_timeout(entry.attr_timeout), 0) + _attributes(entry)
+
+
+def _attributes(entry: pyfuse3.EntryAttributes) -> bytes:
     atime, atime_ns = divmod(entry.st_atime_ns, _SECOND_NS)
     mtime, mtime_ns = divmod(entry.st_mtime_ns, _SECOND_NS)
     ctime, ctime_ns = divmod(entry.st_ctime_ns, _SECOND_NS)
-    times = (each % (1 << 64) for each in (atime, mtime, ctime))
-    return _ENTRY.pack(
-        entry.st_ino, 0, entry_valid, attr_valid, entry_valid_ns, attr_valid_ns,
-        entry.st_ino, entry.st_size, entry.st_blocks, *times,
-        atime_ns, mtime_ns, ctime_ns, entry.st_mode, entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_rdev,
-        entry.st_blksize, 0,
-    ) + _OPEN.pack(opened.fh, _open_flags(opened), 0)  # fmt: skip
+    return _ATTRIBUTES.pack(
+        entry.st_ino, entry.st_size, entry.st_blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
+        entry.st_mode, entry.st_nlink, entry.st_uid, entry.st_gid, entry.st_rdev, entry.st_blksize, 0,
+    )  # fmt: skip
+
+
+def encode_opened(entry: pyfuse3.EntryAttributes, opened: pyfuse3.FileInfo) -> bytes:
+    """Return the body of a reply to CREATE or TMPFILE: an inode, and a handle of it."""
+    return encode_entry(entry) + _OPEN.pack(opened.fh, _open_flags(opened), 0)
 
 
 def encode_open(opened: pyfuse3.FileInfo, opening: Opening | None) -> bytes:

@@ -1,10 +1,12 @@
-"""The FUSE requests that pyfuse3 has no method for: FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE and those for locks;
-OPEN, which it cannot answer with a backing for passthrough; SETXATTR, of which it makes two requests when it has flags;
-FLUSH and RELEASE, of which it does not tell the lock owner.
+"""The FUSE requests that do not go through pyfuse3.
 
-They come over a socket of their own, one message each, and are answered on it, each by a task of its own; what is not
-known here is answered ENOSYS, after which the kernel does without. This is an edge to the kernel, as operations.py is
-for all else: it speaks of errno, and what is below does not.
+It has no method for FALLOCATE, LSEEK, COPY_FILE_RANGE, TMPFILE and those for locks, does not tell of a FLUSH and a
+RELEASE whose locks they end, cannot answer OPEN with a backing for passthrough, makes two requests of a SETXATTR with
+flags, and takes long over the frequent ones, which are direct_ops.py's.
+
+They come over a socket of their own, one message each, and are answered on it, at once or by a task of their own; what
+is not known here is answered ENOSYS, after which the kernel does without. This is an edge to the kernel, as
+operations.py is for all else: it speaks of errno, and what is below does not.
 
 An INTERRUPT makes a copy stop at the next piece, with a short count if it has come so far, and ends the wait for a
 lock; all else is soon through.
@@ -18,13 +20,15 @@ import errno
 import logging
 import os
 import socket
-from types import SimpleNamespace
+from collections import deque
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from pyfuse3 import FUSEError
 
 from fuseclient.data.ranges import Ranges
 from fuseclient.worker import extra_messages as messages
+from fuseclient.worker.direct_ops import Answer, Asked, DirectOps
 from fuseclient.worker.errors import errno_of
 from fuseclient.worker.lock_store import Held, Key
 from fuseclient.worker.locks import Locks, Lost
@@ -65,7 +69,11 @@ class ExtraOps:
         self._ranges = ranges
         self._locks = locks
         self._loop = asyncio.get_running_loop()
-        self._sending = asyncio.Lock()
+        self._direct = DirectOps(operations).handlers
+        self._buffer = bytearray(messages.MESSAGE_MAX)
+        self._view = memoryview(self._buffer)
+        #: Replies that the channel has not taken yet.
+        self._unsent: deque[bytes] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         #: Requests in hand, by their unique; the event is set when one is interrupted.
         self._running: dict[int, asyncio.Event] = {}
@@ -83,60 +91,108 @@ class ExtraOps:
             interrupted.set()
         while self._tasks:
             await asyncio.wait(self._tasks)
+        if self._unsent:
+            self._loop.remove_writer(self._socket)
         self._socket.close()
 
     def _on_readable(self) -> None:
         try:
-            message, _, flags, _ = self._socket.recvmsg(messages.MESSAGE_MAX)
+            length = self._socket.recv_into(self._buffer, 0, socket.MSG_TRUNC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            message, flags = b"", 0
-        if not message:
+            length = 0
+        if not length:
             self._loop.remove_reader(self._socket)
             return
         try:
-            self._take(message, cut_off=bool(flags & socket.MSG_TRUNC))
+            self._take(self._view[:length], cut_off=length > len(self._buffer))
         except messages.Malformed as error:
             _log.error("the channel sent what cannot be: %s", error)
             if error.unique:
-                self._start(self._send(messages.encode_error(error.unique, errno.EIO)))
+                self._send(messages.encode_error(error.unique, errno.EIO))
 
-    def _take(self, message: bytes, *, cut_off: bool) -> None:
+    def _take(self, message: memoryview, *, cut_off: bool) -> None:
         if cut_off:
             raise messages.Malformed("a request of more bytes than any has", messages.unique_of(message))
-        header, body = messages.decode(message)
-        if not isinstance(body, messages.Interrupt):
+        header = messages.decode_header(message)
+        if (handler := self._direct.get(header.opcode)) is not None:
+            self._answer_directly(header, handler, message[messages.HEADER_BYTES :])
+            return
+        body = messages.decode_body(header, message)
+        if isinstance(body, messages.Interrupt):
+            if body.unique in self._running:
+                self._running[body.unique].set()
+        elif isinstance(body, messages.Release) and self._is_released(header, body):
+            self._send(messages.encode(header.unique))
+        else:
             self._running[header.unique] = asyncio.Event()
-            self._start(self._answer(header, body))
-        elif body.unique in self._running:
-            self._running[body.unique].set()
+            gone = errno.ENOENT if isinstance(body, messages.Tmpfile) else errno.ESTALE
+            work = self._carry_out(header, body)
+            self._start(self._answer(header, work, type(body).__name__.lower(), gone))
 
-    def _start(self, work: Any) -> None:
-        task = asyncio.create_task(work)
+    def _is_released(self, header: messages.Header, request: messages.Release) -> bool:
+        """Release a handle of which nothing has to be waited for, no lock either; False: nothing is done."""
+        return not self._locks.has(header.nodeid) and self._operations.release_now(request.fh)
+
+    def _answer_directly(self, header: messages.Header, handler: Callable[[Asked], Answer], body: memoryview) -> None:
+        """Answer a request at once, or start what it has to wait for."""
+        try:
+            answer = handler(Asked(header.nodeid, header.uid, header.gid, header.pid, body))
+        except FUSEError as error:
+            self._send(messages.encode_error(header.unique, error.errno))
+        except messages.Malformed as error:
+            error.unique = header.unique
+            raise
+        except Exception as error:
+            self._send(messages.encode_error(header.unique, errno_of(error, handler.__name__)))
+        else:
+            if isinstance(answer, bytes):
+                self._send(messages.encode(header.unique, answer))
+            else:
+                self._start(self._answer(header, answer, handler.__name__, errno.ESTALE))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, header: messages.Header, body: messages.Body) -> None:
+    async def _answer(self, header: messages.Header, work: Coroutine[Any, Any, bytes], name: str, gone: int) -> None:
         try:
-            reply = messages.encode(header.unique, await self._carry_out(header, body))
+            reply = messages.encode(header.unique, await work)
         except FUSEError as error:
             reply = messages.encode_error(header.unique, error.errno)
         except Lost:
             reply = messages.encode_error(header.unique, errno.EIO)
         except Exception as error:
-            gone = errno.ENOENT if isinstance(body, messages.Tmpfile) else errno.ESTALE
-            reply = messages.encode_error(header.unique, errno_of(error, type(body).__name__.lower(), gone=gone))
+            reply = messages.encode_error(header.unique, errno_of(error, name, gone=gone))
         finally:
-            del self._running[header.unique]
-        await self._send(reply)
+            self._running.pop(header.unique, None)
+        self._send(reply)
 
-    async def _send(self, reply: bytes) -> None:
-        async with self._sending:
+    def _send(self, reply: bytes) -> None:
+        if not self._unsent:
             try:
-                await self._loop.sock_sendall(self._socket, reply)
+                self._socket.send(reply)
+                return
+            except BlockingIOError:
+                self._loop.add_writer(self._socket, self._on_writable)
             except OSError as error:
                 _log.debug("a reply has nobody to go to: %s", error)
+                return
+        self._unsent.append(reply)
+
+    def _on_writable(self) -> None:
+        try:
+            while self._unsent:
+                self._socket.send(self._unsent[0])
+                self._unsent.popleft()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            _log.debug("%d replies have nobody to go to: %s", len(self._unsent), error)
+            self._unsent.clear()
+        self._loop.remove_writer(self._socket)
 
     async def _carry_out(self, header: messages.Header, body: messages.Body) -> bytes:
         """Do what is asked for, and return the body of the reply."""
@@ -162,7 +218,7 @@ class ExtraOps:
             case messages.CopyFileRange():
                 return await self._copy_file_range(header, body)
             case messages.Tmpfile():
-                context: Any = SimpleNamespace(uid=header.uid, gid=header.gid, pid=header.pid, umask=0)
+                context = Asked(header.nodeid, header.uid, header.gid, header.pid, memoryview(b"")).context
                 opened, entry = await self._operations.tmpfile(header.nodeid, body.mode, body.flags, context)
                 return messages.encode_opened(entry, opened)
             case _:

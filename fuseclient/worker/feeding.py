@@ -1,8 +1,8 @@
 """What goes into the kernel's maps, and what must not.
 
 Every put is either of a reply to a read, under a token taken before the read was sent, so that what was dropped
-meanwhile is not put back; or of a reply to a change made here, which is newer than all reads sent before it. Inodes
-that are open for writing are never put, their names are.
+meanwhile is not put back; or of a reply to a change made here, which is newer than all reads sent before it. Of inodes
+that are open for writing only their names are put, but for one that was just made and is as it was.
 
 Everything here is synchronous: between a reply and its put there is no await.
 """
@@ -66,6 +66,8 @@ class Feeder:
         self.whole = WholeDirectories()
         #: Told of what an inode has become by a change made here.
         self.on_changed: Callable[[wire.Attributes], object] = lambda attributes: None
+        #: Says of an inode that is open for writing whether it is nevertheless what these attributes say.
+        self.is_shown: Callable[[wire.Attributes], bool] = lambda attributes: False
         #: Told of each inode that is dropped; ``None`` is all of them.
         self.on_drop: Callable[[int | None], None] = lambda ino: None
 
@@ -171,21 +173,26 @@ class Feeder:
                 self.on_changed(each)
             if fresh and self._wanted(each):
                 self._put_inode(each, None)
+            elif fresh and self._is_written(each.ino) and each.nlink > 0 and self.is_shown(each):
+                self._cache.put_inode(each)
             else:
                 self.written(each)
 
     def written(self, attributes: wire.Attributes) -> None:
         """Put of an inode that is open for writing only that it has no xattrs: the kernel asks before each write."""
         has_xattrs = attributes.flags & wire.InodeFlag.HAS_XATTRS
-        if attributes.nlink > 0 and not has_xattrs and self._is_written(attributes.ino):
-            self._cache.put_inode(msgspec.structs.replace(attributes, mode=0, size=0))
+        if attributes.nlink > 0 and self._is_written(attributes.ino):
+            if has_xattrs:
+                self._cache.drop_inode(attributes.ino)
+            else:
+                self._cache.put_inode(msgspec.structs.replace(attributes, mode=0, size=0))
 
     def named(self, token: Token, parent: int, name: bytes, ino: int) -> None:
         """A name was given to an inode."""
         if not self._guard.may_put(token, (parent, name)):
             self.drop_name(parent, name)
             return
-        self._drop_name(parent, name)
+        self._renew_name(parent, name)
         self.whole.named(parent, name)
         self._cache.put_name(parent, name, ino)
 
@@ -194,7 +201,7 @@ class Feeder:
         if not self._guard.may_put(token, (parent, name)):
             self.drop_name(parent, name)
             return
-        self._drop_name(parent, name)
+        self._renew_name(parent, name)
         self.whole.unnamed(parent, name)
         self._cache.put_absent(parent, name)
 
@@ -223,11 +230,15 @@ class Feeder:
         self._drop_name(parent, name)
 
     def _drop_name(self, parent: int, name: bytes) -> None:
+        self._renew_name(parent, name)
+        self._cache.drop_name(parent, name)
+
+    def _renew_name(self, parent: int, name: bytes) -> None:
+        """What is known of a name, but for what is about to be put in its place, is out of date."""
         self.generation += 1
         self._guard.dropped((parent, name))
         self._guard.dropped(_listing(parent))
         self._listings.forget(parent)
-        self._cache.drop_name(parent, name)
 
     def drop_inode(self, ino: int) -> None:
         """Forget an inode's attributes and content."""

@@ -154,6 +154,8 @@ class Mount:
         writer.when_laid = self._compactor.laid
         writer.when_given_up = kernel.drop_pages_later
         feeder.on_changed = writer.observe
+        feeder.is_shown = lambda attributes: attributes.ino not in kernel.dropping and writer.show(attributes)
+        writer.when_touched = feeder.written
 
         def is_open(ino: int) -> bool:
             return open_handles[ino] > 0 or cache.is_open(ino) or writer.is_open(ino)

@@ -24,7 +24,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from fuseclient.data.passthrough import Opening, Passthrough
 from fuseclient.data.reader import Reader
-from fuseclient.data.writer import Writer
+from fuseclient.data.writer import Closed, Writer
 from fuseclient.worker import handles
 from fuseclient.worker.attributes import absent_entry, dot_entry, entry_of, statistics_of
 from fuseclient.worker.changes import OpenedVersions
@@ -124,6 +124,11 @@ class Operations(pyfuse3.Operations):
         if answer.attributes is None:
             return absent_entry(ttl_s)
         return entry_of(self._writer.overlay(answer.attributes), ttl_s)
+
+    def lookup_now(self, parent: int, name: bytes) -> EntryAttributes | None:
+        """Answer a lookup of what is known to be absent; None: it is to be looked up."""
+        _check_name(name)
+        return absent_entry(self._lease.ttl_s()) if self._directories.lacks(parent, name) else None
 
     @answered
     async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
@@ -265,10 +270,15 @@ class Operations(pyfuse3.Operations):
 
     @answered_of_inode
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
-        if self._may_remember and self._lease.left_s() > 0 and (new := self._writer.known_new(inode)) is not None:
-            return self._entry(new)
-        attributes, fresh = await self._get_attributes(inode)
-        return self._entry(attributes, fresh)
+        entry = self.getattr_now(inode)
+        if entry is None:
+            entry = self._entry(*await self._get_attributes(inode))
+        return entry
+
+    def getattr_now(self, ino: int) -> EntryAttributes | None:
+        """Return the attributes of a file that was just made here; None: they are to be asked for."""
+        new = self._writer.known_new(ino)
+        return self._entry(new) if new is not None and self._may_remember and self._lease.left_s() > 0 else None
 
     async def _get_attributes(self, ino: int) -> tuple[wire.Attributes, bool]:
         """Return attributes from the metaserver, and whether they are fresh; they are in the maps."""
@@ -280,7 +290,17 @@ class Operations(pyfuse3.Operations):
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._changed_entry(await self._set_attributes(_setattr_request(inode, attr, fields)))
+        return await self.change(_setattr_request(inode, attr, fields))
+
+    @answered_of_inode
+    async def change(self, request: wire.SetAttributes) -> EntryAttributes:
+        """Change attributes, and return them all."""
+        return self._changed_entry(await self._set_attributes(request))
+
+    def change_now(self, request: wire.SetAttributes) -> EntryAttributes | None:
+        """Change attributes of a new file, with its first flush; None: that cannot be."""
+        deferred = self._writer.defer(request)
+        return None if deferred is None else self._changed_entry(deferred)
 
     async def _set_attributes(self, request: wire.SetAttributes) -> wire.Attributes:
         if (deferred := self._writer.defer(request)) is not None:
@@ -504,8 +524,7 @@ class Operations(pyfuse3.Operations):
 
     @answered_of_inode
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        if off + len(buf) > wire.MAX_FILE:
-            raise FUSEError(errno.EFBIG)
+        _check_end(off + len(buf))
         await self.adopt(fh & ~handles.APPENDS)
         ino = handles.decode(fh).ino
         if not self._locks.may_write(ino):
@@ -517,6 +536,14 @@ class Operations(pyfuse3.Operations):
         else:
             await self._writer.write(ino, off, buf)
         return len(buf)
+
+    def write_now(self, fh: int, off: int, data: memoryview) -> bool:
+        """Take a write for which nothing has to be waited; else return False, with nothing done."""
+        _check_end(off + len(data))
+        ino = handles.decode(fh).ino
+        if fh & handles.APPENDS or self._is_earlier_writer(fh) or self._passthrough.has(ino):
+            return False
+        return self._locks.may_write(ino) and self._writer.write_now(ino, off, data)
 
     async def absorb(self, ino: int) -> None:
         """Have what was written through mappings of a passthrough file come to the writer."""
@@ -559,6 +586,18 @@ class Operations(pyfuse3.Operations):
         elif written:
             await self._end_writing(handle.ino)
         self._released(fh)
+
+    def release_now(self, fh: int) -> bool:
+        """Release a handle through which nothing was written that waits; else return False, with nothing done."""
+        handle = handles.decode(fh)
+        if handle.writing:
+            if self._is_earlier_writer(fh) or self._passthrough.has(handle.ino):
+                return False
+            if not self._writer.is_settled(handle.ino):
+                return False
+            self._ended_writing(handle.ino, self._writer.close_settled(handle.ino))
+        self._released(fh)
+        return True
 
     # Handles
 
@@ -630,7 +669,9 @@ class Operations(pyfuse3.Operations):
             self._writer.changed_elsewhere(attributes.ino)
 
     async def _end_writing(self, ino: int) -> None:
-        closed = await self._writer.close(ino)
+        self._ended_writing(ino, await self._writer.close(ino))
+
+    def _ended_writing(self, ino: int, closed: Closed | None) -> None:
         if closed is not None:
             self._feeder.closed(closed)
         if not self._writer.is_open(ino):
@@ -652,6 +693,11 @@ def _check_name(name: bytes) -> None:
         raise FUSEError(errno.ENAMETOOLONG)
     if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
         raise FUSEError(errno.EINVAL)
+
+
+def _check_end(end: int) -> None:
+    if end > wire.MAX_FILE:
+        raise FUSEError(errno.EFBIG)
 
 
 def _check_xattr(name: bytes) -> None:

@@ -87,6 +87,14 @@ static void mark_append(const struct request *request)
 static enum lane lane_of(uint32_t opcode)
 {
 	switch (opcode) {
+	case FUSE_LOOKUP: /* these, and those up to CREATE, are frequent, and pyfuse3 takes long over each */
+	case FUSE_GETATTR:
+	case FUSE_SETATTR:
+	case FUSE_MKDIR:
+	case FUSE_UNLINK:
+	case FUSE_RMDIR:
+	case FUSE_WRITE:
+	case FUSE_CREATE:
 	case FUSE_FLUSH:   /* pyfuse3 does not tell of the owners of locks */
 	case FUSE_RELEASE: /* the same */
 	case FUSE_GETLK:

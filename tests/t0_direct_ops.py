@@ -1,0 +1,114 @@
+"""The decoder of the frequent requests: every length is checked, and what is at hand is answered at once."""
+
+from __future__ import annotations
+
+import struct
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fuseclient.worker.direct_ops import Asked, DirectOps
+from fuseclient.worker.extra_messages import Malformed, Opcode
+from metaserver import wire
+
+_SETATTR = struct.Struct("=IIQQQqqqIIIIIIII")
+
+
+class Recorder:
+    """Operations that do nothing, at once, and say what they were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            self.asked.append((name, *arguments))
+            return True if name == "write_now" else _entry()
+
+        return call
+
+
+def _entry() -> Any:
+    times = dict.fromkeys(("st_atime_ns", "st_mtime_ns", "st_ctime_ns"), -1)
+    fields = ("st_ino", "st_size", "st_blocks", "st_mode", "st_nlink", "st_uid", "st_gid", "st_rdev", "st_blksize")
+    return SimpleNamespace(**dict.fromkeys(fields, 7), **times, entry_timeout=1.5, attr_timeout=0.0)
+
+
+def asked(body: bytes) -> Asked:
+    return Asked(2, 10, 11, 12, memoryview(body))
+
+
+#: A whole body of each opcode that is answered at once, what it is asked for, and how long the reply's body is.
+AT_ONCE: dict[Opcode, tuple[bytes, tuple[Any, ...], int]] = {
+    Opcode.LOOKUP: (b"name\0", ("lookup_now", 2, b"name"), 128),
+    Opcode.GETATTR: (struct.pack("=IIQ", 0, 0, 0), ("getattr_now", 2), 104),
+    Opcode.SETATTR: (
+        _SETATTR.pack(1 | 32, 0, 0, 0, 0, 0, -2, 0, 0, 5, 0, 0o100640, 0, 3, 4, 0),
+        ("change_now", wire.SetAttributes(2, mode=0o640, mtime_ns=-1_999_999_995)),
+        104,
+    ),
+    Opcode.WRITE: (struct.pack("=QQIIQII", 9, 8, 3, 0, 0, 0, 0) + b"abc", ("write_now", 9, 8, b"abc"), 8),
+}
+#: The least that a request of each opcode has, and whether a name follows.
+LEAST = {
+    Opcode.LOOKUP: (0, True), Opcode.GETATTR: (16, False), Opcode.SETATTR: (88, False), Opcode.MKDIR: (8, True),
+    Opcode.UNLINK: (0, True), Opcode.RMDIR: (0, True), Opcode.WRITE: (40, False), Opcode.CREATE: (16, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opcode", AT_ONCE)
+def test_what_is_at_hand_is_answered_at_once(opcode: Opcode) -> None:
+    body, expected, length = AT_ONCE[opcode]
+    operations = Recorder()
+    answer = DirectOps(operations).handlers[opcode](asked(body))  # type: ignore[arg-type]
+    assert operations.asked == [expected]
+    assert isinstance(answer, bytes)
+    assert len(answer) == length
+
+
+def test_every_opcode_is_covered() -> None:
+    assert DirectOps(Recorder()).handlers.keys() == LEAST.keys()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("opcode", LEAST)
+def test_a_body_that_is_cut_off_is_refused(opcode: Opcode) -> None:
+    operations = Recorder()
+    handler = DirectOps(operations).handlers[opcode]  # type: ignore[arg-type]
+    least, named = LEAST[opcode]
+    bodies = [bytes(length) for length in range(least)]
+    bodies += [bytes(least), bytes(least) + b"name", bytes(least) + b"na\0me\0"] if named else []
+    for body in bodies:
+        with pytest.raises(Malformed):
+            handler(asked(body))
+    assert not operations.asked
+
+
+def test_a_write_that_does_not_have_what_it_says_is_refused() -> None:
+    handler = DirectOps(Recorder()).handlers[Opcode.WRITE]  # type: ignore[arg-type]
+    for size in (2, 4):
+        with pytest.raises(Malformed, match="3 bytes"):
+            handler(asked(struct.pack("=QQIIQII", 9, 8, size, 0, 0, 0, 0) + b"abc"))
+
+
+@given(st.sampled_from(list(LEAST)), st.binary(max_size=120))
+def test_nothing_else_is_raised(opcode: Opcode, body: bytes) -> None:
+    try:
+        answer = DirectOps(Recorder()).handlers[opcode](asked(body))  # type: ignore[arg-type]
+    except Malformed:
+        return
+    if not isinstance(answer, bytes):
+        answer.close()
+
+
+def test_times_that_cannot_be_kept_become_the_nearest() -> None:
+    operations = Recorder()
+    handler = DirectOps(operations).handlers[Opcode.SETATTR]  # type: ignore[arg-type]
+    handler(asked(_SETATTR.pack(16 | 32, 0, 0, 0, 0, 2**62, -(2**62), 0, 0, 0, 0, 0, 0, 0, 0, 0)))
+    handler(asked(_SETATTR.pack(128 | 256, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)))
+    (_, kept), (_, now) = operations.asked
+    assert (kept.atime_ns, kept.mtime_ns) == (2**63 - 1, -(2**63))
+    assert now.atime_ns == now.mtime_ns
+    assert now.atime_ns > 1_700_000_000 * 10**9

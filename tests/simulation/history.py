@@ -21,7 +21,7 @@ from simulation.loop import Node, VirtualLoop, current_node
 Register = tuple[str, int, bytes]
 RECORD_BYTES: Final = 16
 
-#: Seconds that a new worker has to clear the kernel's caches.
+#: Seconds that a worker that is new, or whose machine was suspended, has to clear the kernel's caches.
 _SETTLING_S: Final = 0.5
 
 
@@ -142,12 +142,16 @@ class History:
     reads: list[Read] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     pending: dict[int, tuple[Node, str]] = field(default_factory=dict)
+    #: When a client's worker must have noticed that its machine was suspended.
+    awake: dict[int, float] = field(default_factory=dict)
 
     def now(self) -> Stamp:
         return Stamp(self.loop.stamp(), self.loop.now)
 
     def read(self, client: int, register: Register, value: Value, invoked: Stamp, source: str) -> None:
-        """A read has returned."""
+        """A read has returned. What the kernel answers before the worker knows of a suspend is not held against it."""
+        if invoked.time < self.awake.get(client, 0.0):
+            return
         self.reads.append(Read(client, register, value, invoked, self.now(), source))
 
     def records(self, ino: int) -> list[Register]:
@@ -190,6 +194,10 @@ class History:
         for change in self.changes:
             if change.client == client and change.known == math.inf:
                 change.known = self.loop.now + _SETTLING_S
+
+    def woken(self, client: int) -> None:
+        """A client's machine was suspended."""
+        self.awake[client] = self.loop.now + _SETTLING_S
 
     @contextlib.contextmanager
     def operation(self, what: str) -> Iterator[None]:

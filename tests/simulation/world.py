@@ -169,6 +169,14 @@ class World:
         self._programs = [(owner, task) for owner, task in self._programs if owner is not client]
         self.history.abandon(client.node)
 
+    def wake(self, client: Client) -> None:
+        """A machine that was suspended goes on, and its worker is told of that."""
+        for node in (client.node, client.worker.node):
+            node.frozen = False
+        self.history.woken(client.index)
+        if client.worker.mount is not None:
+            self.loop.post(client.worker.node, client.worker.mount.woken)
+
     def boot_client(self, client: Client) -> None:
         """Start a machine again, with programs that go on."""
         client.boot()

@@ -18,6 +18,9 @@ enum bpfuse_limit {
 	BPFUSE_MAX_DATA = 65536,     /* the largest file whose bytes lie in `pages` */
 	BPFUSE_BUSY_ENTRIES = 16384, /* in `busiest` */
 	BPFUSE_RECENT_SLOTS = 65536, /* slots in `recent`; a power of two */
+	BPFUSE_XATTRS = 8,           /* xattrs that an inode in `xattrs` has at most, */
+	BPFUSE_XATTR_BYTES = 512,    /* and the bytes of their names and values */
+	BPFUSE_XATTR_SHARE = 64,     /* `xattrs` has room for as many inodes as `inodes`, divided by this */
 	BPFUSE_OPEN_SLOTS = 65536,   /* slots in `opens`; a power of two */
 	BPFUSE_OPCODES = 64,         /* FUSE opcodes below this have counters of their own */
 	BPFUSE_OUTCOMES = 16,
@@ -56,7 +59,7 @@ enum bpfuse_outcome {
 	BPFUSE_MISS_RACE = 8,       /* the value changed while it was read */
 	BPFUSE_MISS_FLAGS = 9,      /* open flags, or a type of inode, that the worker must see */
 	BPFUSE_MISS_HANDLE = 10,    /* the handle was given out by the worker; READDIR: for another listing */
-	BPFUSE_MISS_XATTRS = 11,    /* the inode has, or may have, xattrs */
+	BPFUSE_MISS_XATTRS = 11,    /* the inode has, or may have, xattrs, and they are not in `xattrs` */
 	BPFUSE_MISS_RANGE = 12,     /* an offset or size the program does not serve */
 	BPFUSE_MISS_MALFORMED = 13, /* the request is not what its opcode demands */
 	BPFUSE_MISS_HELPER = 14,    /* a BPF helper failed */
@@ -94,6 +97,30 @@ struct bpfuse_inode_value {
 	__u32 epoch;
 	__u32 file_version; /* the low bits of the inode's own version: it rises with each change of the inode */
 	__u64 version;
+};
+
+/* One xattr: its value is `size` bytes from `offset` on in the `bytes` of its inode's. */
+struct bpfuse_xattr {
+	__u64 hash[2]; /* of the name, as in bpfuse_name_key */
+	__u32 offset, size;
+};
+
+enum bpfuse_xattr_mark {
+	BPFUSE_XATTRS_UNLISTED = 0x7fffffff, /* list_bytes: who asks must be known to list them */
+};
+
+/*
+ * `xattrs`: LRU hash, key __u64 ino: all xattrs of an inode, for those that have some, few and small ones. Read by the
+ * rule of bpfuse_inode_value, and dropped with the inode.
+ */
+struct bpfuse_xattrs_value {
+	struct bpfuse_xattr entries[8]; /* BPFUSE_XATTRS */
+	__u8 bytes[512];                /* BPFUSE_XATTR_BYTES: the names, each with its NUL, then the values */
+	__u32 count;
+	__u32 list_bytes; /* of the names */
+	__u32 epoch;
+	__u32 reserved;
+	__u64 version; /* last */
 };
 
 /* `pages`: mmapable array of these. */

@@ -9,6 +9,7 @@
  * 3. answer() takes the request apart and asks the topic headers; what they find in the maps becomes a finished
  *    reply, in place, and `answered` is set. The thread only commits it, and clears `answered` before it does: the
  *    kernel may skip a run of a tracing program.
+ *    The kernel allows 512 bytes of stack along any chain of calls, so what needs much of it is not inlined here.
  * 4. A miss leaves the request as it came (READ and others that carry no payload may find theirs overwritten), and the
  *    thread forwards it to the worker. Every outcome is counted by opcode.
  */

@@ -25,7 +25,7 @@ static void fill_attr(struct fuse_attr *attr, __u64 ino, const struct bpfuse_ino
 	attr->flags = 0;
 }
 
-static enum bpfuse_outcome answer_getattr(struct request *request)
+static __noinline enum bpfuse_outcome answer_getattr(struct request *request)
 {
 	struct fuse_attr_out *out = (void *)request->entry->payload;
 	struct bpfuse_inode_value inode;

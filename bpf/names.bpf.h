@@ -67,7 +67,7 @@ static enum bpfuse_outcome answer_found(struct request *request, const struct bp
 	return BPFUSE_ANSWERED;
 }
 
-static enum bpfuse_outcome answer_lookup(struct request *request)
+static __noinline enum bpfuse_outcome answer_lookup(struct request *request)
 {
 	struct bpfuse_name_key key = { .parent = request->nodeid };
 	__u32 length = request->payload_size - 1;

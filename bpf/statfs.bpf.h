@@ -5,7 +5,7 @@
 
 #include "request.bpf.h"
 
-static enum bpfuse_outcome answer_statfs(struct request *request)
+static __noinline enum bpfuse_outcome answer_statfs(struct request *request)
 {
 	struct fuse_statfs_out *out = (void *)request->entry->payload;
 	const struct bpfuse_statfs *now = &request->control->statfs;

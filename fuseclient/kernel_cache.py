@@ -8,7 +8,7 @@ happens when the kernel refuses a value.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from msgspec.structs import astuple
@@ -54,6 +54,7 @@ class Cache(Protocol):
     def listing_limit(self) -> int: ...
     def put_listing(self, ino: int, entries: bytes) -> bool: ...
     def drop_listing(self, ino: int) -> None: ...
+    def put_xattrs(self, ino: int, xattrs: Mapping[bytes, bytes], *, listed: bool) -> bool: ...
     def renew(self, deadline_ns: int) -> None: ...
     def bump_epoch(self) -> None: ...
     @property
@@ -95,6 +96,7 @@ class KernelCache:
         options = ffi.new("struct bpfuse_cache_options *")
         options.control_fd, options.names_fd, options.inodes_fd = fds.control, fds.names, fds.inodes
         options.pages_fd, options.opens_fd, options.page_count = fds.pages, fds.opens, fds.page_count
+        options.xattrs_fd = fds.xattrs
         options.xattrs_flag = InodeFlag.HAS_XATTRS
         options.worker_opens_size = _NO_SIZE if worker_opens_bytes is None else worker_opens_bytes
         out = ffi.new("struct bpfuse_cache **")
@@ -186,6 +188,27 @@ class KernelCache:
     def drop_listing(self, ino: int) -> None:
         """Forget which entries a directory has, and nothing else of it."""
         lib.bpfuse_cache_drop_listing(self._handle(), ino)
+
+    def put_xattrs(self, ino: int, xattrs: Mapping[bytes, bytes], *, listed: bool) -> bool:
+        """Say what xattrs an inode has, all of them; ``listed``: whoever asks may have the list of their names.
+
+        False if they are too many, or too large. They are dropped with the inode.
+        """
+        names = b"".join(name + b"\0" for name in xattrs)
+        stored = names + b"".join(xattrs.values())
+        if len(xattrs) > lib.BPFUSE_XATTRS or len(stored) > lib.BPFUSE_XATTR_BYTES:
+            return False
+        handle = self._handle()
+        key = lib.bpfuse_cache_control(handle).hash_key
+        value = ffi.new("struct bpfuse_xattrs_value *", {"bytes": stored, "count": len(xattrs)})
+        value.list_bytes = len(names) if listed else lib.BPFUSE_XATTRS_UNLISTED
+        offset = len(names)
+        for entry, (name, content) in zip(value.entries, xattrs.items(), strict=False):
+            lib.bpfuse_hash_name(name, _name_bytes(name), key, entry.hash)
+            entry.offset, entry.size = offset, len(content)
+            offset += len(content)
+        lib.bpfuse_cache_put_xattrs(handle, ino, value)
+        return True
 
     def renew(self, deadline_ns: int) -> None:
         """Let BPF answer until then (nanoseconds of CLOCK_BOOTTIME); 0 stops it at once."""
@@ -313,6 +336,9 @@ class NoKernelCache:
 
     def drop_listing(self, ino: int) -> None:
         pass
+
+    def put_xattrs(self, ino: int, xattrs: Mapping[bytes, bytes], *, listed: bool) -> bool:
+        return False
 
     def renew(self, deadline_ns: int) -> None:
         pass

@@ -59,9 +59,10 @@ class Breaks:
         dropped: Dropped,
         *,
         everything: bool = False,
+        joined: bool = False,
     ) -> Breaking:
         """Send a break to these sessions and return it."""
-        message = wire.Break(next(self._numbers), names, inodes, everything)
+        message = wire.Break(next(self._numbers), names, inodes, everything, joined=joined)
         breaking = Breaking(message, sessions, dropped)
         for session in breaking.waiting:
             session.pending[message.number] = breaking

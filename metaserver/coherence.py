@@ -30,7 +30,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from metaserver import wire
-from metaserver.breaks import Breaks
+from metaserver.breaks import Breaking, Breaks
 from metaserver.errors import Refused
 from metaserver.holdings import Holder, Holdings, inode_key, names_key
 from metaserver.opens import Opens
@@ -237,6 +237,23 @@ class Coherence:
         for breaking in list(session.pending.values()):
             breaking.settle(session, dropped=breaking.message.everything)
 
+    # Clients that are alone
+
+    def alone(self, volume: Volume) -> list[Session]:
+        """Return the sessions of a volume that keep something to themselves, perhaps.
+
+        A client that is alone has changes of a new file's attributes wait for the file's first flush. Before another
+        session is opened it is told, and commits them. Nobody else holds anything then, so that it waits for nobody;
+        the other waits for it, for one lease at most, as for any break.
+        """
+        return [session for session in self._sessions.of_volume(volume) if session.was_alone]
+
+    def part(self, sessions: Sequence[Session]) -> Breaking:
+        """Tell sessions that they are not alone any more."""
+        for session in sessions:
+            session.alone = False
+        return self.breaks.send(sessions, [], [], _parted, joined=True)
+
     # Open files
 
     async def before_opening(self, session: Session, ino: int) -> None:
@@ -324,6 +341,10 @@ class Coherence:
         breaking = session.pending.get(number)
         if breaking is not None:
             breaking.settle(session, dropped=True, still_open=still_open)
+
+
+def _parted(session: Session, still_open: Sequence[int]) -> None:
+    session.was_alone = False
 
 
 def grant_of(request: wire.Request, reply: wire.Reply) -> Grant | None:

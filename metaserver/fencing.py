@@ -20,16 +20,20 @@ from metaserver.engine.base import Engine, Snapshot, Transaction
 from metaserver.errors import Fenced, Refused
 from metaserver.wire import ErrorCode
 
-_RECORD: Final = struct.Struct(">QQ")
+_RECORD: Final = struct.Struct(">QQ?")
 _OUTCOME: Final = struct.Struct(">Q")
 
 
 class SessionRecord(NamedTuple):
-    """A session that was not ended. The lease is the length, in nanoseconds, that it was given."""
+    """A session that was not ended. The lease is the length, in nanoseconds, that it was given.
+
+    ``alone``: it may have made changes that it keeps to itself until another session is opened.
+    """
 
     id: bytes
     volume: int
     lease_ns: int
+    alone: bool = False
 
 
 def take_over(txn: Transaction) -> int:
@@ -54,9 +58,14 @@ class Tenure:
             raise Fenced("another metaserver has taken over this engine")
 
 
+def is_recorded(snapshot: Snapshot, session: bytes) -> bool:
+    """Say whether a session was not ended."""
+    return snapshot.get(keys.session(session)) is not None
+
+
 def check_session(snapshot: Snapshot, session: bytes) -> None:
     """Raise :exc:`Refused` (STALE_SESSION) if a session was ended."""
-    if snapshot.get(keys.session(session)) is None:
+    if not is_recorded(snapshot, session):
         raise Refused(ErrorCode.STALE_SESSION, "the session was ended")
 
 
@@ -68,7 +77,7 @@ def list_sessions(snapshot: Snapshot) -> list[SessionRecord]:
 
 def put_session(txn: Transaction, record: SessionRecord) -> None:
     """Store a session."""
-    txn.put(keys.session(record.id), _RECORD.pack(record.volume, record.lease_ns))
+    txn.put(keys.session(record.id), _RECORD.pack(record.volume, record.lease_ns, record.alone))
 
 
 def delete_session(txn: Transaction, session: bytes) -> None:

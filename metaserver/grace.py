@@ -53,6 +53,10 @@ class Grace:
         """Whether a change may be made now; if not, see :meth:`over`."""
         return self._free.is_set()
 
+    def misses_one_alone(self, volume: int) -> bool:
+        """Whether a session of a volume may come back that is to tell what it kept to itself."""
+        return any(record.alone and record.volume == volume for record in self._missing.values())
+
     def missing(self, session: bytes) -> SessionRecord | None:
         """Return the record of a session that may come back now."""
         return None if self._closed.is_set() or self._clock() >= self._until_ns else self._missing.get(session)

@@ -277,10 +277,18 @@ class Service:
             resumed,
             volume.identity,
             self._engine.is_lazy,
+            session.alone,
         )
 
     async def _open_new(self, volume: Volume, client: str) -> Session:
+        if self.grace.misses_one_alone(volume.id):
+            await self.grace.over()
+        while alone := self._coherence.alone(volume):
+            await self._coherence.breaks.wait(self._coherence.part(alone))
+            for each in alone:
+                await self._record(each, is_new=False)
         session = self._sessions.open(volume, client)
+        session.alone = session.was_alone = self._sessions.of_volume(volume) == [session] and self.grace.is_over
         session.losses = self._engine.losses
         try:
             await self._record(session)
@@ -297,19 +305,23 @@ class Service:
         session = self._sessions.reclaim(record.id, volume, request.client)
         session.losses = self._engine.losses
         self._coherence.reclaimed(session)
+        session.was_alone = record.alone
+        if record.alone:
+            self._coherence.part([session])
         if self.may_have_lost:
             self._coherence.drop_everything(session)
         self.grace.came_back(record.id)
         await self._record(session)
         return session
 
-    async def _record(self, session: Session) -> None:
+    async def _record(self, session: Session, *, is_new: bool = True) -> None:
         """Store a session, durably: as long as it may use its caches, a later run of the server must know of it."""
-        record = SessionRecord(session.id, session.volume.id, self._sessions.lease_ns)
+        record = SessionRecord(session.id, session.volume.id, self._sessions.lease_ns, session.was_alone)
 
         def body(txn: Transaction) -> None:
             self._tenure.check(txn)
-            fencing.put_session(txn, record)
+            if is_new or fencing.is_recorded(txn, session.id):
+                fencing.put_session(txn, record)
 
         await self._write_durably(body)
 

@@ -107,6 +107,10 @@ class Session:
         self.losses = 0
         #: Earlier incarnations, of whose changes the client was not told yet.
         self.earlier: set[int] = set()
+        #: It is its volume's only one, and its client counts on being told before there is another.
+        self.alone = False
+        #: So it was, and it has not acknowledged yet that it is not.
+        self.was_alone = False
         #: It was opened at an earlier run of the server.
         self.reclaimed = False
         #: What it may have in its caches.
@@ -166,6 +170,10 @@ class Sessions:
         """It is not known what changed, on any volume."""
         for feed in self._feeds.values():
             feed.forget_all()
+
+    def of_volume(self, volume: Volume) -> list[Session]:
+        """Return the sessions on one volume; see :meth:`all`."""
+        return [session for session in self._sessions.values() if session.volume.id == volume.id]
 
     def open(self, volume: Volume, client: str) -> Session:
         """Return a new session with a full lease; raise :exc:`~metaserver.errors.Refused` (BUSY)."""

@@ -669,6 +669,8 @@ class SessionOpened(_Message, tag=67):
     volume: Annotated[bytes, Meta(min_length=16, max_length=16)] = bytes(16)
     #: Replies to changes come before these are durable; :class:`Sync` makes them so.
     lazy: bool = False
+    #: No other client has a session on the volume, nor gets one before a Break says ``joined``.
+    alone: bool = False
 
 
 class Renewed(_Message, tag=68):
@@ -821,6 +823,8 @@ class Break(_Message, tag=121):
     inodes: list[Ino]
     everything: bool = False
     written: list[Ino] = []
+    #: Another client is about to open a session: to be acknowledged when nothing waits any more that it would not see.
+    joined: bool = False
 
 
 # fmt: off

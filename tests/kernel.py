@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -86,7 +87,10 @@ class Kernel:
             ring_entries=2,
         )
         self.fds = MapFds(
-            **{name: self.bpf.map_fd(name) for name in ("control", "names", "inodes", "pages", "opens", "counters")},
+            **{
+                name: self.bpf.map_fd(name)
+                for name in ("control", "names", "inodes", "xattrs", "pages", "opens", "counters")
+            },
             count_program=self.bpf.program_fd("count_maps"),
             name_capacity=capacity,
             inode_capacity=capacity,
@@ -164,7 +168,7 @@ def require_bpf() -> None:
     try:
         native.Bpf(str(native.OBJECT_PATH), name_capacity=64, inode_capacity=64, page_count=1, ring_entries=1).close()
     except native.NativeError as error:
-        if error.errno in (1, 13, 95) or not os.path.exists("/sys/kernel/btf/vmlinux"):
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP) or not os.path.exists("/sys/kernel/btf/vmlinux"):
             pytest.skip(f"BPF programs cannot be loaded here: {error}")
         raise
 

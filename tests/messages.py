@@ -95,7 +95,7 @@ REPLIES: Final[list[wire.Reply]] = [
     wire.LockAnswer(wire.LockOutcome.DEADLOCK),
     wire.LocksLost([0, 2**32 - 1]),
     wire.LockSettled(7, wire.LockOutcome.CANCELLED),
-    wire.Break(7, [(1, b"name")], [1, 2], True, [3]),
+    wire.Break(7, [(1, b"name")], [1, 2], True, [3], True),
 ]
 
 

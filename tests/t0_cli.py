@@ -337,6 +337,7 @@ STATS = {
     "lease_remaining_s": 12.5,
     "worker": {"pid": 7, "rss_bytes": 1 << 20, "restarts": 1},
     "requests": {"LOOKUP": {"kernel": 990, "daemon": 10}, "READ": {"kernel": 0, "daemon": 0}},
+    "outcomes": {"LOOKUP": {"answered": 990, "miss_name": 7, "miss_epoch": 3}, "STATFS": {"answered": 4}},
     "maps": {"inodes": {"entries": 5, "capacity": 10, "bytes": 4096}},
     "a figure of a later version": 1,
 }
@@ -347,9 +348,10 @@ def test_figures_are_shown() -> None:
     with console.capture() as capture:
         console.print(figures.render(figures.parse_stats(STATS), "a mount"))
     shown = capture.get()
-    for text in ("a mount", "LOOKUP", "99.0%", "50.0%", "12.5 s left", "pid 7", "epoch 2"):
+    for text in ("a mount", "LOOKUP", "99.0%", "50.0%", "12.5 s left", "pid 7", "epoch 2", "name 7, epoch 3"):
         assert text in shown
     assert "READ" not in shown
+    assert "STATFS" not in shown
 
 
 def test_an_unaccelerated_mount_without_figures_is_shown() -> None:

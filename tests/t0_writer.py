@@ -511,7 +511,7 @@ def _new(rig: Rig) -> None:
     """Have the rig's file be one that was made by this mount."""
     rig.writer._files.clear()
     rig.writer.open(rig.server.attributes, is_new=True)
-    rig.writer.is_delegated = lambda ino: True
+    rig.writer.is_alone = lambda: True
 
 
 async def test_changes_of_a_new_files_attributes_go_with_its_content() -> None:

@@ -66,6 +66,8 @@ def bpf(shared: Kernel) -> Kernel:
     for opened in (FILE, EMPTY, BARE, DIR):
         while shared.cache.is_open(opened):
             shared.cache.released(opened)
+    for tagged in (TAGGED, WRITTEN):
+        shared.cache.drop_inode(tagged)
     shared.cache.bump_epoch()
     shared.cache.renew(time.clock_gettime_ns(time.CLOCK_BOOTTIME) + kernel.HOUR_NS)
     shared.control.kernel_ttl_max = 1_500_000_000
@@ -375,6 +377,83 @@ def test_a_directory_is_opened_for_its_listing(bpf: Kernel) -> None:
         bpf.cache.put_inode(attributes(DIR, DIRECTORY, version=version))
         fh = struct.unpack_from("<Q", bpf.ask(kernel.opendir(DIR)).payload)[0]
         assert fh >> 48 & 255 == version & 255
+
+
+XATTRS = {b"user.short": b"v", b"user.empty": b"", b"security.capability": bytes(range(20))}
+XATTRS[b"user." + b"n" * 90] = b"x" * 99
+NAMES = b"".join(name + b"\0" for name in XATTRS)
+
+
+@pytest.mark.parametrize("name", XATTRS)
+def test_small_xattrs_are_answered(bpf: Kernel, name: bytes) -> None:
+    value = XATTRS[name]
+    assert bpf.cache.put_xattrs(TAGGED, XATTRS, listed=True)
+    assert bpf.ask(kernel.getxattr(TAGGED, name, 0)) == Answer("ANSWERED", 0, struct.pack("<II", len(value), 0))
+    for room in (len(value) or 1, len(value) + 1, 65536):
+        assert bpf.ask(kernel.getxattr(TAGGED, name, room)) == Answer("ANSWERED", 0, value)
+    if len(value) > 1:
+        assert bpf.ask(kernel.getxattr(TAGGED, name, len(value) - 1)) == Answer("ANSWERED", -errno.ERANGE, b"")
+
+
+def test_the_names_of_small_xattrs_are_listed(bpf: Kernel) -> None:
+    assert bpf.cache.put_xattrs(TAGGED, XATTRS, listed=True)
+    assert bpf.ask(kernel.listxattr(TAGGED, 0)) == Answer("ANSWERED", 0, struct.pack("<II", len(NAMES), 0))
+    assert bpf.ask(kernel.listxattr(TAGGED, len(NAMES))) == Answer("ANSWERED", 0, NAMES)
+    assert bpf.ask(kernel.listxattr(TAGGED, len(NAMES) - 1)) == Answer("ANSWERED", -errno.ERANGE, b"")
+    assert bpf.cache.put_xattrs(TAGGED, XATTRS, listed=False)
+    assert bpf.ask(kernel.listxattr(TAGGED, 0)).outcome == "MISS_XATTRS"
+    assert bpf.ask(kernel.getxattr(TAGGED, b"user.short", 9)).payload == b"v"
+
+
+def test_xattrs_that_are_not_there(bpf: Kernel) -> None:
+    absent = Answer("ANSWERED_ABSENT", -errno.ENODATA, b"")
+    for ino in (TAGGED, FILE, GONE):
+        assert bpf.ask(kernel.getxattr(ino, b"system.posix_acl_access")) == absent
+    assert bpf.ask(kernel.getxattr(TAGGED, b"user.other")).outcome == "MISS_XATTRS"
+    assert bpf.cache.put_xattrs(TAGGED, XATTRS, listed=True)
+    for name in (b"user.other", b"user.shor", b"user.short1", b"trusted.x", b"system.posix_acl_default"):
+        assert bpf.ask(kernel.getxattr(TAGGED, name, 100)) == absent
+    assert bpf.ask(kernel.getxattr(TAGGED, b"system.a")).outcome == "MISS_FLAGS"
+
+
+def test_xattrs_go_with_their_inode(bpf: Kernel) -> None:
+    ask = kernel.getxattr(TAGGED, b"user.short", 9)
+    bpf.cache.put_xattrs(TAGGED, XATTRS, listed=True)
+    bpf.cache.put_inode(attributes(TAGGED, xattrs=True))
+    assert bpf.ask(ask).payload == b"v"
+    bpf.cache.drop_inode(TAGGED)
+    assert bpf.ask(ask).outcome == "MISS_INODE"
+    bpf.cache.put_inode(attributes(TAGGED, xattrs=True))
+    assert bpf.ask(ask).outcome == "MISS_XATTRS"
+    bpf.cache.put_xattrs(TAGGED, XATTRS, listed=True)
+    second = KernelCache(bpf.fds)
+    second.drop_inode(TAGGED)
+    second.put_inode(attributes(TAGGED, xattrs=True))
+    second.close()
+    assert bpf.ask(ask).outcome == "MISS_XATTRS"
+    bpf.cache.put_xattrs(TAGGED, XATTRS, listed=True)
+    bpf.cache.bump_epoch()
+    bpf.cache.put_inode(attributes(TAGGED, xattrs=True))
+    assert bpf.ask(ask).outcome == "MISS_EPOCH"
+
+
+def test_xattrs_of_a_file_being_written(bpf: Kernel) -> None:
+    bpf.cache.put_inode(attributes(WRITTEN, mode=0, xattrs=True))
+    assert bpf.ask(kernel.getxattr(WRITTEN, b"security.capability")).outcome == "MISS_XATTRS"
+    bpf.cache.put_xattrs(WRITTEN, {b"user.a": b"1"}, listed=True)
+    assert bpf.ask(kernel.getxattr(WRITTEN, b"security.capability")).error == -errno.ENODATA
+    assert bpf.ask(kernel.getxattr(WRITTEN, b"user.a", 1)).payload == b"1"
+
+
+def test_xattrs_that_are_too_many_or_too_large_are_not_kept(bpf: Kernel) -> None:
+    most = {b"user.%d" % index: b"" for index in range(lib.BPFUSE_XATTRS)}
+    assert bpf.cache.put_xattrs(TAGGED, most, listed=True)
+    assert bpf.ask(kernel.getxattr(TAGGED, b"user.7")) == Answer("ANSWERED", 0, bytes(8))
+    assert not bpf.cache.put_xattrs(TAGGED, {**most, b"user.more": b""}, listed=True)
+    room = lib.BPFUSE_XATTR_BYTES - len(b"user.a\0")
+    assert not bpf.cache.put_xattrs(TAGGED, {b"user.a": bytes(room + 1)}, listed=True)
+    assert bpf.cache.put_xattrs(TAGGED, {b"user.a": b"z" * room}, listed=True)
+    assert bpf.ask(kernel.getxattr(TAGGED, b"user.a", 4096)).payload == b"z" * room
 
 
 def test_a_mount_that_opens_nothing(bpf: Kernel) -> None:

@@ -762,3 +762,64 @@ async def test_what_is_appended_follows_what_others_have_appended(metaserver: Me
             assert (await one.change(commit)).attributes[0].size == 10
         else:
             assert await refused(one.change(commit)) is code
+
+
+# Clients that are alone
+
+
+async def test_who_is_alone_is_told_before_another_comes(metaserver: Metaserver) -> None:
+    await (await metaserver.client()).connection.call(wire.CloseSession(), wire.Done)
+    one = Holder(await metaserver.connect(), silent=True)
+    assert (await one.open(VOLUME)).alone
+    two = Holder(await metaserver.connect())
+    opening = asyncio.create_task(two.open(VOLUME))
+    await until(lambda: one.told)
+    assert one.told[0].joined
+    await one.attributes()
+    assert not opening.done()
+    one.acknowledge()
+    assert not (await opening).alone
+    three = Holder(await metaserver.connect())
+    assert not (await three.open(VOLUME)).alone
+    assert len(one.told) == 1, "it knows"
+    assert not two.told
+
+
+async def test_one_of_two_who_come_at_once_is_alone_at_most(metaserver: Metaserver) -> None:
+    await (await metaserver.client()).connection.call(wire.CloseSession(), wire.Done)
+    clients = [Holder(await metaserver.connect()) for _ in range(4)]
+    opened = await asyncio.gather(*(each.open(VOLUME) for each in clients))
+    told = [any(told.joined for told in each.told) for each in clients]
+    assert told.count(True) == 1
+    assert all(client_told or not each.alone for client_told, each in zip(told, opened, strict=True))
+
+
+async def test_who_is_alone_and_silent_holds_others_up_for_one_lease(tmp_path: Path) -> None:
+    async with serving(tmp_path, lease_s=0.5) as metaserver:
+        await (await metaserver.client()).connection.call(wire.CloseSession(), wire.Done)
+        one = Holder(await metaserver.connect(), silent=True)
+        assert (await one.open(VOLUME)).alone
+        two = Client(await metaserver.connect())
+        assert (await two.open(VOLUME)).alone, "the other was evicted"
+        assert one.told[0].joined
+        assert await refused(one.make(b"late")) is ErrorCode.STALE_SESSION
+
+
+@pytest.mark.parametrize("engine", ["memory://", "lmdb"])
+async def test_after_a_restart_others_wait_for_who_was_alone(tmp_path: Path, engine: str) -> None:
+    async with serving(tmp_path, engine) as metaserver:
+        await (await metaserver.client()).connection.call(wire.CloseSession(), wire.Done)
+        one = Client(await metaserver.connect())
+        assert (await one.open(VOLUME)).alone
+        await _restart(metaserver)
+        two = Client(await metaserver.connect())
+        opening = asyncio.create_task(two.open(VOLUME))
+        back = Holder(await metaserver.connect(), silent=True)
+        opened = await back.open(VOLUME, one.session.session)
+        assert (opened.resumed, opened.alone) == (True, False)
+        assert back.told[0].joined
+        await back.change(wire.MakeNode(ROOT, b"waited", FILE, 0, 0))
+        assert not opening.done()
+        back.acknowledge()
+        assert not (await opening).alone
+        assert (await two.connection.call(wire.Lookup(ROOT, b"waited"), wire.Found)).attributes.ino

@@ -670,6 +670,32 @@ async def test_what_was_gathered_to_append_goes_behind_what_another_appended(rig
     assert await rig.content(ino) == b"Beginother" + b"x" * size + b"y"
 
 
+async def test_attributes_of_a_new_file_wait_while_this_client_is_alone(rig: Rig) -> None:
+    rig.session.alone = True
+    log = spied(rig)
+    info, entry = await rig.ops.create(ROOT, b"file", stat.S_IFREG | 0o644, os.O_CREAT | os.O_RDWR, ME)
+    await rig.set_attributes(entry.st_ino, mode=0o600)
+    await rig.ops.write(info.fh, 0, b"data")
+    await rig.set_attributes(entry.st_ino, mtime_ns=5)
+    assert not [each for each in log if isinstance(each, wire.SetAttributes)]
+    shown = await rig.ops.getattr(entry.st_ino, ME)
+    assert (shown.st_mode & 0o777, shown.st_mtime_ns, shown.st_size) == (0o600, 5, 4)
+    acknowledged: list[object] = []
+    rig.session._told(rig.session._connection, asyncio.Event(), wire.Break(0, [], [], joined=True))
+    told = wire.Break(1, [], [], joined=True)
+    assert rig.mount._changes is not None
+    rig.mount._changes.broken(told, acknowledged.append)
+    await until(lambda: acknowledged)
+    found = await rig.other.attributes(entry.st_ino)
+    assert (found.mode & 0o777, found.mtime_ns) == (0o600, 5)
+    log.clear()
+    await rig.set_attributes(entry.st_ino, mode=0o640)
+    assert [each.mode for each in log if isinstance(each, wire.SetAttributes)] == [0o640]
+    assert (await rig.other.attributes(entry.st_ino)).mode & 0o777 == 0o640
+    await rig.close(info.fh)
+    assert (await rig.other.attributes(entry.st_ino)).mtime_ns == 5
+
+
 async def test_a_session_that_is_resumed_tells_what_is_open(rig: Rig) -> None:
     info, entry = await rig.ops.create(ROOT, b"file", stat.S_IFREG | 0o644, os.O_CREAT | os.O_RDWR, ME)
     (session,) = [each for each in rig.metaserver.server.sessions.all() if each.id == rig.session.id]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,6 +164,47 @@ def test_chmod_of_a_file_that_was_just_made_is_seen(pair: tuple[Path, Path]) -> 
     for path in (one, two):
         assert (path.stat().st_mtime_ns, path.stat().st_mode & 0o777) == (2, 0o604)
         assert path.read_bytes() == b"data"
+
+
+def test_tar_x_while_another_lists(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """All is listed as it is; and in the end both see what was packed."""
+    source = tmp_path / "source"
+    for number in range(120):
+        file = source / f"d{number // 30}" / f"f{number}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"%d" % number * 500)
+        os.chmod(file, 0o600 + number % 8)
+        os.utime(file, ns=(number, 10**9 * number))
+    subprocess.run(["tar", "cf", tmp_path / "packed.tar", "-C", tmp_path, "source"], check=True)
+    unpacking = subprocess.Popen(["tar", "xpf", tmp_path / "packed.tar", "-C", pair[0]])
+    while unpacking.poll() is None:
+        subprocess.run(["ls", "-lR", pair[1]], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert unpacking.returncode == 0
+
+    def seen(top: Path) -> dict[str, tuple[int, int, bytes]]:
+        files = [path for path in (top / "source").rglob("*") if path.is_file()]
+        return {
+            str(path.relative_to(top)): (path.stat().st_mode, path.stat().st_mtime_ns, path.read_bytes())
+            for path in files
+        }
+
+    assert seen(pair[0]) == seen(pair[1]) == seen(tmp_path)
+
+
+def test_who_mounts_sees_what_the_only_one_has_not_flushed(sandbox: rig.Sandbox, accel: str) -> None:
+    """Changes of a new file's attributes wait for its flush while there is one mount, and are made for the second."""
+    with several_mounts.cluster(sandbox, LONG_LEASE_S) as cluster:
+        one = cluster.mount("a", accel).path / "file"
+        with one.open("xb", buffering=0) as writer:
+            os.fchmod(writer.fileno(), 0o604)
+            writer.write(b"data")
+            os.utime(writer.fileno(), ns=(1, 2))
+            two = cluster.mount("b", accel).path / "file"
+            assert (two.stat().st_mode & 0o777, two.stat().st_mtime_ns) == (0o604, 2)
+            os.fchmod(writer.fileno(), 0o640)
+            assert two.stat().st_mode & 0o777 == 0o640
+        assert (two.read_bytes(), two.stat().st_mtime_ns) == (b"data", 2)
+    sandbox.assert_nothing_runs()
 
 
 # Unlinking

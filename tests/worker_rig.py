@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -34,6 +34,7 @@ _NO_FDS: Final = MapFds(
     control=-1,
     names=-1,
     inodes=-1,
+    xattrs=-1,
     pages=-1,
     opens=-1,
     counters=-1,
@@ -53,6 +54,8 @@ class Maps:
         self.written: set[int] = set()
         self.data: dict[int, bytes] = {}
         self.listings: dict[int, bytes] = {}
+        #: None: those who list them must be known.
+        self.xattrs: dict[int, dict[bytes, bytes] | None] = {}
         self.listing_limit = 1 << 30
         self.opens: dict[int, int] = {}
         self.locks: dict[int, int] = {}
@@ -72,7 +75,8 @@ class Maps:
             data = self.data.get(attributes.ino) if same else None
         self._drop_inode(attributes.ino)
         if not attributes.mode:
-            self.written.add(attributes.ino)
+            if not attributes.flags & wire.InodeFlag.HAS_XATTRS:
+                self.written.add(attributes.ino)
             return
         self.inodes[attributes.ino] = attributes
         if data is not None:
@@ -93,8 +97,15 @@ class Maps:
 
     def _drop_inode(self, ino: int) -> None:
         self.inodes.pop(ino, None)
+        self.xattrs.pop(ino, None)
         self.written.discard(ino)
         self.data.pop(ino, None)
+
+    def put_xattrs(self, ino: int, xattrs: Mapping[bytes, bytes], *, listed: bool) -> bool:
+        if sum(map(len, xattrs.values())) > 400:
+            return False
+        self.xattrs[ino] = dict(xattrs) if listed else None
+        return True
 
     def put_listing(self, ino: int, entries: bytes) -> bool:
         if ino in self.inodes:
@@ -109,7 +120,7 @@ class Maps:
 
     def bump_epoch(self) -> None:
         self.epoch += 1
-        for each in (self.names, self.inodes, self.data, self.written, self.listings):
+        for each in (self.names, self.inodes, self.data, self.written, self.listings, self.xattrs):
             each.clear()
 
     def put_statfs(self, **figures: int) -> None:

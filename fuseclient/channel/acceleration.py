@@ -18,8 +18,9 @@ _OBJECT: Final = Path(__file__).parent.parent / "answer.bpf.o"
 _ENABLE_URING: Final = Path("/sys/module/fuse/parameters/enable_uring")
 
 _PAGE_BYTES: Final = 4096
-#: What a name and an inode cost in the kernel: key, value and 64 bytes of an LRU hash element each.
-_ENTRY_BYTES: Final = 2 * 64 + 48 + 104
+#: What a name and an inode cost in the kernel: key, value and 64 bytes of an LRU hash element each; and the xattrs of
+#: the few that have some.
+_ENTRY_BYTES: Final = 2 * 64 + 48 + 104 + (64 + 736) // 64
 #: Ring entries of all queues may take this much memory; each is 66 pages.
 _RING_BYTES: Final = 256 * 1024 * 1024
 _RING_ENTRY_BYTES: Final = 66 * _PAGE_BYTES
@@ -54,6 +55,7 @@ def map_fds(bpf: Bpf, options: MountOptions) -> MapFds:
         control=bpf.map_fd("control"),
         names=bpf.map_fd("names"),
         inodes=bpf.map_fd("inodes"),
+        xattrs=bpf.map_fd("xattrs"),
         pages=bpf.map_fd("pages"),
         opens=bpf.map_fd("opens"),
         counters=bpf.map_fd("counters"),

@@ -243,8 +243,8 @@ async def _spawn_worker(config: WorkerConfig, sockets: Sequence[socket.socket]) 
 def _descriptors(maps: MapFds | None) -> list[int]:
     if maps is None:
         return []
-    descriptors = [maps.control, maps.names, maps.inodes, maps.pages, maps.opens, maps.counters, maps.count_program]
-    return [descriptor for descriptor in descriptors if descriptor >= 0]
+    shared = [maps.control, maps.names, maps.inodes, maps.xattrs, maps.pages, maps.opens, maps.counters]
+    return [descriptor for descriptor in (*shared, maps.count_program) if descriptor >= 0]
 
 
 async def _read_line(descriptor: int, child: Child) -> bytes:

@@ -9,9 +9,10 @@ Memory is what bounds it: a file may have ``STAGED`` objects on their way and al
 beyond that writers wait. (A staging file was measured and left out: writing 4 MiB objects through one took 2.3 times
 as long, and it would make nothing durable that an acknowledged fsync does not.)
 
-A file that was made here is new until its first flush: it was made lazily, changes of its attributes wait for that
-flush and go with its content, and its first bytes are sent ahead of it if new files were written to once of late. So
-a small file takes two requests to the metaserver and one fsync there.
+A file that was made here is new until its first flush. It was made lazily; if this client is the only one of the volume
+(see ``is_alone``), changes of its attributes wait for that flush and go with its content; and its first bytes are sent
+ahead of it if new files were written to once of late. So a small file takes two requests to the metaserver and one
+fsync there.
 
 Concurrency: everything runs on the event loop. A file's ``lock`` is held while something is committed, so commits of
 one file follow each other, and :meth:`Writer.settled` keeps them away from a change of its size or times. ``dirty``,
@@ -168,8 +169,8 @@ class Writer:
         self._durable_changes = 0
         #: Bytes written and not yet committed, of all files.
         self.bytes = 0
-        #: Whether others wait for this client's word before they see what an inode is.
-        self.is_delegated: Callable[[int], bool] = lambda ino: False
+        #: Whether no other client sees the volume, nor will before :meth:`commit_deferred` has returned.
+        self.is_alone: Callable[[], bool] = lambda: False
         #: Called with the inode of a file of which data was given up: the kernel may have it in its pages.
         self.when_given_up: Callable[[int], None] = lambda ino: None
         #: Called with the attributes of a file that was shown, when they are about to be true no more.
@@ -209,12 +210,12 @@ class Writer:
         return file is not None
 
     def defer(self, request: wire.SetAttributes) -> wire.Attributes | None:
-        """Have a change of attributes wait for the flush of a file that is new and delegated to this client.
+        """Have a change of attributes wait for the flush of a new file that nobody else can see.
 
-        None: it is not, or its size is to be changed.
+        None: it is not new, or others can, or its size is to be changed.
         """
         file = self._files.get(request.ino)
-        if file is None or not file.is_new or request.size is not None or not self.is_delegated(request.ino):
+        if file is None or not file.is_new or request.size is not None or not self.is_alone():
             return None
         changed_ns = max(time.time_ns(), self.overlay(file.attributes).ctime_ns + 1)
         given = {name: getattr(request, name) for name in _DEFERRED if getattr(request, name) is not None}
@@ -223,6 +224,13 @@ class Writer:
         file.pending = msgspec.structs.replace(before, changed_ns=changed_ns, **given)
         self._start_timer(file)
         return self.overlay(file.attributes)
+
+    async def commit_deferred(self) -> None:
+        """Commit the changes of attributes that wait, with what was written before; raise what is in the way.
+
+        This client is not alone any more, so there are no new ones.
+        """
+        await asyncio.gather(*(self._drain(file) for file in self._files.values() if file.pending is not None))
 
     def show(self, attributes: wire.Attributes) -> bool:
         """Say whether these are the attributes of an open file as everybody may see them: it is new and as it was made.

@@ -58,6 +58,8 @@ class Stats(msgspec.Struct, frozen=True):
     epoch: int | None = None
     lease_remaining_s: float | None = None
     maps: dict[str, MapFigures] = {}
+    #: By request, how often the BPF programs came to each outcome.
+    outcomes: dict[str, dict[str, int]] = {}
 
 
 def parse_stats(reply: dict[str, Any]) -> Stats:
@@ -88,6 +90,8 @@ def total(requests: dict[str, Answers]) -> Answers:
 def render(stats: Stats, title: str) -> RenderableType:
     """Return all figures for a terminal."""
     parts: list[RenderableType] = [Text(title, style="bold"), _summary(stats), requests_table(stats.requests)]
+    if any(_misses(outcomes) for outcomes in stats.outcomes.values()):
+        parts.append(_misses_table(stats.outcomes))
     if stats.maps:
         parts.append(_maps_table(stats.maps))
     return Group(*parts)
@@ -104,6 +108,22 @@ def requests_table(requests: dict[str, Answers], title: str | None = None) -> Ta
     for opcode, answers in sorted(requests.items(), key=lambda item: -item[1].total):
         if answers.total:
             table.add_row(opcode, f"{answers.kernel:,}", f"{answers.daemon:,}", _percent(answers))
+    return table
+
+
+def _misses(outcomes: dict[str, int]) -> dict[str, int]:
+    """Return why requests were left to the daemon, and how many; the most frequent reason first."""
+    missed = {name.removeprefix("miss_"): count for name, count in outcomes.items() if name.startswith("miss_")}
+    return dict(sorted(missed.items(), key=lambda item: -item[1]))
+
+
+def _misses_table(outcomes: dict[str, dict[str, int]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("left to the daemon")
+    table.add_column("why, and how many", overflow="fold")
+    for opcode, counts in sorted(outcomes.items(), key=lambda item: -sum(_misses(item[1]).values())):
+        if missed := _misses(counts):
+            table.add_row(opcode, ", ".join(f"{reason} {count:,}" for reason, count in missed.items()))
     return table
 
 

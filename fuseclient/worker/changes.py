@@ -146,12 +146,14 @@ class Changes:
         """Have the kernel drop what a break told. What nobody waits for may be put again before: keep that out."""
         kept_out = () if told.number else told.inodes
         try:
+            if told.joined:
+                await self._writer.commit_deferred()
             with self._kernel.keeping_out(kept_out):
                 await self._kernel.drop(told.names, told.inodes)
         except ConnectionError as error:
             _log.info("the kernel's caches can be dropped no more, so the session ends with its lease: %s", error)
         except Exception as error:
-            _log.error("the kernel's caches cannot be dropped, so the session will end: %s", error)
+            _log.error("what others wait for cannot be done, so the session will end: %s", error)
         else:
             acknowledge(self._still_open(told.inodes))
             self._refresh_soon()

@@ -179,13 +179,9 @@ class Feeder:
                 self.written(each)
 
     def written(self, attributes: wire.Attributes) -> None:
-        """Put of an inode that is open for writing only that it has no xattrs: the kernel asks before each write."""
-        has_xattrs = attributes.flags & wire.InodeFlag.HAS_XATTRS
+        """Put of an inode that is open for writing only whether it has xattrs: the kernel asks before each write."""
         if attributes.nlink > 0 and self._is_written(attributes.ino):
-            if has_xattrs:
-                self._cache.drop_inode(attributes.ino)
-            else:
-                self._cache.put_inode(msgspec.structs.replace(attributes, mode=0, size=0))
+            self._cache.put_inode(msgspec.structs.replace(attributes, mode=0, size=0))
 
     def named(self, token: Token, parent: int, name: bytes, ino: int) -> None:
         """A name was given to an inode."""

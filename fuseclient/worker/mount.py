@@ -150,6 +150,7 @@ class Mount:
             is_lazy=lambda: session.opened.lazy,
             changes=lambda: session.changes,
         )
+        writer.is_alone = lambda: session.alone and lease.left_s() > 0
         self._compactor = Compactor(session, self._store, feeder.drop_inode)
         writer.when_laid = self._compactor.laid
         writer.when_given_up = kernel.drop_pages_later

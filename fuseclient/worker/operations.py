@@ -39,6 +39,7 @@ from fuseclient.worker.listings import DOTS
 from fuseclient.worker.locks import Locks
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.rpc import Disconnected, Refused
+from fuseclient.worker.xattrs import ROOT_XATTRS, Xattrs
 from metaserver import wire
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ _STATISTICS_NS: Final = 1_000_000_000
 _KEPT_XATTRS: Final = (b"user.", b"trusted.", b"security.")
 #: Access control lists, of which there are none.
 _ACLS: Final = b"system.posix_acl_"
-#: Kinds of xattr that only root may know of. The kernel sees to it that only root gets and sets them.
-_ROOT_XATTRS: Final = b"trusted."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +108,7 @@ class Operations(pyfuse3.Operations):
         self._on_read = parts.on_read
         self._generation = parts.generation % handles.GENERATIONS
         self._may_remember = parts.may_remember
+        self._xattrs = Xattrs(parts.session, parts.feeder, parts.cache)
         self._opens_nothing = parts.opens_nothing
         #: Writing handles of earlier workers that are used here, and those of them whose loss was reported.
         self._adopted: set[int] = set()
@@ -370,12 +370,20 @@ class Operations(pyfuse3.Operations):
         written = self._writer.known(inode) if self._may_remember else None
         if name.startswith(_ACLS) or (written and not written.flags & wire.InodeFlag.HAS_XATTRS):
             raise FUSEError(errno.ENODATA)
-        return (await self._session.call(wire.GetXattr(inode, name), wire.XattrIs)).value
+        if not self._may_remember:
+            return (await self._session.call(wire.GetXattr(inode, name), wire.XattrIs)).value
+        value = await self._xattrs.get(inode, name)
+        if value is None:
+            raise FUSEError(errno.ENODATA)
+        return value
 
     @answered_of_inode
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        names = (await self._session.call(wire.ListXattrs(inode), wire.XattrNames)).names
-        return names if ctx.uid == 0 else [name for name in names if not name.startswith(_ROOT_XATTRS)]
+        if self._may_remember:
+            names = await self._xattrs.names(inode)
+        else:
+            names = (await self._session.call(wire.ListXattrs(inode), wire.XattrNames)).names
+        return names if ctx.uid == 0 else [name for name in names if not name.startswith(ROOT_XATTRS)]
 
     @answered_of_inode
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:

@@ -115,6 +115,8 @@ class Session:
 
     #: The lease's end on CLOCK_BOOTTIME; 0 while there is none.
     deadline_ns: int = 0
+    #: No other client sees the volume.
+    alone: bool = False
     #: What the metaserver said when the session was opened or last resumed.
     opened: wire.SessionOpened
 
@@ -343,12 +345,12 @@ class Session:
 
     async def _open(self, connection: Connection) -> bool:
         """Open the session on a connection; say whether it was resumed."""
-        connection.on_break(
-            lambda told: self._on_break(told, lambda still_open: connection.acknowledge(told.number, still_open))
-        )
+        joined = asyncio.Event()
+        connection.on_break(lambda told: self._told(connection, joined, told))
         sent_ns = self._clock()
         request = wire.OpenSession(self._volume, self._client, self.id, self._writing())
         opened = await connection.call(request, wire.SessionOpened)
+        self.alone = opened.alone and not joined.is_set()
         if not opened.resumed:
             self._replace(opened)
         elif self._epoch not in (None, connection.welcome.server_epoch):
@@ -359,7 +361,19 @@ class Session:
         self._lease_s = opened.lease_ms / 1000
         self.opened, self._epoch = opened, connection.welcome.server_epoch
         self._bind(connection)
+        if joined.is_set():
+            self._ready.set()
         return opened.resumed
+
+    def _told(self, connection: Connection, joined: asyncio.Event, told: wire.Break) -> None:
+        """A break has come. What waits while a client is alone is to be committed even before the lease is renewed,
+        because the metaserver renews it only then; it has not run out."""
+        if told.joined:
+            joined.set()
+            self.alone = False
+            if connection is self._connection:
+                self._ready.set()
+        self._on_break(told, lambda still_open: connection.acknowledge(told.number, still_open))
 
     def _replace(self, opened: wire.SessionOpened) -> None:
         """Take a new session; if there was another, all that was cached under it is void."""

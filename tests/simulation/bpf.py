@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from metaserver import wire
@@ -91,6 +91,9 @@ class Maps:
     listing_limit = 0
 
     def put_listing(self, ino: int, entries: bytes) -> bool:
+        return False
+
+    def put_xattrs(self, ino: int, xattrs: Mapping[bytes, bytes], *, listed: bool) -> bool:
         return False
 
     def drop_listing(self, ino: int) -> None:

@@ -49,7 +49,8 @@ struct bpfuse_cache {
 	__u8 *pages;
 	struct bpfuse_open_slot *opens;
 	__u64 *owners;     /* by page */
-	__u8 *listed;      /* a bit by slot of `opens`: directories there may have a listing */
+	__u8 *listed;      /* a bit by slot of `opens`: directories there may have a listing, */
+	__u8 *tagged;      /* and inodes there may be in `xattrs` */
 	__u64 version;     /* the last one used */
 	__u32 batch_pages; /* how far the cursor went for the batch at hand */
 	__u32 batch_epoch; /* when its pages were taken; a new epoch frees them */
@@ -112,18 +113,18 @@ static bool has_pages(const struct bpfuse_cache *cache, const struct bpfuse_inod
 	       value->first_page < cache->options.page_count;
 }
 
-static void mark_listed(struct bpfuse_cache *cache, __u64 ino)
+static void mark(__u8 *marks, __u64 ino)
 {
 	__u32 slot = bpfuse_open_slot(ino);
 
-	cache->listed[slot / 8] |= 1 << slot % 8;
+	marks[slot / 8] |= 1 << slot % 8;
 }
 
-static bool may_be_listed(const struct bpfuse_cache *cache, __u64 ino)
+static bool is_marked(const __u8 *marks, __u64 ino)
 {
 	__u32 slot = bpfuse_open_slot(ino);
 
-	return cache->listed[slot / 8] >> slot % 8 & 1;
+	return marks[slot / 8] >> slot % 8 & 1;
 }
 
 static void take_over(void *context, const void *key, const void *value)
@@ -138,12 +139,26 @@ static void take_over(void *context, const void *key, const void *value)
 		return;
 	memcpy(&cache->owners[inode.first_page], key, sizeof(__u64));
 	if (S_ISDIR(inode.mode))
-		mark_listed(cache, cache->owners[inode.first_page]);
+		mark(cache->listed, cache->owners[inode.first_page]);
+}
+
+static void take_over_xattrs(void *context, const void *key, const void *value)
+{
+	struct bpfuse_cache *cache = context;
+	struct bpfuse_xattrs_value found;
+	__u64 ino;
+
+	memcpy(&found, value, sizeof(found));
+	memcpy(&ino, key, sizeof(ino));
+	if (found.version > cache->version)
+		cache->version = found.version;
+	mark(cache->tagged, ino);
 }
 
 static int prepare(struct bpfuse_cache *cache)
 {
 	const struct bpfuse_cache_options *options = &cache->options;
+	int result;
 
 	cache->control = map_array(options->control_fd, sizeof(*cache->control));
 	cache->pages = map_array(options->pages_fd, pages_size(cache));
@@ -152,12 +167,14 @@ static int prepare(struct bpfuse_cache *cache)
 		return -errno;
 	cache->owners = calloc(options->page_count, sizeof(*cache->owners));
 	cache->listed = calloc(BPFUSE_OPEN_SLOTS / 8, 1);
-	if (!cache->owners || !cache->listed)
+	cache->tagged = calloc(BPFUSE_OPEN_SLOTS / 8, 1);
+	if (!cache->owners || !cache->listed || !cache->tagged)
 		return -ENOMEM;
 	if (cache->control->page_cursor >= options->page_count)
 		cache->control->page_cursor = 0;
 	cache->version = boot_time();
-	return bpfuse_map_walk(options->inodes_fd, take_over, cache);
+	result = bpfuse_map_walk(options->inodes_fd, take_over, cache);
+	return result ? result : bpfuse_map_walk(options->xattrs_fd, take_over_xattrs, cache);
 }
 
 int bpfuse_cache_open(struct bpfuse_cache **out, const struct bpfuse_cache_options *options)
@@ -184,6 +201,7 @@ void bpfuse_cache_close(struct bpfuse_cache *cache)
 	unmap_array(cache->opens, BPFUSE_OPEN_SLOTS * sizeof(*cache->opens));
 	free(cache->owners);
 	free(cache->listed);
+	free(cache->tagged);
 	free(cache);
 }
 
@@ -460,6 +478,16 @@ void bpfuse_cache_drop_name(struct bpfuse_cache *cache, __u64 parent, const __u8
 void bpfuse_cache_drop_inode(struct bpfuse_cache *cache, __u64 ino)
 {
 	drop(cache, cache->options.inodes_fd, &ino);
+	if (is_marked(cache->tagged, ino))
+		drop(cache, cache->options.xattrs_fd, &ino);
+}
+
+void bpfuse_cache_put_xattrs(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_xattrs_value *value)
+{
+	value->epoch = cache->control->epoch;
+	value->version = ++cache->version;
+	put_all(cache, cache->options.xattrs_fd, &ino, sizeof(ino), value, sizeof(*value), 1);
+	mark(cache->tagged, ino);
 }
 
 /* Listings */
@@ -544,7 +572,7 @@ int bpfuse_cache_put_listing(struct bpfuse_cache *cache, __u64 ino, const __u8 *
 	value.first_page = first;
 	value.data_bytes = (__u32)total;
 	put_inode(cache, ino, &value);
-	mark_listed(cache, ino);
+	mark(cache->listed, ino);
 	cache->figures.listings++;
 	return 1;
 }
@@ -553,7 +581,7 @@ void bpfuse_cache_drop_listing(struct bpfuse_cache *cache, __u64 ino)
 {
 	struct bpfuse_inode_value value;
 
-	if (!may_be_listed(cache, ino) || !find_directory(cache, ino, &value))
+	if (!is_marked(cache->listed, ino) || !find_directory(cache, ino, &value))
 		return;
 	value.flags &= ~(__u32)BPFUSE_INODE_HAS_DATA;
 	value.first_page = value.data_bytes = 0;
@@ -593,6 +621,7 @@ void bpfuse_cache_bump_epoch(struct bpfuse_cache *cache)
 	__atomic_store_n(&cache->control->epoch, cache->control->epoch + 1, __ATOMIC_SEQ_CST);
 	memset(cache->owners, 0, cache->options.page_count * sizeof(*cache->owners));
 	memset(cache->listed, 0, BPFUSE_OPEN_SLOTS / 8);
+	memset(cache->tagged, 0, BPFUSE_OPEN_SLOTS / 8);
 }
 
 /* Handles */

@@ -16,6 +16,7 @@
 struct bpfuse_cache;
 struct bpfuse_control;
 struct bpfuse_statfs;
+struct bpfuse_xattrs_value;
 
 enum bpfuse_cache_limit {
 	BPFUSE_BATCH = 256,
@@ -28,7 +29,7 @@ enum bpfuse_cache_mark {
 };
 
 struct bpfuse_cache_options {
-	int control_fd, names_fd, inodes_fd, pages_fd, opens_fd;
+	int control_fd, names_fd, inodes_fd, xattrs_fd, pages_fd, opens_fd;
 	__u32 page_count;
 	__u32 xattrs_flag;       /* the bit in a record's flags that says that the inode has xattrs */
 	__u64 worker_opens_size; /* the worker opens files of so many bytes and more, if they have no backing */
@@ -83,6 +84,9 @@ void bpfuse_cache_drop_inode(struct bpfuse_cache *cache, __u64 ino);
 int bpfuse_cache_put_listing(struct bpfuse_cache *cache, __u64 ino, const __u8 *entries, size_t bytes);
 /* Forgets a directory's listing, and nothing else of it. */
 void bpfuse_cache_drop_listing(struct bpfuse_cache *cache, __u64 ino);
+
+/* All xattrs of an inode, until it is dropped; epoch and version are set here. */
+void bpfuse_cache_put_xattrs(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_xattrs_value *value);
 
 /* One of enum bpfuse_profile. */
 void bpfuse_cache_set_profile(struct bpfuse_cache *cache, __u32 profile);

@@ -21,6 +21,7 @@ from worker_rig import INLINE_LIMIT, ME, ROOT, Rig, dirents, fails, rigged
 from fuseclient.data.objects import StoreError
 from fuseclient.worker import handles
 from fuseclient.worker.directories import MISSES
+from fuseclient.worker.rpc import Refused
 from metaserver import wire
 
 DIR = stat.S_IFDIR | 0o755
@@ -736,6 +737,22 @@ async def test_a_name_that_cannot_be_dropped_is_expired_with_all_others(rig: Rig
     await rig.other.change(wire.Remove(ROOT, b"file", False))
     assert ("epoch",) in rig.kernel.log
     stuck.set()
+
+
+@pytest.mark.parametrize(("code", "expired"), [(wire.ErrorCode.INTERNAL, True), (wire.ErrorCode.EXISTS, False)])
+async def test_what_a_change_of_unknown_outcome_was_to_change_is_asked_for_again(
+    quiet: None, rig: Rig, monkeypatch: pytest.MonkeyPatch, code: wire.ErrorCode, expired: bool
+) -> None:
+    await rig.ino(b"file")
+
+    async def refuse(request: wire.Request, reply_type: type[wire.Reply]) -> wire.Reply:
+        raise Refused(code, "it may have been made")
+
+    monkeypatch.setattr(rig.session, "call", refuse)
+    with pytest.raises(pyfuse3.FUSEError):
+        await rig.ops.mkdir(ROOT, b"file", 0o755, ME)
+    assert (("epoch",) in rig.kernel.log) is expired
+    assert (("attributes", ROOT) in rig.kernel.log) is expired
 
 
 async def test_two_mounts_that_change_one_directory_do_not_wait_for_each_other(rig: Rig) -> None:

@@ -809,6 +809,29 @@ async def test_a_kernel_that_fails_to_drop_gets_no_new_deadline(
     assert rig.maps.deadline_ns > deadline_ns
 
 
+async def test_a_reply_that_others_overtook_says_nothing_of_xattrs_either(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reply to a change of a file that is written here comes after another has given it an xattr."""
+    info, made = await rig.ops.create(ROOT, b"file", 0o644, os.O_RDWR, ME)
+    await rig.ops.write(info.fh, 0, b"content")
+    call, overtaken = rig.session.call, False
+
+    async def late(request: wire.Request, reply_type: Any) -> Any:
+        nonlocal overtaken
+        reply = await call(request, reply_type)
+        if isinstance(request, wire.WriteInline) and not overtaken:
+            overtaken = True
+            await rig.other.change(wire.SetXattr(made.st_ino, b"user.x", b"value"))
+        return reply
+
+    monkeypatch.setattr(rig.session, "call", late)
+    await rig.ops.fsync(info.fh, False)
+    assert overtaken
+    assert made.st_ino not in rig.maps.written, "it is not known to have no xattrs"
+    await rig.close(info.fh)
+
+
 async def test_a_file_that_others_changed_while_it_is_written(rig: Rig) -> None:
     info, made = await rig.ops.create(ROOT, b"file", 0o644, os.O_RDWR, ME)
     await rig.other.change(wire.WriteInline(made.st_ino, 0, b"theirs"))

@@ -673,8 +673,9 @@ class Operations(pyfuse3.Operations):
     def _begin_writing(self, attributes: wire.Attributes, fresh: bool) -> None:
         self._writer.open(attributes)
         self._feeder.drop_inode(attributes.ino)
-        self._feeder.written(attributes)
-        if not fresh:
+        if fresh:
+            self._feeder.written(attributes)
+        else:
             self._writer.changed_elsewhere(attributes.ino)
 
     async def _end_writing(self, ino: int) -> None:

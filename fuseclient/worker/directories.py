@@ -287,6 +287,13 @@ class Directories:
             del self._ends[ino]
         return Listing(entries, complete, fetch.is_fresh)
 
+    def fetched(self, ino: int) -> None:
+        """All of a directory has been put into the maps."""
+        self._misses[ino] = 0
+        self._misses.move_to_end(ino)
+        if len(self._misses) > _KNOWN_DIRECTORIES:
+            self._misses.popitem(last=False)
+
     def forget_everything(self) -> None:
         """Fetch each directory anew at its next miss."""
         self._misses.clear()
@@ -324,7 +331,4 @@ class Directories:
                 self._feeder.whole.know(ino, (entry.name for entry in fetch.entries))
             if fetch.whole:
                 self._keep(fetch)
-            self._misses[ino] = 0
-            self._misses.move_to_end(ino)
-            if len(self._misses) > _KNOWN_DIRECTORIES:
-                self._misses.popitem(last=False)
+            self.fetched(ino)

@@ -44,6 +44,9 @@ _Reply = TypeVar("_Reply", bound=wire.Reply)
 MARGIN_NS: Final = 1_000_000_000
 #: Seconds between attempts to reconnect: the first and the longest pause.
 _BACKOFF_S: Final = (0.02, 1.0)
+#: Seconds that the opening of the first session may take: it waits for one lease, of 30 s as a rule, if the only other
+#: client is gone without a farewell.
+_FIRST_S: Final = 45.0
 #: Seconds that the farewell may take.
 _CLOSE_S: Final = 1.0
 
@@ -325,7 +328,7 @@ class Session:
         """Connect and open or resume the session; renew it, if it is not the first time."""
         connection = await self._connect(self._address)
         try:
-            async with asyncio.timeout(rpc.CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(_FIRST_S if is_first else rpc.CONNECT_TIMEOUT_S):
                 resumed = await self._open(connection)
                 if resumed and not is_first:
                     await self._renew(connection)

@@ -17,9 +17,9 @@ class ControlError(UserError):
     """The channel did not answer, or refused the command."""
 
 
-def ask(path: Path, command: str, timeout_s: float = 10.0) -> dict[str, Any]:
+def ask(path: Path, command: str, arguments: dict[str, Any] | None = None, timeout_s: float = 10.0) -> dict[str, Any]:
     """Send a command to the channel that listens at ``path`` and return its reply; raise :exc:`ControlError`."""
-    request = msgspec.json.encode({"command": command}) + b"\n"
+    request = msgspec.json.encode({"command": command, "arguments": arguments or {}}) + b"\n"
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout_s)

@@ -8,8 +8,9 @@ happens when the kernel refuses a value.
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from msgspec.structs import astuple
 
@@ -23,6 +24,9 @@ _NO_SIZE: Final = 2**64 - 1
 _BATCH: Final[int] = lib.BPFUSE_BATCH
 _PAGE: Final[int] = lib.BPFUSE_PAGE
 _NO_DATA: Final[int] = lib.BPFUSE_NO_DATA
+
+#: This part of what there is may be lost to others' use, or be free and not usable.
+_RESERVED: Final = 16
 
 _FORMATS: Final = {"unsigned long long": "Q", "long long": "q", "unsigned int": "I"}
 
@@ -41,6 +45,13 @@ _RECORD_WORDS: Final = _RECORD_BYTES // 4
 _FIRST_PAGE_WORD: Final[int] = ffi.offsetof("struct bpfuse_record", "first_page") // 4
 
 
+class Room(NamedTuple):
+    """What fits in: entries (a name and an inode), and pages of 4096 bytes, of content and of listings."""
+
+    entries: int
+    pages: int
+
+
 class Cache(Protocol):
     """What the worker tells the kernel cache. Times are nanoseconds of CLOCK_BOOTTIME."""
 
@@ -50,6 +61,9 @@ class Cache(Protocol):
     def put_absent(self, parent: int, name: bytes) -> None: ...
     def drop_name(self, parent: int, name: bytes) -> None: ...
     def drop_inode(self, ino: int) -> None: ...
+    def has_all(self, inodes: array[int], *, content: bool) -> bool: ...
+    @property
+    def room(self) -> Room: ...
     @property
     def listing_limit(self) -> int: ...
     def put_listing(self, ino: int, entries: bytes) -> bool: ...
@@ -172,6 +186,20 @@ class KernelCache:
     def drop_inode(self, ino: int) -> None:
         """Forget an inode and its content, if they are known."""
         lib.bpfuse_cache_drop_inode(self._handle(), ino)
+
+    def has_all(self, inodes: array[int], *, content: bool) -> bool:
+        """Say whether all these inodes are here, and with ``content`` that of small files and symlinks, too.
+
+        ``inodes`` is an array of type Q, of which the low 48 bits count.
+        """
+        numbers = ffi.from_buffer("__u64[]", inodes)
+        return bool(lib.bpfuse_cache_has_all(self._handle(), numbers, len(inodes), content))
+
+    @property
+    def room(self) -> Room:
+        """What surely fits in: an LRU map evicts a little before it is full."""
+        entries = min(self._fds.name_capacity, self._fds.inode_capacity)
+        return Room(entries - entries // _RESERVED, self._fds.page_count - self._fds.page_count // _RESERVED)
 
     @property
     def listing_limit(self) -> int:
@@ -330,6 +358,10 @@ class NoKernelCache:
         pass
 
     listing_limit = 0
+    room = Room(0, 0)
+
+    def has_all(self, inodes: array[int], *, content: bool) -> bool:
+        return False
 
     def put_listing(self, ino: int, entries: bytes) -> bool:
         return False

@@ -26,7 +26,7 @@ from fuseclient.errors import UserError, reason
 from fuseclient.volumes import Embedded, parse_volume
 
 _LOG_DIRECTORY: Final = Path("/var/log/bpfuse")
-_READY_TIMEOUT_S: Final = 60.0
+_READY_TIMEOUT_S: Final = 90.0
 _END_TIMEOUT_S: Final = 30.0
 #: What can be asked for as kernel memory, in bytes.
 _CACHE_MIN: Final = 1 << 20

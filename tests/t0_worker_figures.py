@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Iterator
 from typing import Any, cast
@@ -11,6 +12,7 @@ import pytest
 
 from fuseclient.channel import children
 from fuseclient.channel.children import Worker
+from fuseclient.errors import UserError
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def pair() -> Iterator[tuple[Worker, socket.socket]]:
     ours.setblocking(False)
     worker = Worker("worker", cast(Any, None))
     worker._status, worker._asking = ours, asyncio.Lock()
-    worker._said, worker._owed = bytearray(), 0
+    worker._said, worker._asked = bytearray(), 0
     with ours, theirs:
         yield worker, theirs
 
@@ -31,11 +33,20 @@ async def test_a_late_answer_is_passed_over(
     monkeypatch.setattr(children, "_FIGURES_S", 0.01)
     assert await worker.figures() is None
     monkeypatch.setattr(children, "_FIGURES_S", 10.0)
-    theirs.sendall(b'{"epoch": 1}\n{"epoch"')
+    theirs.sendall(b'{"id": 1, "answer": {"epoch": 1}}\n{"id": 2, "answer": {"epoch"')
     answer = asyncio.create_task(worker.figures())
-    theirs.sendall(b": 2}\n")
+    theirs.sendall(b": 2}}\n")
     assert await answer == {"epoch": 2}
-    assert theirs.recv(100) == b"figures\nfigures\n"
+    asked = [json.loads(line) for line in theirs.recv(100).splitlines()]
+    assert asked == [{"name": "figures", "id": 1}, {"name": "figures", "id": 2}]
+
+
+async def test_an_error_is_the_users(pair: tuple[Worker, socket.socket]) -> None:
+    worker, theirs = pair
+    theirs.sendall(b'{"id": 1, "error": "it is not to be"}\n')
+    with pytest.raises(UserError, match="not to be"):
+        await worker.answer("warmup", {"ino": 1})
+    assert json.loads(theirs.recv(100)) == {"name": "warmup", "id": 1, "arguments": {"ino": 1}}
 
 
 async def test_a_worker_that_has_gone_or_babbles(pair: tuple[Worker, socket.socket]) -> None:

@@ -794,15 +794,19 @@ async def test_one_of_two_who_come_at_once_is_alone_at_most(metaserver: Metaserv
     assert all(client_told or not each.alone for client_told, each in zip(told, opened, strict=True))
 
 
-async def test_who_is_alone_and_silent_holds_others_up_for_one_lease(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", [False, True])
+async def test_who_is_alone_and_silent_holds_others_up_for_one_lease(tmp_path: Path, gone: bool) -> None:
     async with serving(tmp_path, lease_s=0.5) as metaserver:
         await (await metaserver.client()).connection.call(wire.CloseSession(), wire.Done)
         one = Holder(await metaserver.connect(), silent=True)
         assert (await one.open(VOLUME)).alone
+        if gone:
+            one.connection.abort()
         two = Client(await metaserver.connect())
         assert (await two.open(VOLUME)).alone, "the other was evicted"
-        assert one.told[0].joined
-        assert await refused(one.make(b"late")) is ErrorCode.STALE_SESSION
+        if not gone:
+            assert one.told[0].joined
+            assert await refused(one.make(b"late")) is ErrorCode.STALE_SESSION
 
 
 @pytest.mark.parametrize("engine", ["memory://", "lmdb"])

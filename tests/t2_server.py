@@ -189,6 +189,10 @@ async def _every_request(client: Client) -> None:
     assert (await call(wire.Seek(copy.ino, 0, True), wire.Sought)).offset == 5000
     assert (await call(wire.OpenFile(copy.ino, True), wire.Found)).attributes.ino == copy.ino
     await call(wire.ClosedForWriting([copy.ino]), wire.Done)
+    assert (await call(wire.TestLock(messages.LOCK), wire.LockIs)).lock is None
+    for request in (wire.SetLock(messages.LOCK, 1), wire.CancelLock(2), wire.SetLock(messages.LOCK, 3, unlock=True)):
+        await call(request, wire.LockAnswer)
+    assert not (await call(wire.HoldLocks([], True), wire.LocksLost)).indexes
     await call(wire.Reap([copy.ino]), wire.Done)
     assert (await call(wire.GetStatistics(), wire.Statistics)).inodes >= 4
     await change(wire.Remove(wire.ROOT_INO, b"linked", False))
@@ -707,7 +711,7 @@ class Mount:
 
 
 async def test_after_a_lost_connection_reads_and_changes_are_repeated(metaserver: Metaserver) -> None:
-    (await metaserver.client()).connection.abort()
+    await (await metaserver.client()).connection.call(wire.CloseSession(), wire.Done)
     mount = Mount(metaserver)
     await mount.session.open()
     await mount.make(b"before")

@@ -20,6 +20,7 @@ import pytest_asyncio
 from served import DEADLINE_S, Client, Metaserver, serving
 from worker_rig import config
 
+from fuseclient import questions
 from metaserver import wire
 
 pytest.importorskip("fuseclient._native", reason="the native module is not built")
@@ -135,7 +136,7 @@ async def test_a_clean_end_commits_what_was_written(metaserver: Metaserver, tmp_
             channel.status.shutdown(socket.SHUT_WR)
         elif how == "unmounted":
             channel.fuse.close()
-            channel.status.send(b"unmounted\n")
+            channel.status.send(questions.encode(questions.UNMOUNTED))
         else:
             channel.worker.send_signal(signal.Signals[how])
         assert await channel.exit_code() == 0
@@ -156,9 +157,11 @@ async def test_figures_are_given_when_they_are_asked_for(metaserver: Metaserver,
     try:
         ready = await channel.said()
         await channel.write_a_file()
-        for _ in range(3):
-            channel.status.send(b"figures\n")
-            figures = await channel.said()
+        for number in range(1, 4):
+            channel.status.send(questions.encode(questions.Question(name="figures", id=number)))
+            said = await channel.said()
+            assert said["id"] == number
+        figures = said["answer"]
         assert figures["session"] == ready["session"]
         assert figures["uncommitted_bytes"] in (0, 4, 7)
         assert figures["files_being_written"] == 1

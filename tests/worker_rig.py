@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 import struct
+from array import array
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import pytest
 from served import VOLUME, Client, Metaserver, serving
 
 from fuseclient.config import MapFds, MountOptions, WorkerConfig
+from fuseclient.kernel_cache import Room
 from fuseclient.worker.mount import Mount
 from fuseclient.worker.operations import Operations
 from fuseclient.worker.rpc import Refused
@@ -90,6 +92,12 @@ class Maps:
 
     def drop_name(self, parent: int, name: bytes) -> None:
         self.names.pop((parent, name), None)
+
+    room = Room(1 << 20, 1 << 16)
+
+    def has_all(self, inodes: array[int], *, content: bool) -> bool:
+        there = [self.inodes.get(each & (1 << 48) - 1) for each in inodes]
+        return all(each and (not content or not 0 < each.size <= 65536 or each.ino in self.data) for each in there)
 
     def drop_inode(self, ino: int) -> None:
         self._drop_inode(ino)

@@ -15,13 +15,16 @@ from typing import Any, Final
 
 import msgspec
 
+from fuseclient import questions
 from fuseclient.config import MapFds, MountOptions, WorkerConfig
+from fuseclient.errors import UserError
 from fuseclient.volumes import Embedded
 
 _log = logging.getLogger(__name__)
 
-_START_S: Final = 30.0
+_START_S: Final = 60.0
 _FIGURES_S: Final = 1.0
+_ANSWER_S: Final = 5.0
 _LINE_MAX: Final = 1 << 20
 #: Not among the constants of Python's socket module.
 _SO_SNDBUFFORCE: Final = 32
@@ -106,9 +109,9 @@ class Worker(Child):
     slow_sockets: tuple[socket.socket, ...]
     _status: socket.socket
     _asking: asyncio.Lock
-    #: What the worker has said and nobody has read yet, and how many answers it owes.
+    #: What the worker has said and nobody has read yet, and the number of the last question.
     _said: bytearray
-    _owed: int
+    _asked: int
 
     @classmethod
     async def start(
@@ -161,7 +164,7 @@ class Worker(Child):
         status.setblocking(False)
         self._status = status
         self._asking = asyncio.Lock()
-        self._said, self._owed = bytearray(), 0
+        self._said, self._asked = bytearray(), 0
         line = await _read_line(status.fileno(), self)
         try:
             said = msgspec.json.decode(line, type=dict[str, Any])
@@ -174,19 +177,30 @@ class Worker(Child):
 
     async def figures(self) -> dict[str, Any] | None:
         """Ask the worker for its figures; ``None`` if it does not answer in time."""
+        reply = await self._ask("figures", {}, _FIGURES_S)
+        return reply.answer if reply is not None else None
+
+    async def answer(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Ask the worker something; raise :exc:`UserError` with what it says is wrong, or if it does not answer."""
+        reply = await self._ask(name, arguments, _ANSWER_S)
+        if reply is None or reply.error is not None:
+            raise UserError((reply and reply.error) or "the mount's worker does not answer at this moment")
+        return reply.answer
+
+    async def _ask(self, name: str, arguments: dict[str, Any], timeout_s: float) -> questions.Reply | None:
         async with self._asking:
+            self._asked += 1
+            line = questions.encode(questions.Question(name=name, id=self._asked, arguments=arguments))
             try:
-                async with asyncio.timeout(_FIGURES_S):
-                    await asyncio.get_running_loop().sock_sendall(self._status, b"figures\n")
-                    self._owed += 1
-                    return dict(msgspec.json.decode(await self._newest_line(), type=dict[str, Any]))
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.get_running_loop().sock_sendall(self._status, line)
+                    return await self._reply(self._asked)
             except (OSError, TimeoutError, msgspec.DecodeError):
                 return None
 
-    async def _newest_line(self) -> bytes:
-        """Return the answer to the last question; those to earlier ones, which came too late, are passed over."""
-        line = b""
-        while self._owed:
+    async def _reply(self, number: int) -> questions.Reply:
+        """Return the answer to a question; those to earlier ones, which came too late, are passed over."""
+        while True:
             while b"\n" not in self._said:
                 piece = await asyncio.get_running_loop().sock_recv(self._status, 65536)
                 if not piece or len(self._said) > _LINE_MAX:
@@ -194,13 +208,14 @@ class Worker(Child):
                 self._said += piece
             line, _, rest = bytes(self._said).partition(b"\n")
             self._said = bytearray(rest)
-            self._owed -= 1
-        return line
+            reply = msgspec.json.decode(line, type=questions.Reply)
+            if reply.id == number:
+                return reply
 
     def say_unmounted(self) -> None:
         """Tell the worker that the mount is gone, so that it may end its session."""
         with contextlib.suppress(OSError):
-            self._status.send(b"unmounted\n")
+            self._status.send(questions.encode(questions.UNMOUNTED))
 
     def release(self) -> None:
         """Close what is left of the sockets of a worker that has ended."""

@@ -11,16 +11,20 @@ from typing import Any, Final
 
 import msgspec
 
+from fuseclient.errors import UserError
+
 _log = logging.getLogger(__name__)
 
 _LINE_MAX: Final = 4096
 _IDLE_S: Final = 30.0
 
-Command = Callable[[], Awaitable[dict[str, Any]]]
+#: Answers a question, with its arguments; raises UserError.
+Command = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 class _Question(msgspec.Struct, frozen=True):
     command: str
+    arguments: dict[str, Any] = {}
 
 
 async def serve(path: Path, commands: Mapping[str, Command]) -> asyncio.Server:
@@ -45,13 +49,16 @@ async def serve(path: Path, commands: Mapping[str, Command]) -> asyncio.Server:
 
 async def _reply(line: bytes, commands: Mapping[str, Command]) -> dict[str, Any]:
     try:
-        name = msgspec.json.decode(line, type=_Question).command
+        question = msgspec.json.decode(line, type=_Question)
     except msgspec.DecodeError:
         return {"error": 'not a question: expected {"command": NAME}'}
+    name = question.command
     if name not in commands:
         return {"error": f"no command {name!r}"}
     try:
-        return await commands[name]()
+        return await commands[name](question.arguments)
+    except UserError as error:
+        return {"error": error.message}
     except Exception:
         _log.exception("the command %s failed", name)
         return {"error": f"the command {name} failed; see the mount's log"}

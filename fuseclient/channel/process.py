@@ -26,6 +26,7 @@ from fuseclient.channel import acceleration, control_server
 from fuseclient.channel.children import Child, Metaserver, StartError, Worker
 from fuseclient.channel.transport import NoUring, Transport
 from fuseclient.config import MountOptions
+from fuseclient.errors import UserError
 from fuseclient.native import Bpf, NativeError
 from fuseclient.observe import stats
 from fuseclient.processes import identify
@@ -79,7 +80,13 @@ class Mount:
             await self._start_chosen()
             self._control = await control_server.serve(
                 self.directory.control_socket,
-                {"stats": self.stats, "trace": self.trace, "busiest": self.busiest, "stop": self._stop_command},
+                {
+                    "stats": lambda _: self.stats(),
+                    "trace": lambda _: self.trace(),
+                    "busiest": lambda _: self.busiest(),
+                    "warmup": self.warmup,
+                    "stop": lambda _: self._stop_command(),
+                },
             )
             self._write_record()
         except BaseException:
@@ -315,6 +322,12 @@ class Mount:
         native.watch(self._bpf.map_fd("watched"), time.clock_gettime_ns(time.CLOCK_BOOTTIME) + _WATCHED_NS)
         inodes, processes = await asyncio.to_thread(native.busiest, self._bpf.map_fd("busiest"))
         return {"inodes": inodes, "processes": processes}
+
+    async def warmup(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Have the worker begin to warm a tree, go on, or stop, and return how far it is; see fuseclient/warmup.py."""
+        if self._worker is None or not self._worker.running:
+            raise UserError("the mount has no worker at this moment; try again")
+        return await self._worker.answer("warmup", arguments)
 
     async def _stop_command(self) -> dict[str, Any]:
         await self.unmount()

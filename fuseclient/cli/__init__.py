@@ -14,13 +14,27 @@ from types import FrameType
 import typer
 from typer.exceptions import TyperException
 
-from fuseclient.cli import doctor, events, format, fsck, gc, metaserver, mount, stats, top, trace, umount, version
+from fuseclient.cli import (
+    doctor,
+    events,
+    format,
+    fsck,
+    gc,
+    metaserver,
+    mount,
+    stats,
+    top,
+    trace,
+    umount,
+    version,
+    warmup,
+)
 from fuseclient.errors import UserError
 
 _HELP = "A distributed file system whose FUSE requests BPF programs answer in the kernel."
 
 app = typer.Typer(name="bpfuse", help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _module in (format, metaserver, mount, umount, stats, events, top, trace, fsck, gc, doctor, version):
+for _module in (format, metaserver, mount, umount, warmup, stats, events, top, trace, fsck, gc, doctor, version):
     _module.register(app)
 
 

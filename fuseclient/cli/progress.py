@@ -16,6 +16,7 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -36,14 +37,25 @@ class _Done(ProgressColumn):
         return Text(f"{done}  {(task.completed - task.fields['first']) / elapsed_s:,.0f}/s")
 
 
+class _Remaining(TimeRemainingColumn):
+    """The time that is left, where it is known how much there is."""
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.total else Text("")
+
+
 class ProgressLine:
     """A context whose :meth:`progress` can be told of one kind of work after another."""
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Done(), TimeElapsedColumn())
         self._progress = Progress(
-            *columns,
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            _Done(),
+            TimeElapsedColumn(),
+            _Remaining(),
             console=console,
             transient=True,
             redirect_stdout=False,

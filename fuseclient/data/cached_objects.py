@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from fuseclient.data.disk_cache import DiskCache
 from fuseclient.data.object_format import MAX_HEADER, Header, parse_header
 from fuseclient.data.store_errors import ObjectDamaged
+from fuseclient.levels import Level, reach
 
 #: Whole objects in memory, in bytes.
 MEMORY_BYTES: Final = 64 * 1024 * 1024
@@ -48,7 +49,7 @@ class CachedObjects:
         self._held = 0
         self._headers: OrderedDict[int, Header] = OrderedDict()
         self._coming: dict[int, asyncio.Task[_Whole]] = {}
-        self._writes: set[asyncio.Task[bool]] = set()
+        self._writes: dict[int, asyncio.Task[bool]] = {}
         self._memory_hits = self._hits = self._misses = 0
 
     async def read(self, slice_id: int, start: int, length: int) -> memoryview:
@@ -56,6 +57,7 @@ class CachedObjects:
         found = await self._cached(slice_id, start, length)
         if found is not None:
             return found
+        reach(Level.STORE)
         if self._disk is None and slice_id not in self._coming:
             return await self._store.read(slice_id, start, length)
         whole = await self._fetched(slice_id)
@@ -67,6 +69,17 @@ class CachedObjects:
         near = slice_id in self._memory or (self._disk is not None and self._disk.may_have(_name(slice_id)))
         if not near:
             await asyncio.wait({self._fetch(slice_id)})
+
+    def is_kept(self, slice_id: int) -> bool:
+        """Say whether an object is in the disk cache, as far as is known without looking there."""
+        return self._disk is not None and self._disk.has(_name(slice_id))
+
+    async def keep(self, slice_id: int) -> bool:
+        """Have an object in the disk cache; say whether it is. Raises as :meth:`read` does."""
+        if self._disk is None or self._disk.has(_name(slice_id)):
+            return self._disk is not None
+        whole = self._memory.get(slice_id) or await self._fetched(slice_id)
+        return await asyncio.shield(self._write(self._disk, slice_id, whole))
 
     async def _cached(self, slice_id: int, start: int, length: int) -> memoryview | None:
         whole = self._memory.get(slice_id)
@@ -84,6 +97,7 @@ class CachedObjects:
             await self._disk.drop(_name(slice_id), damaged=True)
             return None
         self._hits += found is not None
+        reach(Level.DISK_CACHE)
         return found
 
     async def _from_disk(self, disk: DiskCache, slice_id: int, start: int, length: int) -> memoryview | None:
@@ -119,14 +133,21 @@ class CachedObjects:
 
     async def _bring(self, slice_id: int) -> _Whole:
         while len(self._writes) >= _WRITES:
-            await asyncio.wait(self._writes, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(self._writes.values(), return_when=asyncio.FIRST_COMPLETED)
         whole = _Whole(*await self._store.whole(slice_id))
         self._remember(slice_id, whole)
         if self._disk is not None:
-            write = asyncio.create_task(self._disk.put(_name(slice_id), whole.stored), name=f"cache object {slice_id}")
-            self._writes.add(write)
-            write.add_done_callback(self._writes.discard)
+            self._write(self._disk, slice_id, whole)
         return whole
+
+    def _write(self, disk: DiskCache, slice_id: int, whole: _Whole) -> asyncio.Task[bool]:
+        """Return the task that writes an object to the disk cache, which is begun if it does not run yet."""
+        task = self._writes.get(slice_id)
+        if task is None:
+            put = disk.put(_name(slice_id), whole.stored)
+            task = self._writes[slice_id] = asyncio.create_task(put, name=f"cache object {slice_id}")
+            task.add_done_callback(lambda _: self._writes.pop(slice_id))
+        return task
 
     def _remember(self, slice_id: int, whole: _Whole) -> None:
         self._memory[slice_id] = whole
@@ -145,7 +166,7 @@ class CachedObjects:
         """Wait for what is on its way to the disk cache; give up the rest."""
         for task in self._coming.values():
             task.cancel()
-        pending: set[asyncio.Task[Any]] = {*self._coming.values(), *self._writes}
+        pending: set[asyncio.Task[Any]] = {*self._coming.values(), *self._writes.values()}
         if pending:
             await asyncio.wait(pending)
 

@@ -93,6 +93,10 @@ class DiskCache:
         """Say whether a file may be there. False is certain."""
         return name in self._entries or not self._indexed
 
+    def has(self, name: str) -> bool:
+        """Say whether a file is known to be there."""
+        return name in self._entries
+
     async def read(self, name: str, start: int, length: int) -> memoryview | None:
         """Return bytes of a file, fewer at its end; ``None`` if it is not there or cannot be read."""
         if not self.may_have(name):
@@ -142,7 +146,7 @@ class DiskCache:
         """Make room for a file; after True, :meth:`added`, or :meth:`release` if it does not come about."""
         if self._clock() < self._paused_until:
             return False
-        most = self._room()
+        most = self.room_bytes()
         if size > most:
             return False
         gone = []
@@ -178,6 +182,12 @@ class DiskCache:
             _log.warning("nothing is kept in the cache %s for now: %s", self.directory, error.strerror or error)
         self._failing = True
 
+    def room_bytes(self) -> int:
+        """Return how many bytes all files may have together: the limit, or what the file system has to spare."""
+        status = os.statvfs(self.directory)
+        spare = min(status.f_blocks * status.f_frsize // _SPARE_SHARE, _SPARE_BYTES)
+        return min(self.limit_bytes, self._bytes + status.f_bavail * status.f_frsize - spare)
+
     async def run(self, work: Callable[..., _T], *arguments: Any) -> _T:
         """Do blocking work in a thread of the cache."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
@@ -205,12 +215,6 @@ class DiskCache:
         for descriptor in (*self._descriptors.values(), self._lock):
             os.close(descriptor)
         self._descriptors.clear()
-
-    def _room(self) -> int:
-        """Return how many bytes all files may have together."""
-        status = os.statvfs(self.directory)
-        spare = min(status.f_blocks * status.f_frsize // _SPARE_SHARE, _SPARE_BYTES)
-        return min(self.limit_bytes, self._bytes + status.f_bavail * status.f_frsize - spare)
 
     def _forget(self, name: str) -> None:
         self._bytes -= self._entries.pop(name, 0)

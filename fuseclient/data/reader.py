@@ -60,6 +60,16 @@ class Reader:
                 self._layouts.drop(ino)
         return await self._read(ino, offset, length)
 
+    async def slices(self, ino: int, size: int) -> list[int]:
+        """Return the objects that the first ``size`` bytes of a file lie in. Raises as :meth:`read` does."""
+        found: dict[int, None] = {}
+        begin = 0
+        while begin < size:
+            layout = await self._layout(ino, begin, size - begin)
+            found.update(dict.fromkeys(piece.slice_id for piece in layout.pieces))
+            begin = layout.end
+        return list(found)
+
     def closed(self, ino: int) -> None:
         """Nobody has the file open any more: what was begun to be read ahead is given up."""
         self._ahead.stop(ino)

@@ -86,6 +86,8 @@ class WholeFiles:
         self._waiting: OrderedDict[int, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._worker: asyncio.Task[None] | None = None
+        #: One file is put together at a time.
+        self._assembly = asyncio.Lock()
         self.spoilt: Callable[[int], Awaitable[None]] | None = None
         self._assembled = self._given_up = self._verified = 0
 
@@ -113,6 +115,15 @@ class WholeFiles:
             return None
         self._disk.touch(file.name)
         return file
+
+    async def put_together(self, attributes: wire.Attributes) -> bool:
+        """Have the whole content of an inode as it is here, now; say whether it is. Raises as the reader does."""
+        if await self.current(attributes) is None:
+            try:
+                await self._assemble(attributes.ino)
+            except _Changed as error:
+                _log.debug("inode %d is not put together: %s", attributes.ino, error)
+        return attributes.ino in self._files
 
     async def forget(self, ino: int) -> None:
         """Give up the file of an inode, if there is one."""
@@ -237,6 +248,10 @@ class WholeFiles:
             self._worker = None
 
     async def _assemble(self, ino: int) -> None:
+        async with self._assembly:
+            await self._assemble_one(ino)
+
+    async def _assemble_one(self, ino: int) -> None:
         attributes = (await self._reader.read(ino, 0, 1)).attributes
         layout = None if self._is_written(ino) else await self.layout_digest(attributes)
         if layout is None or attributes.size > self._disk.limit_bytes // _SHARE:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from fuseclient.data.caller import Caller
+from fuseclient.levels import Level, reach
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.listings import Entry
 from fuseclient.worker.rpc import Refused
@@ -138,6 +139,7 @@ class _Fetch:
     async def advanced(self) -> None:
         """Wait for another page, or for the end; raise what ended it early."""
         if not self.done:
+            reach(Level.METASERVER)
             self._progress.clear()
             await self._progress.wait()
         if self.error is not None:
@@ -287,6 +289,13 @@ class Directories:
             del self._ends[ino]
         return Listing(entries, complete, fetch.is_fresh)
 
+    def fetched(self, ino: int) -> None:
+        """All of a directory has been put into the maps."""
+        self._misses[ino] = 0
+        self._misses.move_to_end(ino)
+        if len(self._misses) > _KNOWN_DIRECTORIES:
+            self._misses.popitem(last=False)
+
     def forget_everything(self) -> None:
         """Fetch each directory anew at its next miss."""
         self._misses.clear()
@@ -324,7 +333,4 @@ class Directories:
                 self._feeder.whole.know(ino, (entry.name for entry in fetch.entries))
             if fetch.whole:
                 self._keep(fetch)
-            self._misses[ino] = 0
-            self._misses.move_to_end(ino)
-            if len(self._misses) > _KNOWN_DIRECTORIES:
-                self._misses.popitem(last=False)
+            self.fetched(ino)

@@ -20,6 +20,7 @@ from fuseclient.data.writer import Closed
 from fuseclient.worker.guard import Guard, Token
 from fuseclient.worker.inode_set import InodeSet
 from fuseclient.worker.listings import Entry, Listings
+from fuseclient.worker.warm_directories import WarmDirectories
 from fuseclient.worker.whole import WholeDirectories
 from metaserver import wire
 
@@ -64,6 +65,8 @@ class Feeder:
         self.told = InodeSet()
         #: What is known of whole directories, to be used while there is a lease.
         self.whole = WholeDirectories()
+        #: What was put whole into the maps, and may have been evicted since.
+        self.warm = WarmDirectories()
         #: Told of what an inode has become by a change made here.
         self.on_changed: Callable[[wire.Attributes], object] = lambda attributes: None
         #: Says of an inode that is open for writing whether it is nevertheless what these attributes say.
@@ -100,7 +103,13 @@ class Feeder:
                 self._cache.put_name(parent, entry.name, entry.attributes.ino)
         self._cache.put(parent, whole)
 
-    def listing(self, token: Token, ino: int, after: int, entries: Sequence[Entry], *, complete: bool) -> None:
+    def same_names(self, token: Token, ino: int) -> bool:
+        """Say whether no name of a directory was dropped, made or removed since the token was taken."""
+        return self._guard.may_put(token, _listing(ino))
+
+    def listing(
+        self, token: Token, ino: int, after: int, entries: Sequence[Entry | wire.DirectoryEntry], *, complete: bool
+    ) -> None:
         """Put the entries of a directory that follow a cookie; see :meth:`Listings.fetched`."""
         if self._guard.may_put(token, _listing(ino)):
             self.listed.add(ino)
@@ -175,7 +184,7 @@ class Feeder:
                 self._put_inode(each, None)
             elif fresh and self._is_written(each.ino) and each.nlink > 0 and self.is_shown(each):
                 self._cache.put_inode(each)
-            else:
+            elif fresh:
                 self.written(each)
 
     def written(self, attributes: wire.Attributes) -> None:
@@ -223,6 +232,7 @@ class Feeder:
     def drop_name(self, parent: int, name: bytes) -> None:
         """Forget a name, and that it is absent."""
         self.whole.forget(parent)
+        self.warm.forget(parent)
         self._drop_name(parent, name)
 
     def _drop_name(self, parent: int, name: bytes) -> None:
@@ -250,6 +260,7 @@ class Feeder:
         self._guard.dropped_all()
         self._recent.clear()
         self.whole.clear()
+        self.warm.clear()
         self._listings.clear()
         self._cache.bump_epoch()
         self._cache.drop_statfs()

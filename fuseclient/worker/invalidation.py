@@ -122,6 +122,18 @@ class Invalidator:
         self.drop_pages_later(ino)
         return not await self._kernel.invalidate_attributes(ino)
 
+    async def doubt(self, names: Sequence[tuple[int, bytes]], inodes: Iterable[int]) -> None:
+        """Have the kernel ask again for what a change of this mount was to change, which may have been made.
+
+        Takes no lock: the request that is to be answered holds the directory's.
+        """
+        try:
+            if names:
+                await self._kernel.increment_epoch()
+            await _in_batches(self._kernel.invalidate_attributes(ino) for ino in inodes)
+        except OSError as error:
+            _log.error("what may have been changed cannot be dropped: %s", error)
+
     async def everything(
         self, paged: Iterable[int], listed: Iterable[int] = (), told: Iterable[int] = (ROOT_INO,)
     ) -> None:

@@ -42,7 +42,7 @@ class _Part:
         self.last = 0
         self.bytes = 0
 
-    def add(self, entries: Iterable[Entry]) -> None:
+    def add(self, entries: Iterable[Entry | wire.DirectoryEntry]) -> None:
         chunk = b"".join(
             _dirent(entry.attributes.ino, entry.cookie + DOTS, entry.attributes.mode >> 12, entry.name)
             for entry in entries
@@ -62,7 +62,7 @@ class Listings:
         self._cache = cache
         self._parts: OrderedDict[int, _Part] = OrderedDict()
 
-    def fetched(self, ino: int, after: int, entries: Sequence[Entry], *, complete: bool) -> None:
+    def fetched(self, ino: int, after: int, entries: Sequence[Entry | wire.DirectoryEntry], *, complete: bool) -> None:
         """All entries of a directory behind the cookie ``after`` have come, in order; ``complete``: to its end."""
         part = self._parts.get(ino)
         if part is None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from fuseclient import levels
 from fuseclient.config import WorkerConfig
 from fuseclient.data import passthrough
 from fuseclient.data.compaction import Compactor
@@ -15,6 +16,7 @@ from fuseclient.data.objects import StoreError, open_store
 from fuseclient.data.ranges import Ranges
 from fuseclient.data.unused import UnusedObjects
 from fuseclient.data.writer import Writer
+from fuseclient.worker import warming
 from fuseclient.worker.changes import Changes, OldPages, OpenedVersions
 from fuseclient.worker.closings import Closings
 from fuseclient.worker.committing import Committing
@@ -29,6 +31,7 @@ from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.reading import ReadPath
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.session import Acknowledge, Session
+from fuseclient.worker.warming import Walks
 from metaserver import wire
 
 if TYPE_CHECKING:
@@ -177,6 +180,17 @@ class Mount:
         through = reading.passthrough
         self._changes = Changes(feeder, directories, writer, orphans, lease, versions, kernel, through, is_open)
         self._join_locks()
+        self._walks = Walks(
+            warming.Parts(
+                session=session,
+                feeder=feeder,
+                directories=directories,
+                cache=cache,
+                reader=reading.reader,
+                keeper=reading.keeper,
+                data_budget=_data_budget(config),
+            )
+        )
         for each in self._early:
             each(self._changes)
         self.ranges = Ranges(
@@ -234,6 +248,11 @@ class Mount:
         """The session to be resumed by the next worker."""
         return self._session.id or b""
 
+    @property
+    def answers(self) -> dict[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]]:
+        """What answers the channel's questions."""
+        return {"figures": lambda _: self.figures(), "warmup": self._walks.answer}
+
     async def figures(self) -> dict[str, Any]:
         """Return what the channel shows of its worker, and needs to know to start the next."""
         cache = await asyncio.to_thread(self._cache.figures)
@@ -243,6 +262,7 @@ class Mount:
             "uncommitted_bytes": self._writer.bytes,
             "files_being_written": self._writer.count,
             "filling": cache.get("filling", {}),
+            "levels": levels.figures(),
             "compaction": self._compactor.figures(),
             "locks": self.locks.figures(),
             **self._reading.figures(),
@@ -252,6 +272,7 @@ class Mount:
         """Commit all that was written, and end the session; without a ``farewell`` it ends with its lease."""
         self._cleaning.cancel()
         self._compacting.cancel()
+        await self._walks.close()
         await self._reading.passthrough.absorb_all()
         await self._writer.flush_all()
         await self._session.close(farewell=farewell)

@@ -22,7 +22,7 @@ import logging
 import os
 import select
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -30,9 +30,10 @@ import pyfuse3
 import pyfuse3.asyncio
 import uvloop
 
-from fuseclient import diagnostics
+from fuseclient import diagnostics, questions
 from fuseclient.config import WorkerConfig
 from fuseclient.data.whole_files import LEAST_BYTES
+from fuseclient.errors import UserError
 from fuseclient.kernel_cache import Cache, KernelCache, NoKernelCache
 from fuseclient.native import NativeError
 from fuseclient.worker.extra_ops import ExtraOps
@@ -41,6 +42,9 @@ from fuseclient.worker.notifier import Notifier
 from fuseclient.worker.suspend import SuspendWatch
 
 _log = logging.getLogger(__name__)
+
+#: Answers a question of the channel's, with its arguments; raises UserError.
+Answer = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 _PR_SET_PDEATHSIG: Final = 1
 #: Requests in hand at once, and idle tasks kept for them.
@@ -85,13 +89,13 @@ def _die_with_parent() -> None:
 
 
 class Status:
-    """The stream to the channel: JSON objects, one a line; and from it, lines: "figures" asks for one of them, and
-    "unmounted" says that the mount is gone.
-    """
+    """The stream to the channel: what the worker says as it starts, then its answers to the channel's questions."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._tasks: set[asyncio.Task[None]] = set()
+        self._answers: Mapping[str, Answer] = {}
+        self._told = bytearray()
         self._unmounted = False
         #: Set when nothing more is to be expected.
         self._last = asyncio.Event()
@@ -99,8 +103,11 @@ class Status:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send an object, unless the channel does not read it."""
+        self._send_line(json.dumps(message).encode() + b"\n")
+
+    def _send_line(self, line: bytes) -> None:
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-            os.write(self._fd, json.dumps(message).encode() + b"\n")
+            os.write(self._fd, line)
 
     async def is_unmounted(self) -> bool:
         """Say whether the mount is gone, when the channel has said so, or is gone itself, or is silent for long."""
@@ -110,34 +117,45 @@ class Status:
         return self._unmounted
 
     @contextlib.contextmanager
-    def answering(self, figures: Callable[[], Awaitable[dict[str, Any]]]) -> Iterator[None]:
-        """Listen to the channel, and answer its questions with ``figures``."""
+    def answering(self, answers: Mapping[str, Answer]) -> Iterator[None]:
+        """Listen to the channel, and answer each question by the answer of its name."""
+        self._answers = answers
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._fd, self._told, figures)
+        loop.add_reader(self._fd, self._on_readable)
         try:
             yield
         finally:
             loop.remove_reader(self._fd)
 
-    def _told(self, figures: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+    def _on_readable(self) -> None:
         try:
-            told = os.read(self._fd, 4096)
+            told = os.read(self._fd, 65536)
         except BlockingIOError:
             return
         except OSError:
             told = b""
-        if b"unmounted\n" in told:
-            self._unmounted = True
+        *lines, self._told = (self._told + told).split(b"\n")
+        for line in lines:
+            self._hear(msgspec.json.decode(line, type=questions.Question))
         if not told or self._unmounted:
             self._last.set()
             asyncio.get_running_loop().remove_reader(self._fd)
-        for _ in range(told.count(b"figures\n")):
-            task = asyncio.create_task(self._answer(figures))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, figures: Callable[[], Awaitable[dict[str, Any]]]) -> None:
-        self.send(await figures())
+    def _hear(self, question: questions.Question) -> None:
+        if question == questions.UNMOUNTED:
+            self._unmounted = True
+            return
+        task = asyncio.create_task(self._answer(question))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, question: questions.Question) -> None:
+        try:
+            answer = await self._answers[question.name](question.arguments)
+            reply = questions.Reply(id=question.id, answer=answer)
+        except UserError as error:
+            reply = questions.Reply(id=question.id, error=error.message)
+        self._send_line(questions.encode(reply))
 
 
 class Worker:
@@ -159,7 +177,7 @@ class Worker:
             stack.callback(notifier.close)
             mount = Mount(self._config, cache, notifier)
             await mount.open()
-            stack.enter_context(self._status.answering(mount.figures))
+            stack.enter_context(self._status.answering(mount.answers))
             stack.push_async_callback(self._leave, mount)
             stack.enter_context(SuspendWatch(mount.woken).watching())
             await self._serve(mount)

@@ -12,6 +12,7 @@ from fuseclient.config import WorkerConfig
 from fuseclient.data.cached_objects import CachedObjects, Store
 from fuseclient.data.caller import Caller
 from fuseclient.data.disk_cache import DiskCache
+from fuseclient.data.keeping import Keeper
 from fuseclient.data.layouts import Layouts
 from fuseclient.data.passthrough import Kernel, Passthrough, Surroundings
 from fuseclient.data.reader import Reader
@@ -53,6 +54,7 @@ class ReadPath:
         self._disk = _open_disk_cache(config, opened.volume) if objects or config.maps is not None else None
         layouts = Layouts(caller, feeder, lease.left_s)
         feeder.on_drop = layouts.drop
+        self._keeps_objects = objects and self._disk is not None
         self._objects = CachedObjects(store, self._disk if objects else None)
         self.reader = Reader(layouts, self._objects)
         self._whole: WholeFiles | None = None
@@ -82,6 +84,10 @@ class ReadPath:
         if self._whole is not None:
             self._whole.start()
         await self.passthrough.start(inherits=self._config.generation > 1)
+
+    def keeper(self) -> Keeper:
+        """Return what brings files into the disk cache ahead of use."""
+        return Keeper(self._disk, self.reader, self._objects if self._keeps_objects else None, self._whole)
 
     def read(self, attributes: wire.Attributes, count: int) -> None:
         """So many bytes of a file were read."""

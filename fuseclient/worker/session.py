@@ -32,6 +32,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
+from fuseclient.levels import Level, reach
 from fuseclient.worker import rpc
 from fuseclient.worker.rpc import Connection, Disconnected, NotSent, Refused
 from metaserver import wire
@@ -44,6 +45,9 @@ _Reply = TypeVar("_Reply", bound=wire.Reply)
 MARGIN_NS: Final = 1_000_000_000
 #: Seconds between attempts to reconnect: the first and the longest pause.
 _BACKOFF_S: Final = (0.02, 1.0)
+#: Seconds that the opening of the first session may take: it waits for one lease, of 30 s as a rule, if the only other
+#: client is gone without a farewell.
+_FIRST_S: Final = 45.0
 #: Seconds that the farewell may take.
 _CLOSE_S: Final = 1.0
 
@@ -210,6 +214,7 @@ class Session:
         and the change may or may not have been made. Raises :exc:`Refused` as the metaserver does; STALE_SESSION comes
         through only for a change that was under way when the session was lost, and was not made.
         """
+        reach(Level.METASERVER)
         if isinstance(request, _REPEATABLE):
             async with self._calls:
                 return await self._repeatable(request, reply_type)
@@ -259,6 +264,7 @@ class Session:
 
     async def stream(self, request: wire.FetchDirectory) -> AsyncGenerator[wire.DirectoryPage, None]:
         """Yield the pages of a directory fetch. Raises as :meth:`call` does; not repeated after the first page."""
+        reach(Level.METASERVER)
         give_up = asyncio.get_running_loop().time() + self._lease_s
         begun = False
         while True:
@@ -325,7 +331,7 @@ class Session:
         """Connect and open or resume the session; renew it, if it is not the first time."""
         connection = await self._connect(self._address)
         try:
-            async with asyncio.timeout(rpc.CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(_FIRST_S if is_first else rpc.CONNECT_TIMEOUT_S):
                 resumed = await self._open(connection)
                 if resumed and not is_first:
                     await self._renew(connection)

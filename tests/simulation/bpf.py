@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import random
 import stat
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from fuseclient.kernel_cache import Room
 from metaserver import wire
 from simulation.clocks import boottime_ns
 from simulation.loop import VirtualLoop
@@ -87,6 +89,10 @@ class Maps:
     def drop_inode(self, ino: int) -> None:
         self._inodes.pop(ino, None)
 
+    def has_all(self, inodes: array[int], *, content: bool) -> bool:
+        return False
+
+    room = Room(0, 0)
     #: The model's kernel lists through the worker.
     listing_limit = 0
 

@@ -490,6 +490,26 @@ void bpfuse_cache_put_xattrs(struct bpfuse_cache *cache, __u64 ino, struct bpfus
 	mark(cache->tagged, ino);
 }
 
+static const __u64 INO_MASK = (1ULL << BPFUSE_FH_SERIAL_SHIFT) - 1;
+
+static bool has_inode(struct bpfuse_cache *cache, __u64 ino, bool content)
+{
+	struct bpfuse_inode_value value;
+
+	if (bpf_map_lookup_elem(cache->options.inodes_fd, &ino, &value) || value.epoch != cache->control->epoch)
+		return false;
+	return !content || !value.size || !is_served_from_pages(value.mode, value.size) ||
+	       value.flags & BPFUSE_INODE_HAS_DATA;
+}
+
+int bpfuse_cache_has_all(struct bpfuse_cache *cache, const __u64 *inos, size_t count, int content)
+{
+	for (size_t i = 0; i < count; i++)
+		if (!has_inode(cache, inos[i] & INO_MASK, content))
+			return 0;
+	return 1;
+}
+
 /* Listings */
 
 static void put_inode(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_inode_value *value)

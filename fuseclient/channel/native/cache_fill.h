@@ -76,6 +76,11 @@ void bpfuse_cache_put(struct bpfuse_cache *cache, __u32 count, __u64 parent, con
 void bpfuse_cache_put_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length, __u64 ino);
 void bpfuse_cache_drop_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length);
 void bpfuse_cache_drop_inode(struct bpfuse_cache *cache, __u64 ino);
+/*
+ * Whether all these inodes are there, by the low 48 bits of each; with `content`, that of small files and symlinks is to
+ * be there, too. Says nothing of how much they are used.
+ */
+int bpfuse_cache_has_all(struct bpfuse_cache *cache, const __u64 *inos, size_t count, int content);
 
 /*
  * The listing of a directory whose inode was put: entries of struct fuse_dirent, in the order of `off`. Returns

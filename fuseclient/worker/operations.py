@@ -75,6 +75,8 @@ class Parts:
     passthrough: Passthrough
     #: Told of each read that was answered from objects: of which file, and how many bytes.
     on_read: Callable[[wire.Attributes, int], None]
+    #: Told of each small file whose beginning was not answered in the kernel.
+    on_small_read: Callable[[int], None]
     #: Of the worker; part of its handles.
     generation: int
     #: False: each request is answered by the metaserver.
@@ -106,6 +108,7 @@ class Operations(pyfuse3.Operations):
         self._serials = handles.Serials()
         self._passthrough = parts.passthrough
         self._on_read = parts.on_read
+        self._on_small_read = parts.on_small_read
         self._generation = parts.generation % handles.GENERATIONS
         self._may_remember = parts.may_remember
         self._xattrs = Xattrs(parts.session, parts.feeder, parts.cache)
@@ -532,6 +535,8 @@ class Operations(pyfuse3.Operations):
             reading = await self._reader.read(ino, off, size)
             if reading.content is not None:
                 self._feeder.inode(token, reading.attributes, reading.content)
+        if reading.content is not None and off == 0:
+            self._on_small_read(ino)
         self._on_read(reading.attributes, len(reading.data))
         return reading.data
 

@@ -253,6 +253,24 @@ def test_scenario_11_a_wall_clock_that_jumps_changes_nothing() -> None:
     play(story)
 
 
+@both_modes
+@pytest.mark.parametrize("seconds", [3.0, 600.0])
+def test_scenario_11_a_suspend_is_the_end_of_what_is_cached(accel: bool, seconds: float) -> None:
+    async def story(stage: Stage) -> None:
+        one, two, world = stage.one, stage.two, stage.world
+        await stage.do(two, lambda program: program.stat(ROOT, FILE))
+        world.loop.suspend([two.node, two.worker.node], seconds)
+        making = asyncio.create_task(stage.do(one, lambda program: program.create(ROOT, FILE)))
+        await asyncio.sleep(seconds)
+        world.wake(two)
+        await asyncio.sleep(0.5)
+        await stage.watch(two, stage.lease_s)
+        await making
+        assert await stage.do(two, lambda program: program.stat(ROOT, FILE))
+
+    play(story, accel=accel)
+
+
 def test_scenario_12_an_old_server_that_goes_on_commits_nothing() -> None:
     async def story(stage: Stage) -> None:
         one, two, world = stage.one, stage.two, stage.world

@@ -21,6 +21,7 @@ from worker_rig import INLINE_LIMIT, ME, ROOT, Rig, dirents, fails, rigged
 from fuseclient.data.objects import StoreError
 from fuseclient.worker import handles
 from fuseclient.worker.directories import MISSES
+from fuseclient.worker.rpc import Refused
 from metaserver import wire
 
 DIR = stat.S_IFDIR | 0o755
@@ -738,6 +739,22 @@ async def test_a_name_that_cannot_be_dropped_is_expired_with_all_others(rig: Rig
     stuck.set()
 
 
+@pytest.mark.parametrize(("code", "expired"), [(wire.ErrorCode.INTERNAL, True), (wire.ErrorCode.EXISTS, False)])
+async def test_what_a_change_of_unknown_outcome_was_to_change_is_asked_for_again(
+    quiet: None, rig: Rig, monkeypatch: pytest.MonkeyPatch, code: wire.ErrorCode, expired: bool
+) -> None:
+    await rig.ino(b"file")
+
+    async def refuse(request: wire.Request, reply_type: type[wire.Reply]) -> wire.Reply:
+        raise Refused(code, "it may have been made")
+
+    monkeypatch.setattr(rig.session, "call", refuse)
+    with pytest.raises(pyfuse3.FUSEError):
+        await rig.ops.mkdir(ROOT, b"file", 0o755, ME)
+    assert (("epoch",) in rig.kernel.log) is expired
+    assert (("attributes", ROOT) in rig.kernel.log) is expired
+
+
 async def test_two_mounts_that_change_one_directory_do_not_wait_for_each_other(rig: Rig) -> None:
     """The kernel holds the directory's lock during our change, and theirs waits for what waits for that lock."""
     await rig.listing()
@@ -790,6 +807,29 @@ async def test_a_kernel_that_fails_to_drop_gets_no_new_deadline(
     assert ("entry", ROOT, b"file") in rig.kernel.log
     assert ("inode", made.ino) in rig.kernel.log
     assert rig.maps.deadline_ns > deadline_ns
+
+
+async def test_a_reply_that_others_overtook_says_nothing_of_xattrs_either(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reply to a change of a file that is written here comes after another has given it an xattr."""
+    info, made = await rig.ops.create(ROOT, b"file", 0o644, os.O_RDWR, ME)
+    await rig.ops.write(info.fh, 0, b"content")
+    call, overtaken = rig.session.call, False
+
+    async def late(request: wire.Request, reply_type: Any) -> Any:
+        nonlocal overtaken
+        reply = await call(request, reply_type)
+        if isinstance(request, wire.WriteInline) and not overtaken:
+            overtaken = True
+            await rig.other.change(wire.SetXattr(made.st_ino, b"user.x", b"value"))
+        return reply
+
+    monkeypatch.setattr(rig.session, "call", late)
+    await rig.ops.fsync(info.fh, False)
+    assert overtaken
+    assert made.st_ino not in rig.maps.written, "it is not known to have no xattrs"
+    await rig.close(info.fh)
 
 
 async def test_a_file_that_others_changed_while_it_is_written(rig: Rig) -> None:

@@ -184,7 +184,7 @@ class Feeder:
                 self._put_inode(each, None)
             elif fresh and self._is_written(each.ino) and each.nlink > 0 and self.is_shown(each):
                 self._cache.put_inode(each)
-            else:
+            elif fresh:
                 self.written(each)
 
     def written(self, attributes: wire.Attributes) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from fuseclient import levels
 from fuseclient.config import WorkerConfig
 from fuseclient.data import passthrough
 from fuseclient.data.compaction import Compactor
@@ -261,6 +262,7 @@ class Mount:
             "uncommitted_bytes": self._writer.bytes,
             "files_being_written": self._writer.count,
             "filling": cache.get("filling", {}),
+            "levels": levels.figures(),
             "compaction": self._compactor.figures(),
             "locks": self.locks.figures(),
             **self._reading.figures(),

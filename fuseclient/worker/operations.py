@@ -153,7 +153,7 @@ class Operations(pyfuse3.Operations):
         """Make a node and return it, and whether it may be kept; the caches know of it."""
         _check_name(name)
         request = wire.MakeNode(parent, name, mode, ctx.uid, ctx.gid, rdev, target)
-        with self._changing((parent, name)) as token:
+        async with self._changing((parent, name)) as token:
             changed = await self._session.call(request, wire.Changed)
             made = changed.attributes[0]
             fresh = self._named(token, parent, name, changed)
@@ -172,7 +172,7 @@ class Operations(pyfuse3.Operations):
     @answered
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         _check_name(new_name)
-        with self._changing((new_parent_inode, new_name), inodes=(inode,)) as token:
+        async with self._changing((new_parent_inode, new_name), inodes=(inode,)) as token:
             changed = await self._session.call(wire.Link(inode, new_parent_inode, new_name), wire.Changed)
             fresh = self._named(token, new_parent_inode, new_name, changed)
         self._orphans.linked(inode)
@@ -188,7 +188,7 @@ class Operations(pyfuse3.Operations):
 
     async def _remove(self, parent: int, name: bytes, *, directory: bool) -> None:
         _check_name(name)
-        with self._changing((parent, name)) as token:
+        async with self._changing((parent, name)) as token:
             changed = await self._session.call(wire.Remove(parent, name, directory), wire.Changed)
             self._feeder.changed(token, changed.attributes)
             self._feeder.unnamed(token, parent, name)
@@ -210,7 +210,7 @@ class Operations(pyfuse3.Operations):
         if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE):
             raise FUSEError(errno.EINVAL)
         request = wire.Rename(parent_inode_old, name_old, parent_inode_new, name_new, no_replace, exchange)
-        with self._changing((parent_inode_old, name_old), (parent_inode_new, name_new)) as token:
+        async with self._changing((parent_inode_old, name_old), (parent_inode_new, name_new)) as token:
             changed = await self._session.call(request, wire.Changed)
             self._renamed(token, request, changed)
 
@@ -230,30 +230,32 @@ class Operations(pyfuse3.Operations):
             self._feeder.drop_name(*old)
         self._feeder.named(token, *new, moved.ino)
 
-    @contextlib.contextmanager
-    def _changing(self, *names: tuple[int, bytes], inodes: Sequence[int] = ()) -> Iterator[Token]:
+    @contextlib.asynccontextmanager
+    async def _changing(self, *names: tuple[int, bytes], inodes: Sequence[int] = ()) -> AsyncIterator[Token]:
         """A change of this mount: gives the token for its reply.
 
         If it fails the names are dropped, because the kernel asked for it because of what it holds of them; and if it
-        is not known whether it was made the inodes are, too.
+        is not known whether it was made the inodes are, too, and the kernel is to ask for all of them again.
         """
         directories = [parent for parent, _ in names]
-        self._kernel.busy.update(directories)
+        locked = (*directories, *inodes)
+        self._kernel.busy.update(locked)
         try:
             with self._feeder.begin() as token:
                 yield token
         except (Refused, Disconnected) as error:
             for parent, name in names:
                 self._feeder.drop_name(parent, name)
-            if isinstance(error, Disconnected):
-                for ino in (*directories, *inodes):
+            if isinstance(error, Disconnected) or error.code is wire.ErrorCode.INTERNAL:
+                for ino in locked:
                     self._feeder.drop_inode(ino)
+                await self._kernel.doubt(names, locked)
             raise
         finally:
-            self._kernel.busy.subtract(directories)
-            for parent in directories:
-                if not self._kernel.busy[parent]:
-                    del self._kernel.busy[parent]
+            self._kernel.busy.subtract(locked)
+            for ino in locked:
+                if not self._kernel.busy[ino]:
+                    del self._kernel.busy[ino]
 
     def _note_orphan(self, attributes: wire.Attributes) -> None:
         if attributes.nlink == 0:
@@ -319,7 +321,7 @@ class Operations(pyfuse3.Operations):
     async def _change_inode(self, request: wire.Request) -> wire.Attributes:
         """Make a change of one inode and return it as it is now."""
         ino: int = request.ino  # type: ignore[union-attr]
-        with self._changing(inodes=(ino,)) as token:
+        async with self._changing(inodes=(ino,)) as token:
             changed = await self._session.call(request, wire.Changed)
             fresh = self._feeder.unchanged(token, ino)
             self._feeder.changed(token, changed.attributes)
@@ -423,6 +425,7 @@ class Operations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, b"." * (position + 1), dot_entry(ino), position + 1):
                 return
         cookie, complete = max(0, start_id - DOTS), False
+        told = start_id < DOTS
         while not complete:
             listing = await self._directories.listing(ino, cookie)
             complete = listing.complete
@@ -430,7 +433,9 @@ class Operations(pyfuse3.Operations):
                 attributes = self._entry(entry.attributes, listing.is_fresh(entry))
                 if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + DOTS):
                     return
-                cookie = entry.cookie
+                cookie, told = entry.cookie, True
+        if not told:
+            await self._kernel.before_end(ino)
 
     @answered
     async def releasedir(self, fh: int) -> None:
@@ -480,7 +485,7 @@ class Operations(pyfuse3.Operations):
         # Its closing, or an fsync, waits until it is durable; so this need not.
         request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing, writing=writing)
         try:
-            with self._changing((parent_inode, name)) as token:
+            async with self._changing((parent_inode, name)) as token:
                 changed = await self._session.call(request, wire.Changed)
                 made = changed.attributes[0]
                 opened = self._opened_new(token, made, flags)
@@ -498,7 +503,7 @@ class Operations(pyfuse3.Operations):
         """Make a file without a name and open it; pyfuse3 has no such method, extra_ops.py calls it."""
         writing = _writes(flags)
         request = wire.MakeTemporary(parent_inode, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid, writing)
-        with self._changing() as token:
+        async with self._changing() as token:
             made = (await self._session.call(request, wire.Changed)).attributes[0]
             opened, fresh = self._opened_new(token, made, flags), self._feeder.unchanged(token, made.ino)
         self._orphans.add(made.ino)
@@ -672,8 +677,9 @@ class Operations(pyfuse3.Operations):
     def _begin_writing(self, attributes: wire.Attributes, fresh: bool) -> None:
         self._writer.open(attributes)
         self._feeder.drop_inode(attributes.ino)
-        self._feeder.written(attributes)
-        if not fresh:
+        if fresh:
+            self._feeder.written(attributes)
+        else:
             self._writer.changed_elsewhere(attributes.ino)
 
     async def _end_writing(self, ino: int) -> None:

@@ -12,7 +12,8 @@
 
 Changes are told apart by the commits that they match, so nothing is searched: each read is given the oldest version
 that is allowed, which leaves most room for those after it. Content may be committed a second time for another session
-of its client: what a session that ended left uncommitted, as far as is known, is written by the next.
+of its client: what a session that ended left uncommitted, as far as is known, is written by the next. What is appended
+may be there twice only if its program was told of an error.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from typing import Final
 from simulation.history import PRESENT, Change, Commit, History, Outcome, Read, Register, Stamp, Value, agrees
 
 #: What a change of an inode is known by, beside names.
-_KINDS: Final = ("owner", "mode", "atime", "xattr", "data")
+_KINDS: Final = ("owner", "mode", "atime", "xattr", "data", "record")
 #: Of these a change may find that there is nothing to do.
 _IDLE: Final = ("mode", "xattr", "data")
+#: And these are written, so they may be committed once for each session of their client.
+_WRITTEN: Final = ("data", "record")
 _BEGINNING: Final = Stamp(0, -math.inf)
 #: What registers are before anybody has changed them; others do not exist.
-_ABSENT: Final[dict[str, Value]] = {"name": 0, "xattr": b""}
+_ABSENT: Final[dict[str, Value]] = {"name": 0, "xattr": b"", "record": 0}
 
 
 @dataclass
@@ -67,7 +70,7 @@ def check(history: History, commits: Sequence[Commit], given: int = 0, settling_
     writes: defaultdict[Register, list[Change]] = defaultdict(list)
     for change in history.changes:
         for register in change.effect:
-            if register[0] == "data":
+            if register[0] in _WRITTEN:
                 writes[register].append(change)
     for register, reads in by_register.items():
         versions = registers.get(register) or [Version(_ABSENT.get(register[0], 0), _BEGINNING)]
@@ -119,7 +122,7 @@ def _attribute(
             continue
         for effect in efforts(commit):
             candidates = waiting[frozenset(effect)]
-            possible = [each for each in candidates if sessions.get(id(each)) != commit.session]
+            possible = [each for each in candidates if _may_be_again(each, sessions.get(id(each)), commit)]
             # What a crash took back is made again, of another inode.
             told: dict[Register, Value] = {register: PRESENT if value else value for register, value in effect.items()}
             possible = [each for each in possible if _may_be(each, commit, told if number in lost else effect)]
@@ -130,11 +133,18 @@ def _attribute(
             authors.setdefault(number, {}).update(dict.fromkeys(effect, author))
             if number in lost:
                 continue
-            if next(iter(effect))[0] == "data":
+            if next(iter(effect))[0] in _WRITTEN:
                 sessions[id(author)] = commit.session
             else:
                 candidates.remove(author)
     return authors
+
+
+def _may_be_again(change: Change, session: bytes | None, commit: Commit) -> bool:
+    """Say whether a change that was committed for a session, or for none yet, may be in a commit."""
+    if session != commit.session:
+        return True
+    return change.outcome is Outcome.UNKNOWN and next(iter(change.effect))[0] == "record"
 
 
 def _may_be(change: Change, commit: Commit, effect: dict[Register, Value]) -> bool:

@@ -21,6 +21,9 @@ from simulation.loop import Node, VirtualLoop
 _LAG_S: Final = 0.001
 _LAGGING: Final = 0.2
 
+#: The channel's notifier threads: what never waits, and what may, each kind by itself.
+LANES: Final = ("instant", "names", "pages", "written")
+
 _NO_FDS: Final = MapFds(
     control=-1,
     names=-1,
@@ -77,10 +80,10 @@ class Client:
         self.node = Node(f"kernel{self.index}", self._boot_offset_ns)
         self.maps = Maps(self._loop, self._rng) if self._accel else None
         self.kernel = Kernel(self._loop, self.maps, self)
-        self._notifiers = [Notifications(), Notifications()]
+        self._notifiers = {lane: Notifications() for lane in LANES}
         self._worker_up = asyncio.Event()
         self._session = None
-        for each in self._notifiers:
+        for each in self._notifiers.values():
             self._loop.spawn(self.node, each.run(), f"notifier {self.index}")
         self.start_worker()
 
@@ -173,14 +176,14 @@ class Client:
         delay_s = self._rng.uniform(0, _LAG_S) if self._rng.random() < _LAGGING else 0.0
         self._loop.after(delay_s, self.node, _answer, future, result, error)
 
-    async def notify(self, worker: Worker, action: Callable[[], Awaitable[int]], *, patient: bool = False) -> int:
-        """Have a notifier thread do something for a worker, and return its result. ``patient``: the second thread."""
+    async def notify(self, worker: Worker, lane: str, action: Callable[[], Awaitable[int]]) -> int:
+        """Have a notifier thread do something for a worker, and return its result."""
         future: asyncio.Future[int] = self._loop.create_future()
 
         def done(result: int) -> None:
             self._loop.post(worker.node, _answer, future, result, None)
 
-        self._loop.post(self.node, self._notifiers[patient].send, action, done)
+        self._loop.post(self.node, self._notifiers[lane].send, action, done)
         return await future
 
 
@@ -193,19 +196,19 @@ class Notifier:
         self._worker = worker
 
     async def invalidate_inode(self, ino: int) -> bool:
-        return await self._client.notify(self._worker, lambda: self._kernel.invalidate_inode(ino)) == 0
+        return await self._client.notify(self._worker, "pages", lambda: self._kernel.invalidate_inode(ino)) == 0
 
     async def invalidate_written(self, ino: int) -> bool:
-        return await self._client.notify(self._worker, lambda: self._kernel.invalidate_inode(ino), patient=True) == 0
+        return await self._client.notify(self._worker, "written", lambda: self._kernel.invalidate_inode(ino)) == 0
 
     async def invalidate_attributes(self, ino: int) -> bool:
-        return await self._client.notify(self._worker, lambda: self._kernel.invalidate_attributes(ino)) == 0
+        return await self._client.notify(self._worker, "instant", lambda: self._kernel.invalidate_attributes(ino)) == 0
 
     async def invalidate_entry(self, parent: int, name: bytes) -> None:
-        await self._client.notify(self._worker, lambda: self._kernel.invalidate_entry(parent, name))
+        await self._client.notify(self._worker, "names", lambda: self._kernel.invalidate_entry(parent, name))
 
     async def increment_epoch(self) -> bool:
-        await self._client.notify(self._worker, self._kernel.increment_epoch)
+        await self._client.notify(self._worker, "instant", self._kernel.increment_epoch)
         return True
 
     async def open_backing(self, descriptor: int) -> int:

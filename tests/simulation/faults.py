@@ -150,8 +150,7 @@ class Faults:
         nodes = [client.node, client.worker.node]
         self._world.loop.suspend(nodes, seconds)
         await asyncio.sleep(seconds)
-        for node in nodes:
-            node.frozen = False
+        self._world.wake(client)
 
     async def fill_the_engine(self) -> None:
         self._world.engine.full = True

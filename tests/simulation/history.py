@@ -2,7 +2,8 @@
 
 A register is one thing that can be read by itself: what a name stands for (``"name"``, directory, name), an inode's
 owner, permissions, time of access and number of links (``"owner"``, ``"mode"``, ``"atime"``, ``"links"``), an extended
-attribute (``"xattr"``, inode, name), and a small file's content or a symlink's target (``"data"``).
+attribute (``"xattr"``, inode, name), and a small file's content or a symlink's target (``"data"``). Of a log, to which
+programs append, it is how often each record is in it (``"record"``, inode, record).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -17,8 +19,9 @@ from typing import Final, NamedTuple
 from simulation.loop import Node, VirtualLoop, current_node
 
 Register = tuple[str, int, bytes]
+RECORD_BYTES: Final = 16
 
-#: Seconds that a new worker has to clear the kernel's caches.
+#: Seconds that a worker that is new, or whose machine was suspended, has to clear the kernel's caches.
 _SETTLING_S: Final = 0.5
 
 
@@ -57,8 +60,17 @@ def xattr_of(ino: int, name: bytes) -> Register:
     return "xattr", ino, name
 
 
+def record_of(ino: int, record: bytes) -> Register:
+    return "record", ino, record
+
+
 def data_of(ino: int) -> Register:
     return "data", ino, b""
+
+
+def records_in(content: bytes) -> Counter[bytes]:
+    """Return how often each record is in a log."""
+    return Counter(content[at : at + RECORD_BYTES] for at in range(0, len(content), RECORD_BYTES))
 
 
 def agrees(expected: Value, actual: Value) -> bool:
@@ -130,13 +142,21 @@ class History:
     reads: list[Read] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     pending: dict[int, tuple[Node, str]] = field(default_factory=dict)
+    #: When a client's worker must have noticed that its machine was suspended.
+    awake: dict[int, float] = field(default_factory=dict)
 
     def now(self) -> Stamp:
         return Stamp(self.loop.stamp(), self.loop.now)
 
     def read(self, client: int, register: Register, value: Value, invoked: Stamp, source: str) -> None:
-        """A read has returned."""
+        """A read has returned. What the kernel answers before the worker knows of a suspend is not held against it."""
+        if invoked.time < self.awake.get(client, 0.0):
+            return
         self.reads.append(Read(client, register, value, invoked, self.now(), source))
+
+    def records(self, ino: int) -> list[Register]:
+        """Return all that anybody has begun to append to a log."""
+        return [register for each in self.changes for register in each.effect if register[:2] == ("record", ino)]
 
     def begin(self, client: int, what: str, effect: dict[Register, Value]) -> Change:
         """A change begins."""
@@ -174,6 +194,10 @@ class History:
         for change in self.changes:
             if change.client == client and change.known == math.inf:
                 change.known = self.loop.now + _SETTLING_S
+
+    def woken(self, client: int) -> None:
+        """A client's machine was suspended."""
+        self.awake[client] = self.loop.now + _SETTLING_S
 
     @contextlib.contextmanager
     def operation(self, what: str) -> Iterator[None]:

@@ -27,6 +27,7 @@ from typing import Any, Final, Protocol
 import pyfuse3
 from pyfuse3 import EntryAttributes, FUSEError
 
+from fuseclient.worker import handles
 from simulation.bpf import Maps
 from simulation.loop import VirtualLoop, current_node
 from simulation.rwlock import ReadWriteLock
@@ -360,8 +361,10 @@ class Kernel:
 
     # Files
 
-    async def open(self, ino: int, *, writing: bool, truncate: bool = False) -> int:
+    async def open(self, ino: int, *, writing: bool, truncate: bool = False, append: bool = False) -> int:
         """Return a handle; drops the pages unless they may be kept."""
+        if append:
+            return await self._open(ino, os.O_WRONLY | os.O_APPEND)
         if truncate:
             async with self.inode(ino).lock.exclusive():
                 return await self._open(ino, os.O_WRONLY | os.O_TRUNC)
@@ -424,6 +427,16 @@ class Kernel:
             inode.version = self._version
             inode.size = max(inode.size, len(data))
             inode.expires = 0.0
+
+    async def append(self, ino: int, fh: int, data: bytes) -> None:
+        """Write with O_APPEND, to where this kernel believes that the file ends; the channel marks such a WRITE."""
+        inode = self.inode(ino)
+        async with inode.lock.exclusive():
+            await self._change("write", fh | handles.APPENDS, inode.size, data)
+            async with inode.page_lock:
+                inode.pages = None
+            self._bump(inode)
+            inode.size += len(data)
 
     async def fsync(self, fh: int) -> None:
         """fsync through a writing handle."""

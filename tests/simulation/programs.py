@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import errno
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from stat import S_IMODE
 from typing import Final, TypeVar
 
@@ -27,6 +27,8 @@ from simulation.history import (
     mode_of,
     name_of,
     owner_of,
+    record_of,
+    records_in,
     xattr_of,
 )
 from simulation.loop import VirtualLoop
@@ -36,8 +38,7 @@ FILES: Final = (b"f0", b"f1", b"f2")
 SUBDIRECTORIES: Final = (b"s0", b"s1")
 SYMLINKS: Final = (b"l0",)
 XATTRS: Final = (b"user.x", b"user.y")
-#: The length of every content that is written.
-CONTENT_BYTES: Final = 16
+LOG: Final = b"log"
 
 #: What a change is refused with when nothing was changed.
 _REFUSALS: Final = frozenset(
@@ -109,7 +110,7 @@ class Program:
         """Read a directory: each name is there, or is not."""
         invoked = self._history.now()
         entries = await self._reading(self._kernel.readdir(parent))
-        for name in {**dict.fromkeys(FILES + SUBDIRECTORIES + SYMLINKS), **entries}:
+        for name in {**dict.fromkeys((*FILES, *SUBDIRECTORIES, *SYMLINKS)), **entries}:
             self._history.read(self._client.index, name_of(parent, name), entries.get(name, 0), invoked, "readdir")
 
     async def read(self, ino: int) -> bytes:
@@ -122,6 +123,18 @@ class Program:
         finally:
             await self._closing(ino, handle)
         return content
+
+    async def read_log(self, ino: int) -> None:
+        """Read a log: how often is each record in it?"""
+        invoked, records = self._history.now(), self._history.records(ino)
+        handle = await self._reading(self._kernel.open(ino, writing=False))
+        try:
+            content, source = await self._reading(self._kernel.read(ino, handle))
+            found = records_in(content)
+            for register in dict.fromkeys((*records, *(record_of(ino, each) for each in found))):
+                self._history.read(self._client.index, register, found[register[2]], invoked, source)
+        finally:
+            await self._closing(ino, handle)
 
     async def readlink(self, ino: int) -> None:
         invoked = self._history.now()
@@ -212,7 +225,8 @@ class Program:
     async def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
         """Set a value; an empty one removes it."""
         register = xattr_of(ino, name)
-        await self._set(f"{name!r} of {ino} to {value!r}", {register: value}, self._kernel.setxattr(ino, name, value))
+        call = self._kernel.setxattr(ino, name, value)
+        await self._set(f"setxattr of {name!r} of {ino} to {value!r}", {register: value}, call)
 
     async def _set(self, what: str, effect: dict[Register, Value], call: Awaitable[object]) -> None:
         """Change an inode. While its client writes the file this is durable with that only: so nothing is promised."""
@@ -230,12 +244,33 @@ class Program:
             self._history.end(change, Outcome.OK)
         await self._write_and_close(ino, handle, content)
 
+    async def append(self, ino: int, records: Sequence[bytes]) -> None:
+        """Open a log, append records to it, with an fsync after each or a close after all, and close it."""
+        handle = await self._reading(self._kernel.open(ino, writing=True, append=True))
+        changes, outcome, synced = [], Outcome.OK, self._rng.random() < 0.5
+        try:
+            for record in records:
+                what = f"append of {record!r} to {ino}"
+                changes.append(self._history.begin(self._client.index, what, {record_of(ino, record): PRESENT}))
+                await self._kernel.append(ino, handle, record)
+                if synced:
+                    await self._kernel.fsync(handle)
+                    self._history.end(changes.pop(), Outcome.OK, durable=True)
+        except FUSEError:
+            outcome = Outcome.UNKNOWN
+        try:
+            await self._closing(ino, handle)
+        except Failed:
+            outcome = Outcome.UNKNOWN
+        for change in changes:
+            self._history.end(change, outcome, durable=self._durable and outcome is Outcome.OK)
+
     async def _write_and_close(self, ino: int, handle: int, content: bytes | None) -> None:
         if content is None:
             await self._closing(ino, handle)
             return
         change = self._history.begin(self._client.index, f"write of {content!r} to {ino}", {data_of(ino): content})
-        outcome = Outcome.OK
+        failure: FUSEError | None = None
         try:
             await self._kernel.write(ino, handle, content)
             if self._rng.random() < 0.3:
@@ -245,14 +280,16 @@ class Program:
                 self._history.end(change, Outcome.OK, durable=True)
                 await self._closing(ino, handle)
                 return
-        except FUSEError:
-            outcome = Outcome.UNKNOWN
+        except FUSEError as error:
+            failure = error
         try:
             await self._kernel.close(ino, handle)
         except FUSEError as error:
+            failure = failure or error
+        if failure is not None:
             self._history.end(change, Outcome.UNKNOWN)
-            raise Failed from error
-        self._history.end(change, outcome, durable=self._durable)
+            raise Failed from failure
+        self._history.end(change, Outcome.OK, durable=self._durable)
 
     async def _changing(
         self,
@@ -313,6 +350,8 @@ class Wanderer:
         (4, "_setxattr"),
         (2, "_truncate"),
         (12, "_write"),
+        (4, "_append"),
+        (3, "_read_log"),
         (4, "_mkdir"),
         (3, "_rmdir"),
         (1, "_syncdir"),
@@ -393,6 +432,16 @@ class Wanderer:
     async def _setxattr(self) -> None:
         value = self._content() if self._rng.random() < 0.7 else b""
         await self._program.setxattr(await self._file(), self._rng.choice(XATTRS), value)
+
+    async def _append(self) -> None:
+        ino = await self._program.lookup(wire.ROOT_INO, LOG)
+        if ino:
+            await self._program.append(ino, [self._content() for _ in range(self._rng.choice((1, 1, 2)))])
+
+    async def _read_log(self) -> None:
+        ino = await self._program.lookup(wire.ROOT_INO, LOG)
+        if ino:
+            await self._program.read_log(ino)
 
     async def _truncate(self) -> None:
         await self._program.truncate(await self._file())

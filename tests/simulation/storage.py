@@ -35,6 +35,8 @@ from simulation.history import (
     mode_of,
     name_of,
     owner_of,
+    record_of,
+    records_in,
     xattr_of,
 )
 from simulation.loop import Node, VirtualLoop, current_node
@@ -100,6 +102,8 @@ class Witness:
     #: The server that took the engine over last.
     ruler: Node | None = None
     complaints: list[str] = field(default_factory=list)
+    #: Logs, and the records that each has.
+    logs: dict[int, Counter[bytes]] = field(default_factory=dict)
     #: Called with each commit of what somebody can see.
     on_commit: Callable[[Commit], None] = lambda commit: None
 
@@ -154,12 +158,20 @@ class Witness:
                 links_of(number): inode.nlink,
             }
             content = self._content(store, int.from_bytes(key[1:5]), inode)
-            if content is not None:
+            if content is not None and number in self.logs:
+                seen.update(self._records(number, content))
+            elif content is not None:
                 seen[data_of(number)] = content
             for register, now in seen.items():
                 if self.last.get(register) != now:
                     self.last[register] = now
                     yield register, now
+
+    def _records(self, log: int, content: bytes) -> dict[Register, Value]:
+        """Return what a log has of each record that it has, or had before."""
+        before, now = self.logs[log], records_in(content)
+        self.logs[log] = now
+        return {record_of(log, each): now[each] for each in before | now}
 
     def _content(self, store: _Store, volume: int, inode: Inode) -> bytes | None:
         """Return what a small file holds, as a reader would put it together; None for what has no content."""

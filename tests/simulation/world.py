@@ -28,7 +28,7 @@ from simulation.faults import Faults
 from simulation.history import History
 from simulation.loop import START_S, Node, Stuck, VirtualLoop
 from simulation.network import Network
-from simulation.programs import DIRECTORIES, Failed, Program, Wanderer
+from simulation.programs import DIRECTORIES, LOG, Failed, Program, Wanderer
 from simulation.rules import switched_off
 from simulation.storage import ObjectsInMemory, Witness, WitnessedEngine
 from simulation.tree import check_tree
@@ -169,6 +169,14 @@ class World:
         self._programs = [(owner, task) for owner, task in self._programs if owner is not client]
         self.history.abandon(client.node)
 
+    def wake(self, client: Client) -> None:
+        """A machine that was suspended goes on, and its worker is told of that."""
+        for node in (client.node, client.worker.node):
+            node.frozen = False
+        self.history.woken(client.index)
+        if client.worker.mount is not None:
+            self.loop.post(client.worker.node, client.worker.mount.woken)
+
     def boot_client(self, client: Client) -> None:
         """Start a machine again, with programs that go on."""
         client.boot()
@@ -202,6 +210,8 @@ class World:
         await connection.call(wire.OpenSession(VOLUME, "setup", None), wire.SessionOpened)
         for name in DIRECTORIES:
             await connection.call(wire.MakeNode(wire.ROOT_INO, name, 0o040755, 0, 0), wire.Changed)
+        log = await connection.call(wire.MakeNode(wire.ROOT_INO, LOG, 0o100644, 0, 0), wire.Changed)
+        self.witness.logs[log.attributes[0].ino] = Counter()
         await connection.call(wire.CloseSession(), wire.Done)
         connection.abort()
         self.setup_commits = len(self.witness.commits)
@@ -251,7 +261,9 @@ class World:
                 for name in names:
                     with contextlib.suppress(Failed):
                         ino = await program.stat(parent, name)
-                        if ino and ino not in entries and ino in self.witness.contents():
+                        if ino in self.witness.logs:
+                            await program.read_log(ino)
+                        elif ino and ino not in entries and ino in self.witness.contents():
                             await program.read(ino)
 
     def verdict(self) -> Verdict:

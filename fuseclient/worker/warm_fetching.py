@@ -18,7 +18,7 @@ from fuseclient.data.keeping import Keeper, Kept
 from fuseclient.data.reader import Reader
 from fuseclient.data.store_errors import StoreError
 from fuseclient.warmup import Progress
-from fuseclient.worker.directories import WINDOW, Session
+from fuseclient.worker.directories import Session
 from fuseclient.worker.feeding import Feeder, comes_with_directory
 from fuseclient.worker.guard import Token
 from fuseclient.worker.rpc import Refused
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 PAGE_BYTES: Final = 4096
+#: Entries fetched at once: who asks for something meanwhile waits for such a fetch or two, here and at the metaserver.
+_WINDOW: Final = 1024
 #: What an entry takes up in a listing beside its name, in bytes.
 _LISTED_BYTES: Final = 36
 #: Files that are brought at once.
@@ -56,7 +58,7 @@ class DirectoryFetch:
         self._progress = progress
         self._data = data
         self._cookie = 0
-        self._limit = WINDOW
+        self._limit = _WINDOW
         self._inodes = array("Q")
         self._files = array("Q")
         self._pages = 0
@@ -87,7 +89,7 @@ class DirectoryFetch:
                 await asyncio.sleep(0)
         finally:
             self._room.entries += limit - len(entries)
-        self._limit = max(1, len(entries)) if cut else min(WINDOW, 2 * self._limit)
+        self._limit = max(1, len(entries)) if cut else min(_WINDOW, 2 * self._limit)
         self._took(entries, complete=complete)
 
     def _with_content(self, page: wire.DirectoryPage) -> wire.DirectoryPage:

@@ -142,6 +142,8 @@ class History:
     reads: list[Read] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     pending: dict[int, tuple[Node, str]] = field(default_factory=dict)
+    #: Up to when each client knows that what it did may be lost.
+    told: dict[int, int] = field(default_factory=dict)
     #: When a client's worker must have noticed that its machine was suspended.
     awake: dict[int, float] = field(default_factory=dict)
 
@@ -178,10 +180,15 @@ class History:
             change.effect = effect
 
     def synced(self, client: int, invoked: Stamp) -> None:
-        """All that a client had done before it began to sync is durable."""
+        """All that a client had done before it began to sync is durable, but for what it was told may be lost."""
+        since = self.told.get(client, 0)
         for change in self.changes:
-            if change.client == client and change.returned is not None and change.returned.order < invoked.order:
+            if change.client == client and change.returned is not None and since < change.returned.order < invoked.order:
                 change.durable |= change.outcome is Outcome.OK
+
+    def sync_failed(self, client: int) -> None:
+        """A client was told by a sync that what it had done may be lost; or it is started anew, and cannot be told."""
+        self.told[client] = self.now().order
 
     def worker_died(self, client: int) -> None:
         """What a client's worker had in hand is not known to the client until there is another worker."""

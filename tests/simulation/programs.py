@@ -149,7 +149,11 @@ class Program:
     async def syncdir(self, ino: int) -> None:
         """fsync of a directory makes all that its client did durable."""
         invoked = self._history.now()
-        await self._reading(self._kernel.fsyncdir(ino))
+        try:
+            await self._kernel.fsyncdir(ino)
+        except FUSEError as error:
+            self._history.sync_failed(self._client.index)
+            raise Failed from error
         self._history.synced(self._client.index, invoked)
 
     async def _closing(self, ino: int, handle: int) -> None:

@@ -120,18 +120,20 @@ class Change:
     known: float = -math.inf
     #: It was promised that it survives a crash of the server.
     durable: bool = False
+    #: Its program was told that it may be lost.
+    doubted: bool = False
 
     def __str__(self) -> str:
         return f"client {self.client}'s {self.what} ({self.outcome.value})"
 
 
 class Commit(NamedTuple):
-    """What a transaction of the engine changed, for which session. ``undoes``: a crash took commits back, these."""
+    """What a transaction of the engine changed, for which session. ``undoes``: none; a crash took these commits back."""
 
     at: Stamp
     changes: dict[Register, Value]
     session: bytes = b""
-    undoes: tuple[int, ...] = ()
+    undoes: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -183,8 +185,9 @@ class History:
         """All that a client had done before it began to sync is durable, but for what it was told may be lost."""
         since = self.told.get(client, 0)
         for change in self.changes:
-            if change.client == client and change.returned is not None and since < change.returned.order < invoked.order:
-                change.durable |= change.outcome is Outcome.OK
+            returned = change.returned
+            if change.client == client and returned is not None and since < returned.order < invoked.order:
+                change.durable |= change.outcome is Outcome.OK and not change.doubted
 
     def sync_failed(self, client: int) -> None:
         """A client was told by a sync that what it had done may be lost; or it is started anew, and cannot be told."""

@@ -176,8 +176,9 @@ class Program:
         change = self._history.begin(self._client.index, f"create of {name!r} in {parent}", {register: PRESENT})
         ino, handle = await self._changing(change, self._kernel.create(parent, name), exists=register)
         self._history.end(change, Outcome.OK, {register: ino})
+        change.doubted = True
         await self._write_and_close(ino, handle, content)
-        change.durable = self._durable
+        change.doubted, change.durable = False, self._durable
         return ino
 
     async def mkdir(self, parent: int, name: bytes) -> None:

@@ -128,7 +128,7 @@ class Change:
 
 
 class Commit(NamedTuple):
-    """What a transaction of the engine changed, for which session. ``undoes``: none; a crash took these commits back."""
+    """What a transaction of the engine changed, for which session. ``undoes``: it is a crash, which took these back."""
 
     at: Stamp
     changes: dict[Register, Value]

@@ -338,6 +338,7 @@ STATS = {
     "worker": {"pid": 7, "rss_bytes": 1 << 20, "restarts": 1},
     "requests": {"LOOKUP": {"kernel": 990, "daemon": 10}, "READ": {"kernel": 0, "daemon": 0}},
     "outcomes": {"LOOKUP": {"answered": 990, "miss_name": 7, "miss_epoch": 3}, "STATFS": {"answered": 4}},
+    "levels": {"kernel": 990, "memory": 2, "disk_cache": 0, "metaserver": 6, "store": 2, "uncounted": 0},
     "maps": {"inodes": {"entries": 5, "capacity": 10, "bytes": 4096}},
     "a figure of a later version": 1,
 }
@@ -348,7 +349,18 @@ def test_figures_are_shown() -> None:
     with console.capture() as capture:
         console.print(figures.render(figures.parse_stats(STATS), "a mount"))
     shown = capture.get()
-    for text in ("a mount", "LOOKUP", "99.0%", "50.0%", "12.5 s left", "pid 7", "epoch 2", "name 7, epoch 3"):
+    for text in (
+        "a mount",
+        "LOOKUP",
+        "99.0%",
+        "50.0%",
+        "12.5 s left",
+        "pid 7",
+        "epoch 2",
+        "name 7, epoch 3",
+        "75.0%",
+        "20.0%",
+    ):
         assert text in shown
     assert "READ" not in shown
     assert "STATFS" not in shown

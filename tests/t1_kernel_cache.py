@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import struct
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Event
 from typing import Any
@@ -107,6 +108,23 @@ def test_a_dropped_inode_is_missed_by_every_name(bpf: Kernel) -> None:
     bpf.cache.drop_inode(3)
     assert outcome(bpf, kernel.lookup(ROOT, b"file2")) == "MISS_INODE"
     assert read_all(bpf, 2) is None
+
+
+def test_it_says_whether_all_of_some_inodes_are_there(bpf: Kernel) -> None:
+    marked = array("Q", [2, 3 | 1 << 62, 4])
+    assert bpf.cache.has_all(array("Q"), content=True)
+    assert not bpf.cache.has_all(marked, content=False)
+    large = DirectoryEntry(b"large", 4, attributes(4, REGULAR, 1 << 20), None)
+    bpf.cache.put(ROOT, [file_entry(2, b"data"), file_entry(3, None, 7), large])
+    assert bpf.cache.has_all(marked, content=False)
+    assert not bpf.cache.has_all(marked, content=True)
+    bpf.cache.put_inode(attributes(3, REGULAR, 7), b"content")
+    assert bpf.cache.has_all(marked, content=True)
+    bpf.cache.drop_inode(2)
+    assert not bpf.cache.has_all(marked, content=False)
+    assert bpf.cache.has_all(marked[1:], content=True)
+    bpf.cache.bump_epoch()
+    assert not bpf.cache.has_all(marked[1:], content=False)
 
 
 def test_a_name_changes_from_absent_to_present_and_back(bpf: Kernel) -> None:

@@ -132,7 +132,7 @@ def test_listers_beside_a_changer(both: Cluster) -> None:
     for thread in threads:
         thread.start()
     try:
-        for step in range(150):
+        for step in range(200):
             os.mknod(other / str(step))
             made.add(str(step))
             if step >= 10:

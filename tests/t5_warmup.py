@@ -52,3 +52,21 @@ def test_changes_elsewhere_are_seen_and_warmed_anew(cluster: Cluster) -> None:
     assert (a.path / "top" / "content" / "file").read_bytes() == b"and after"
     assert (a.path / "top" / "left" / "file").read_bytes() == b"before"
     assert (figures.answers(a, "LOOKUP").daemon, figures.answers(a, "READ").daemon) == before
+
+
+def test_content_brought_ahead_is_not_believed_when_it_changes(cluster: Cluster) -> None:
+    """See content_ahead.py: what a reader in order has had brought, another mount changes before he comes there."""
+    a, b = cluster.mount("a", "bpf"), cluster.mount("b", "off")
+    (b.path / "top").mkdir()
+    for number in range(60):
+        (b.path / "top" / f"{number:02d}").write_bytes(b"before")
+    warm(a)
+    for number in range(60):
+        if number == 20:
+            rig.wait_for(lambda: figures.stats(a)["caches"]["content_ahead"]["files"] > 40, "content is brought")
+            (b.path / "top" / "30").write_bytes(b"changed")
+            (b.path / "top" / "40").unlink()
+            (b.path / "top" / "40").write_bytes(b"another")
+        expected = {30: b"changed", 40: b"another"}.get(number, b"before")
+        assert (a.path / "top" / f"{number:02d}").read_bytes() == expected
+    assert figures.answers(a, "READ").kernel > 20

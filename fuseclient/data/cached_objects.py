@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from fuseclient.data.disk_cache import DiskCache
 from fuseclient.data.object_format import MAX_HEADER, Header, parse_header
 from fuseclient.data.store_errors import ObjectDamaged
+from fuseclient.levels import Level, reach
 
 #: Whole objects in memory, in bytes.
 MEMORY_BYTES: Final = 64 * 1024 * 1024
@@ -56,6 +57,7 @@ class CachedObjects:
         found = await self._cached(slice_id, start, length)
         if found is not None:
             return found
+        reach(Level.STORE)
         if self._disk is None and slice_id not in self._coming:
             return await self._store.read(slice_id, start, length)
         whole = await self._fetched(slice_id)
@@ -95,6 +97,7 @@ class CachedObjects:
             await self._disk.drop(_name(slice_id), damaged=True)
             return None
         self._hits += found is not None
+        reach(Level.DISK_CACHE)
         return found
 
     async def _from_disk(self, disk: DiskCache, slice_id: int, start: int, length: int) -> memoryview | None:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Final, NamedTuple, Protocol
 
 from fuseclient.data.caller import Caller
+from fuseclient.levels import Level, reach
 from metaserver import wire
 
 CHUNK_BYTES: Final = 64 * 1024 * 1024
@@ -85,6 +86,7 @@ class Layouts:
             self._misses += 1
             task = self._coming[key] = asyncio.create_task(self._ask_chunk(ino, number), name=f"layout {ino}/{number}")
             task.add_done_callback(lambda done: self._arrived(key, done))
+        reach(Level.METASERVER)
         return await asyncio.shield(task)
 
     async def range(self, ino: int, begin: int, end: int) -> Layout:

@@ -43,6 +43,7 @@ from fuseclient.data.disk_cache import DiskCache
 from fuseclient.data.reader import Reader
 from fuseclient.data.whole_files import LEAST_BYTES, WholeFiles
 from fuseclient.data.writer import Writer
+from fuseclient.levels import Level, reach
 from fuseclient.worker.rpc import Refused
 from metaserver import wire
 
@@ -296,6 +297,7 @@ class Passthrough:
         live = self._lives.get(ino)
         if live is None or live.stale or live.broken:
             return None
+        reach(Level.DISK_CACHE)
         data: bytes | None = await self._run(live, live.file.read, offset, length)
         return data
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from rich import box
@@ -14,6 +14,15 @@ from rich.text import Text
 from fuseclient.control import ControlError
 
 _Key = TypeVar("_Key")
+
+_LEVELS: Final = {
+    "kernel": "the kernel's maps (BPF)",
+    "memory": "the worker's memory",
+    "disk_cache": "the disk cache",
+    "metaserver": "the metaserver",
+    "store": "the object store",
+}
+_UNCOUNTED: Final = "uncounted"
 
 
 class Answers(msgspec.Struct, frozen=True):
@@ -60,6 +69,8 @@ class Stats(msgspec.Struct, frozen=True):
     maps: dict[str, MapFigures] = {}
     #: By request, how often the BPF programs came to each outcome.
     outcomes: dict[str, dict[str, int]] = {}
+    #: Who had what it took to answer how many requests, the nearest first.
+    levels: dict[str, int] = {}
 
 
 def parse_stats(reply: dict[str, Any]) -> Stats:
@@ -89,7 +100,10 @@ def total(requests: dict[str, Answers]) -> Answers:
 
 def render(stats: Stats, title: str) -> RenderableType:
     """Return all figures for a terminal."""
-    parts: list[RenderableType] = [Text(title, style="bold"), _summary(stats), requests_table(stats.requests)]
+    parts: list[RenderableType] = [Text(title, style="bold"), _summary(stats)]
+    if any(stats.levels.values()):
+        parts.append(_levels_table(stats.levels))
+    parts.append(requests_table(stats.requests))
     if any(_misses(outcomes) for outcomes in stats.outcomes.values()):
         parts.append(_misses_table(stats.outcomes))
     if stats.maps:
@@ -124,6 +138,27 @@ def _misses_table(outcomes: dict[str, dict[str, int]]) -> Table:
     for opcode, counts in sorted(outcomes.items(), key=lambda item: -sum(_misses(item[1]).values())):
         if missed := _misses(counts):
             table.add_row(opcode, ", ".join(f"{reason} {count:,}" for reason, count in missed.items()))
+    return table
+
+
+def _levels_table(levels: Mapping[str, int]) -> Table:
+    """Return a table of how far requests went; the ratio is of those that came to a level and were answered there."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("answered with what is in")
+    for heading in ("requests", "share", "hit ratio"):
+        table.add_column(heading, justify="right")
+    everything = sum(levels.values())
+    left = everything - levels.get(_UNCOUNTED, 0)
+    for level, count in levels.items():
+        if level == _UNCOUNTED:
+            continue
+        ratio = f"{count / left:.1%}" if left else "-"
+        table.add_row(_LEVELS.get(level, level), f"{count:,}", f"{count / everything:.1%}", ratio)
+        left -= count
+    if uncounted := levels.get(_UNCOUNTED):
+        table.add_row(
+            "(no answer, in hand, an earlier worker's)", f"{uncounted:,}", f"{uncounted / everything:.1%}", "-"
+        )
     return table
 
 

@@ -34,13 +34,15 @@ def assemble(
     if bpf is not None:
         figures = native.figures(acceleration.map_fds(bpf, options))
     channel = {name: getattr(transport, name) for name in transport.__struct_fields__ if name != "forwarded"}
+    requests = _requests(figures["counters"], transport.forwarded)
     return {
         "accel": accel,
         "profile": options.profile,
         "epoch": figures["epoch"],
         "lease_remaining_s": _remaining_s(figures["deadline_ns"]) if "deadline_ns" in figures else None,
         "worker": {"pid": worker_pid, "rss_bytes": _resident_bytes(worker_pid), "restarts": restarts},
-        "requests": _requests(figures["counters"], transport.forwarded),
+        "requests": requests,
+        "levels": _levels(requests, (worker or {}).get("levels", {})),
         "maps": figures["maps"],
         "outcomes": figures["counters"],
         "channel": channel,
@@ -58,6 +60,15 @@ def _requests(counters: dict[str, dict[str, int]], forwarded: list[int]) -> dict
         if count:
             requests.setdefault(opcode_name(opcode), {"kernel": 0, "daemon": 0})["daemon"] = count
     return {opcode: answers for opcode, answers in requests.items() if any(answers.values())}
+
+
+def _levels(requests: dict[str, dict[str, int]], worker: dict[str, int]) -> dict[str, int]:
+    """Return who had what it took to answer how many requests, the nearest first.
+
+    ``uncounted``: those that need no answer, that are in hand, or that an earlier worker answered.
+    """
+    kernel, daemon = (sum(each[who] for each in requests.values()) for who in ("kernel", "daemon"))
+    return {"kernel": kernel, **worker, "uncounted": max(0, daemon - sum(worker.values()))}
 
 
 def _remaining_s(deadline_ns: int) -> float:

@@ -13,6 +13,7 @@ go to the metaserver, which is slow and right.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections import OrderedDict, deque
@@ -140,15 +141,24 @@ class Changes:
             self._opened.forget(ino)
         if told.number or told.names or told.inodes:
             self._drop(told.names, told.inodes)
-            self._in_background(self._break(told, acknowledge))
+            keeping_out = contextlib.ExitStack()
+            if not told.number:
+                keeping_out.enter_context(self._keeping_out(told))
+            self._in_background(self._break(told, acknowledge, keeping_out))
 
-    async def _break(self, told: wire.Break, acknowledge: Acknowledge) -> None:
-        """Have the kernel drop what a break told. What nobody waits for may be put again before: keep that out."""
-        kept_out = () if told.number else told.inodes
+    def _keeping_out(self, told: wire.Break) -> contextlib.AbstractContextManager[None]:
+        """Nobody waits for this break, so what it tells, and the directories, may be put again before: keep it out."""
+        inodes = {*told.inodes, *(parent for parent, _ in told.names)}
+        for ino in inodes:
+            self._feeder.drop_inode(ino)
+        return self._kernel.keeping_out(inodes)
+
+    async def _break(self, told: wire.Break, acknowledge: Acknowledge, keeping_out: contextlib.ExitStack) -> None:
+        """Have the kernel drop what a break told, and end ``keeping_out`` then."""
         try:
-            if told.joined:
-                await self._writer.commit_deferred()
-            with self._kernel.keeping_out(kept_out):
+            with keeping_out:
+                if told.joined:
+                    await self._writer.commit_deferred()
                 await self._kernel.drop(told.names, told.inodes)
         except ConnectionError as error:
             _log.info("the kernel's caches can be dropped no more, so the session ends with its lease: %s", error)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from fuseclient.data.caller import Caller
+from fuseclient.levels import Level, reach
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.listings import Entry
 from fuseclient.worker.rpc import Refused
@@ -138,6 +139,7 @@ class _Fetch:
     async def advanced(self) -> None:
         """Wait for another page, or for the end; raise what ended it early."""
         if not self.done:
+            reach(Level.METASERVER)
             self._progress.clear()
             await self._progress.wait()
         if self.error is not None:

@@ -14,6 +14,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 from pyfuse3 import FUSEError
 
+from fuseclient import levels
 from fuseclient.data.objects import NoSpace, StoreError
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver.wire import ErrorCode
@@ -51,16 +52,22 @@ _R = TypeVar("_R")
 def answered(
     operation: Callable[_P, Coroutine[Any, Any, _R]], *, gone: int = errno.ENOENT
 ) -> Callable[_P, Coroutine[Any, Any, _R]]:
-    """Let an operation raise what it likes: pyfuse3 sees :exc:`FUSEError` only. What is not expected is logged."""
+    """Let an operation raise what it likes: pyfuse3 sees :exc:`FUSEError` only. What is not expected is logged.
+
+    It is counted by what it had to go to: see levels.py.
+    """
 
     @functools.wraps(operation)
     async def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        request = levels.begin()
         try:
             return await operation(*args, **kwargs)
         except FUSEError:
             raise
         except Exception as error:
             raise FUSEError(errno_of(error, operation.__name__, gone=gone)) from error
+        finally:
+            levels.end(request)
 
     return wrapper
 

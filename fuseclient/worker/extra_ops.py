@@ -26,6 +26,7 @@ from typing import Any, Final
 
 from pyfuse3 import FUSEError
 
+from fuseclient import levels
 from fuseclient.data.ranges import Ranges
 from fuseclient.worker import extra_messages as messages
 from fuseclient.worker.direct_ops import Answer, Asked, DirectOps
@@ -124,6 +125,7 @@ class ExtraOps:
             if body.unique in self._running:
                 self._running[body.unique].set()
         elif isinstance(body, messages.Release) and self._is_released(header, body):
+            levels.at_once()
             self._send(messages.encode(header.unique))
         else:
             self._running[header.unique] = asyncio.Event()
@@ -140,6 +142,7 @@ class ExtraOps:
         try:
             answer = handler(Asked(header.nodeid, header.uid, header.gid, header.pid, body))
         except FUSEError as error:
+            levels.at_once()
             self._send(messages.encode_error(header.unique, error.errno))
         except messages.Malformed as error:
             error.unique = header.unique
@@ -148,6 +151,7 @@ class ExtraOps:
             self._send(messages.encode_error(header.unique, errno_of(error, handler.__name__)))
         else:
             if isinstance(answer, bytes):
+                levels.at_once()
                 self._send(messages.encode(header.unique, answer))
             else:
                 self._start(self._answer(header, answer, handler.__name__, errno.ESTALE))
@@ -158,6 +162,7 @@ class ExtraOps:
         task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, header: messages.Header, work: Coroutine[Any, Any, bytes], name: str, gone: int) -> None:
+        request = levels.begin()
         try:
             reply = messages.encode(header.unique, await work)
         except FUSEError as error:
@@ -168,6 +173,7 @@ class ExtraOps:
             reply = messages.encode_error(header.unique, errno_of(error, name, gone=gone))
         finally:
             self._running.pop(header.unique, None)
+            levels.end(request)
         self._send(reply)
 
     def _send(self, reply: bytes) -> None:

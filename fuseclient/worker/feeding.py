@@ -73,6 +73,8 @@ class Feeder:
         self.is_shown: Callable[[wire.Attributes], bool] = lambda attributes: False
         #: Told of each inode that is dropped; ``None`` is all of them.
         self.on_drop: Callable[[int | None], None] = lambda ino: None
+        #: Told of each part of a directory that was fetched.
+        self.on_page: Callable[[wire.DirectoryPage], None] = lambda page: None
 
     def begin(self) -> Token:
         """Return the token of a read that is about to be sent: a context that ends when its reply has been put."""
@@ -102,6 +104,7 @@ class Feeder:
             else:
                 self._cache.put_name(parent, entry.name, entry.attributes.ino)
         self._cache.put(parent, whole)
+        self.on_page(page)
 
     def same_names(self, token: Token, ino: int) -> bool:
         """Say whether no name of a directory was dropped, made or removed since the token was taken."""
@@ -265,6 +268,15 @@ class Feeder:
         self._cache.bump_epoch()
         self._cache.drop_statfs()
         self.on_drop(None)
+
+
+def comes_with_directory(attributes: wire.Attributes) -> bool:
+    """Say whether a fetch of its directory brings the content of a file, within the budget; empty ones have none."""
+    return bool(
+        attributes.flags & wire.InodeFlag.INLINE
+        and 0 < attributes.size <= wire.MAX_INLINE
+        and stat.S_ISREG(attributes.mode)
+    )
 
 
 def _listing(ino: int) -> tuple[int, bytes]:

@@ -8,7 +8,9 @@ again, and answered by BPF.
 
 A directory's listing goes with any of its names, and with it pages that the kernel keeps of it. A listing that is being
 read there may put them back, with what it was told before, as long as it has the directory's lock: so the lock is
-waited for first, by dropping a name; and if that takes too long, the pages are dropped once more when it is had.
+waited for first, by dropping a name; and if that takes too long, the pages are dropped once more when it is had. One
+that was begun while a change elsewhere was under way is out of date as soon as that is made, and nobody waits for it to
+be dropped; but the kernel uses what it keeps only when it was told of the end, and before that the pages are dropped.
 
 Pages of a file that is open for writing here are dropped behind the caller's back: a write holds its page while it
 waits for the metaserver. Until they are gone the inode must not enter the maps; ``dropping`` tells.
@@ -32,8 +34,10 @@ _log = logging.getLogger(__name__)
 NAMES_ONE_BY_ONE: Final = 256
 #: Notifications on their way at once.
 _AT_ONCE: Final = 64
-#: Seconds after which a name that cannot be dropped is expired with all others.
+#: Seconds after which a name that cannot be dropped is expired with all others, if a change is what it waits for, and
+#: how many times as long what is not known is waited for.
 _PATIENCE_S: Final = 0.03
+_TURNS: Final = 30
 #: What no entry is called: dropping it waits for the directory's lock, and drops nothing.
 _NO_NAME: Final = b"/"
 
@@ -54,7 +58,7 @@ class Invalidator:
     def __init__(self, kernel: Kernel, is_written: Callable[[int], bool] = lambda ino: False) -> None:
         self._kernel = kernel
         self._is_written = is_written
-        #: Changes of this mount in flight, by directory.
+        #: Changes of this mount in flight, by the directory or file whose lock they have.
         self.busy: Counter[int] = Counter()
         #: Inodes whose pages are being dropped behind the caller's back.
         self.dropping: Counter[int] = Counter()
@@ -80,23 +84,34 @@ class Invalidator:
         if expired:
             names = self._one_of_each(names)
         one_by_one = asyncio.ensure_future(_in_batches(self._kernel.invalidate_entry(*each) for each in names))
-        done, _ = await asyncio.wait({one_by_one}, timeout=_PATIENCE_S)
-        if done:
+        if await self._are_dropped(one_by_one, {parent for parent, _ in names}):
             one_by_one.result()
         elif expired or await self._kernel.increment_epoch():
             self._in_background(self._drop_late(one_by_one, {parent for parent, _ in names}))
         else:
             await one_by_one
 
+    async def _are_dropped(self, dropping: asyncio.Future[bool], directories: Iterable[int]) -> bool:
+        """Wait for names to be dropped, in vain as soon as a change is seen to have the lock of their directory.
+
+        Whoever else has it, lists or looks up, and waits for nobody; what was told him must not outlive the wait.
+        """
+        for _ in range(_TURNS):
+            await asyncio.wait({dropping}, timeout=_PATIENCE_S)
+            if dropping.done() or any(self.busy[directory] for directory in directories):
+                break
+        return dropping.done()
+
     def _one_of_each(self, names: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
         """Return a name of each directory whose lock may be had by listings. A change in flight has it for itself."""
         return [(parent, name) for parent, name in dict(names).items() if not self.busy[parent]]
 
     async def _drop_late(self, names: Awaitable[object], directories: Iterable[int]) -> None:
-        """Names took too long to drop: drop the pages of their directories when that is done."""
+        """Names took too long to drop: drop their directories' pages when it is done, and keep these out until then."""
         try:
-            await names
-            await _in_batches(self._kernel.invalidate_inode(ino) for ino in directories)
+            with self.keeping_out(directories):
+                await names
+                await _in_batches(self._kernel.invalidate_inode(ino) for ino in directories)
         except OSError as error:
             _log.warning("a name was dropped late, or not: %s", error)
 
@@ -130,6 +145,15 @@ class Invalidator:
         await _in_batches(self._kernel.invalidate_attributes(ino) for ino in told)
         await _in_batches(self._drop_inode(ino) for ino in paged)
         await _in_batches(self._drop_listing(ino) for ino in listed)
+
+    async def before_end(self, ino: int) -> None:
+        """A directory's listing is about to be told to be at its end, and is kept by the kernel from then on.
+
+        If it is being dropped, parts of it may be out of date: what there is of them must go before. The kernel takes
+        a listing that lacks its pages for none.
+        """
+        if ino in self.dropping:
+            await self._kernel.invalidate_inode(ino)
 
     async def _drop_listing(self, ino: int) -> None:
         if not self.busy[ino]:

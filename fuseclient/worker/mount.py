@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from fuseclient import levels
 from fuseclient.config import WorkerConfig
 from fuseclient.data import passthrough
 from fuseclient.data.compaction import Compactor
@@ -19,6 +20,7 @@ from fuseclient.worker import warming
 from fuseclient.worker.changes import Changes, OldPages, OpenedVersions
 from fuseclient.worker.closings import Closings
 from fuseclient.worker.committing import Committing
+from fuseclient.worker.content_ahead import ContentAhead
 from fuseclient.worker.directories import WINDOW, Directories
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.invalidation import Invalidator, Kernel
@@ -178,6 +180,9 @@ class Mount:
         )  # fmt: skip
         through = reading.passthrough
         self._changes = Changes(feeder, directories, writer, orphans, lease, versions, kernel, through, is_open)
+        self._ahead = None if config.maps is None else ContentAhead(session, feeder, _data_budget(config))
+        if self._ahead is not None:
+            feeder.on_page = self._ahead.page
         self._join_locks()
         self._walks = Walks(
             warming.Parts(
@@ -214,6 +219,7 @@ class Mount:
                 open_handles=open_handles,
                 passthrough=through,
                 on_read=reading.read,
+                on_small_read=self._ahead.read if self._ahead is not None else lambda ino: None,
                 generation=config.generation,
                 kernel=kernel,
                 locks=self.locks,
@@ -261,6 +267,8 @@ class Mount:
             "uncommitted_bytes": self._writer.bytes,
             "files_being_written": self._writer.count,
             "filling": cache.get("filling", {}),
+            "levels": levels.figures(),
+            "content_ahead": self._ahead.figures() if self._ahead is not None else {},
             "compaction": self._compactor.figures(),
             "locks": self.locks.figures(),
             **self._reading.figures(),
@@ -271,6 +279,8 @@ class Mount:
         self._cleaning.cancel()
         self._compacting.cancel()
         await self._walks.close()
+        if self._ahead is not None:
+            await self._ahead.close()
         await self._reading.passthrough.absorb_all()
         await self._writer.flush_all()
         await self._session.close(farewell=farewell)

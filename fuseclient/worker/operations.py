@@ -75,6 +75,8 @@ class Parts:
     passthrough: Passthrough
     #: Told of each read that was answered from objects: of which file, and how many bytes.
     on_read: Callable[[wire.Attributes, int], None]
+    #: Told of each small file whose beginning was not answered in the kernel.
+    on_small_read: Callable[[int], None]
     #: Of the worker; part of its handles.
     generation: int
     #: False: each request is answered by the metaserver.
@@ -106,6 +108,7 @@ class Operations(pyfuse3.Operations):
         self._serials = handles.Serials()
         self._passthrough = parts.passthrough
         self._on_read = parts.on_read
+        self._on_small_read = parts.on_small_read
         self._generation = parts.generation % handles.GENERATIONS
         self._may_remember = parts.may_remember
         self._xattrs = Xattrs(parts.session, parts.feeder, parts.cache)
@@ -238,7 +241,8 @@ class Operations(pyfuse3.Operations):
         is not known whether it was made the inodes are, too, and the kernel is to ask for all of them again.
         """
         directories = [parent for parent, _ in names]
-        self._kernel.busy.update(directories)
+        locked = (*directories, *inodes)
+        self._kernel.busy.update(locked)
         try:
             with self._feeder.begin() as token:
                 yield token
@@ -246,15 +250,15 @@ class Operations(pyfuse3.Operations):
             for parent, name in names:
                 self._feeder.drop_name(parent, name)
             if isinstance(error, Disconnected) or error.code is wire.ErrorCode.INTERNAL:
-                for ino in (*directories, *inodes):
+                for ino in locked:
                     self._feeder.drop_inode(ino)
-                await self._kernel.doubt(names, (*directories, *inodes))
+                await self._kernel.doubt(names, locked)
             raise
         finally:
-            self._kernel.busy.subtract(directories)
-            for parent in directories:
-                if not self._kernel.busy[parent]:
-                    del self._kernel.busy[parent]
+            self._kernel.busy.subtract(locked)
+            for ino in locked:
+                if not self._kernel.busy[ino]:
+                    del self._kernel.busy[ino]
 
     def _note_orphan(self, attributes: wire.Attributes) -> None:
         if attributes.nlink == 0:
@@ -424,6 +428,7 @@ class Operations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, b"." * (position + 1), dot_entry(ino), position + 1):
                 return
         cookie, complete = max(0, start_id - DOTS), False
+        told = start_id < DOTS
         while not complete:
             listing = await self._directories.listing(ino, cookie)
             complete = listing.complete
@@ -431,7 +436,9 @@ class Operations(pyfuse3.Operations):
                 attributes = self._entry(entry.attributes, listing.is_fresh(entry))
                 if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + DOTS):
                     return
-                cookie = entry.cookie
+                cookie, told = entry.cookie, True
+        if not told:
+            await self._kernel.before_end(ino)
 
     @answered
     async def releasedir(self, fh: int) -> None:
@@ -528,6 +535,8 @@ class Operations(pyfuse3.Operations):
             reading = await self._reader.read(ino, off, size)
             if reading.content is not None:
                 self._feeder.inode(token, reading.attributes, reading.content)
+        if reading.content is not None and off == 0:
+            self._on_small_read(ino)
         self._on_read(reading.attributes, len(reading.data))
         return reading.data
 

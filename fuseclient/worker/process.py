@@ -155,6 +155,9 @@ class Status:
             reply = questions.Reply(id=question.id, answer=answer)
         except UserError as error:
             reply = questions.Reply(id=question.id, error=error.message)
+        except Exception:
+            _log.exception("the question %s cannot be answered", question.name)
+            reply = questions.Reply(id=question.id, error="the mount's worker failed to answer; see the mount's log")
         self._send_line(questions.encode(reply))
 
 

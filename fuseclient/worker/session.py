@@ -32,6 +32,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
+from fuseclient.levels import Level, reach
 from fuseclient.worker import rpc
 from fuseclient.worker.rpc import Connection, Disconnected, NotSent, Refused
 from metaserver import wire
@@ -213,6 +214,7 @@ class Session:
         and the change may or may not have been made. Raises :exc:`Refused` as the metaserver does; STALE_SESSION comes
         through only for a change that was under way when the session was lost, and was not made.
         """
+        reach(Level.METASERVER)
         if isinstance(request, _REPEATABLE):
             async with self._calls:
                 return await self._repeatable(request, reply_type)
@@ -262,6 +264,7 @@ class Session:
 
     async def stream(self, request: wire.FetchDirectory) -> AsyncGenerator[wire.DirectoryPage, None]:
         """Yield the pages of a directory fetch. Raises as :meth:`call` does; not repeated after the first page."""
+        reach(Level.METASERVER)
         give_up = asyncio.get_running_loop().time() + self._lease_s
         begun = False
         while True:

@@ -18,8 +18,8 @@ from fuseclient.data.keeping import Keeper, Kept
 from fuseclient.data.reader import Reader
 from fuseclient.data.store_errors import StoreError
 from fuseclient.warmup import Progress
-from fuseclient.worker.directories import WINDOW, Session
-from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.directories import Session
+from fuseclient.worker.feeding import Feeder, comes_with_directory
 from fuseclient.worker.guard import Token
 from fuseclient.worker.rpc import Refused
 from fuseclient.worker.warm_directories import DIRECTORY, WarmDirectory
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 PAGE_BYTES: Final = 4096
+#: Entries fetched at once: who asks for something meanwhile waits for such a fetch or two, here and at the metaserver.
+_WINDOW: Final = 1024
 #: What an entry takes up in a listing beside its name, in bytes.
 _LISTED_BYTES: Final = 36
 #: Files that are brought at once.
@@ -56,7 +58,7 @@ class DirectoryFetch:
         self._progress = progress
         self._data = data
         self._cookie = 0
-        self._limit = WINDOW
+        self._limit = _WINDOW
         self._inodes = array("Q")
         self._files = array("Q")
         self._pages = 0
@@ -87,13 +89,13 @@ class DirectoryFetch:
                 await asyncio.sleep(0)
         finally:
             self._room.entries += limit - len(entries)
-        self._limit = max(1, len(entries)) if cut else min(WINDOW, 2 * self._limit)
+        self._limit = max(1, len(entries)) if cut else min(_WINDOW, 2 * self._limit)
         self._took(entries, complete=complete)
 
     def _with_content(self, page: wire.DirectoryPage) -> wire.DirectoryPage:
         """Return the part of a page before the first file for whose content the budget was too small."""
         for index, entry in enumerate(page.entries):
-            if entry.data is None and _comes_with_content(entry.attributes):
+            if entry.data is None and comes_with_directory(entry.attributes):
                 return msgspec.structs.replace(page, entries=page.entries[:index])
         return page
 
@@ -118,7 +120,7 @@ class DirectoryFetch:
         self.ended = self.whole = complete
 
     def _without_content(self, attributes: wire.Attributes) -> None:
-        if _comes_with_content(attributes):
+        if comes_with_directory(attributes):
             self._progress.content_left_out.add(attributes.size)
         else:
             self._files.extend((attributes.ino, attributes.size))
@@ -137,15 +139,6 @@ class DirectoryFetch:
     def result(self) -> WarmDirectory:
         """Return what was put."""
         return WarmDirectory(self._inodes, self._files, self._pages, self._data)
-
-
-def _comes_with_content(attributes: wire.Attributes) -> bool:
-    """Say whether a fetch of its directory brings the content of an inode, within the budget."""
-    return bool(
-        attributes.flags & wire.InodeFlag.INLINE
-        and 0 < attributes.size <= wire.MAX_INLINE
-        and stat.S_ISREG(attributes.mode)
-    )
 
 
 class Files:

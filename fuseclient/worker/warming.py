@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 #: Directories that are fetched at once.
-_AT_ONCE: Final = 4
+_AT_ONCE: Final = 2
 #: Seconds after the last question when a walk ends.
 SILENCE_S: Final = 5.0
 #: Inodes looked for in the kernel cache before others have their turn.

@@ -63,7 +63,7 @@ def check(history: History, commits: Sequence[Commit], given: int = 0, settling_
     complaints: list[str] = []
     authors = _attribute(history.changes, commits, given, complaints)
     registers = _versions(commits, authors, settling_s)
-    complaints += _unmade(history.changes, authors, registers, {n for commit in commits for n in commit.undoes})
+    complaints += _unmade(history.changes, authors, registers, {n for commit in commits for n in commit.undoes or ()})
     by_register: defaultdict[Register, list[Read]] = defaultdict(list)
     for read in history.reads:
         by_register[read.register].append(read)
@@ -114,11 +114,11 @@ def _attribute(
     waiting: defaultdict[frozenset[Register], list[Change]] = defaultdict(list)
     for change in changes:
         waiting[frozenset(change.effect)].append(change)
-    lost = {number for commit in commits for number in commit.undoes}
+    lost = {number for commit in commits for number in commit.undoes or ()}
     sessions: dict[int, bytes] = {}
     authors: dict[int, Authors] = {}
     for number, commit in enumerate(commits):
-        if number < given or commit.undoes:
+        if number < given or commit.undoes is not None:
             continue
         for effect in efforts(commit):
             candidates = waiting[frozenset(effect)]
@@ -203,7 +203,7 @@ def _versions(
     registers: dict[Register, list[Version]] = {}
     for number, commit in enumerate(commits):
         changes = authors.get(number, {})
-        settled = commit.at.time + settling_s if commit.undoes else 0.0
+        settled = commit.at.time + settling_s if commit.undoes is not None else 0.0
         for register, value in commit.changes.items():
             absent = _ABSENT.get(register[0])
             versions = registers.setdefault(register, [Version(absent, _BEGINNING)] if absent is not None else [])

@@ -120,18 +120,20 @@ class Change:
     known: float = -math.inf
     #: It was promised that it survives a crash of the server.
     durable: bool = False
+    #: Its program was told that it may be lost.
+    doubted: bool = False
 
     def __str__(self) -> str:
         return f"client {self.client}'s {self.what} ({self.outcome.value})"
 
 
 class Commit(NamedTuple):
-    """What a transaction of the engine changed, for which session. ``undoes``: a crash took commits back, these."""
+    """What a transaction of the engine changed, for which session. ``undoes``: it is a crash, which took these back."""
 
     at: Stamp
     changes: dict[Register, Value]
     session: bytes = b""
-    undoes: tuple[int, ...] = ()
+    undoes: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -142,6 +144,8 @@ class History:
     reads: list[Read] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     pending: dict[int, tuple[Node, str]] = field(default_factory=dict)
+    #: Up to when each client knows that what it did may be lost.
+    told: dict[int, int] = field(default_factory=dict)
     #: When a client's worker must have noticed that its machine was suspended.
     awake: dict[int, float] = field(default_factory=dict)
 
@@ -178,10 +182,16 @@ class History:
             change.effect = effect
 
     def synced(self, client: int, invoked: Stamp) -> None:
-        """All that a client had done before it began to sync is durable."""
+        """All that a client had done before it began to sync is durable, but for what it was told may be lost."""
+        since = self.told.get(client, 0)
         for change in self.changes:
-            if change.client == client and change.returned is not None and change.returned.order < invoked.order:
-                change.durable |= change.outcome is Outcome.OK
+            returned = change.returned
+            if change.client == client and returned is not None and since < returned.order < invoked.order:
+                change.durable |= change.outcome is Outcome.OK and not change.doubted
+
+    def sync_failed(self, client: int) -> None:
+        """A client was told by a sync that what it had done may be lost; or it is started anew, and cannot be told."""
+        self.told[client] = self.now().order
 
     def worker_died(self, client: int) -> None:
         """What a client's worker had in hand is not known to the client until there is another worker."""

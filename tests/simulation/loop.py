@@ -181,12 +181,16 @@ class VirtualLoop(BaseEventLoop):
             if not timer.cancelled():
                 self._enqueue(timer, node)
 
+    def create_task(self, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        """Start a task; one that a finaliser of what a run left would start does not run."""
+        if self._discarded:
+            coro.close()
+        return super().create_task(coro, **options)
+
     # Faults
 
     def spawn(self, node: Node, coroutine: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
         """Start a task of a node."""
-        if self._discarded:  # a finaliser of what the run left has begun this
-            coroutine.close()
         return self.create_task(coroutine, name=name, context=node.context)
 
     def post(self, node: Node, callback: Callable[..., object], *args: Any) -> None:

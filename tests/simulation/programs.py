@@ -149,7 +149,11 @@ class Program:
     async def syncdir(self, ino: int) -> None:
         """fsync of a directory makes all that its client did durable."""
         invoked = self._history.now()
-        await self._reading(self._kernel.fsyncdir(ino))
+        try:
+            await self._kernel.fsyncdir(ino)
+        except FUSEError as error:
+            self._history.sync_failed(self._client.index)
+            raise Failed from error
         self._history.synced(self._client.index, invoked)
 
     async def _closing(self, ino: int, handle: int) -> None:
@@ -172,8 +176,9 @@ class Program:
         change = self._history.begin(self._client.index, f"create of {name!r} in {parent}", {register: PRESENT})
         ino, handle = await self._changing(change, self._kernel.create(parent, name), exists=register)
         self._history.end(change, Outcome.OK, {register: ino})
+        change.doubted = True
         await self._write_and_close(ino, handle, content)
-        change.durable = self._durable
+        change.doubted, change.durable = False, self._durable
         return ino
 
     async def mkdir(self, parent: int, name: bytes) -> None:

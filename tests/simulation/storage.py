@@ -110,14 +110,14 @@ class Witness:
     def committed(self, store: _Store, writes: dict[bytes, bytes | None]) -> int | None:
         """Note what a commit, which has just been applied, changed; return its number if that was anything."""
         self._check_fence(store, writes)
-        return self._note(store, writes, _session_of(writes), ())
+        return self._note(store, writes, _session_of(writes), None)
 
     def undone(self, store: _Store, writes: dict[bytes, bytes | None], commits: Iterable[int]) -> None:
         """A crash has put these values back, and so taken back these commits."""
         self._note(store, writes, b"", tuple(commits))
 
     def _note(
-        self, store: _Store, writes: dict[bytes, bytes | None], session: bytes, undoes: tuple[int, ...]
+        self, store: _Store, writes: dict[bytes, bytes | None], session: bytes, undoes: tuple[int, ...] | None
     ) -> int | None:
         changes: dict[Register, Value] = {}
         for key, value in writes.items():

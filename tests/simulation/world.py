@@ -168,6 +168,7 @@ class World:
         self.network.died(client.worker.node)
         self._programs = [(owner, task) for owner, task in self._programs if owner is not client]
         self.history.abandon(client.node)
+        self.history.sync_failed(client.index)
 
     def wake(self, client: Client) -> None:
         """A machine that was suspended goes on, and its worker is told of that."""

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,6 +29,7 @@ from fuseclient.volumes import Embedded, parse_volume
 _LOG_DIRECTORY: Final = Path("/var/log/bpfuse")
 _READY_TIMEOUT_S: Final = 90.0
 _END_TIMEOUT_S: Final = 30.0
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 #: What can be asked for as kernel memory, in bytes.
 _CACHE_MIN: Final = 1 << 20
 _CACHE_MAX: Final = 64 << 30
@@ -177,19 +179,35 @@ def _check_acceleration(accel: str, found: list[features.Feature]) -> tuple[str,
 def _start(options: MountOptions, claim: runtime.Claim) -> tuple[subprocess.Popen[bytes], Ready]:
     """Start the channel and wait for its word; if it gives up, or this is interrupted, it has ended on return."""
     reading, writing = os.pipe()
+    channel: subprocess.Popen[bytes] | None = None
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, reading)
-        with contextlib.ExitStack() as passed_on:
-            passed_on.callback(os.close, writing)
-            config = _config_descriptor(options)
-            passed_on.callback(os.close, config)
-            log = passed_on.enter_context(_open_log(options.log_file))
-            channel = _launch(config, writing, claim.descriptor, log)
         try:
+            with _signals_held_back(), contextlib.ExitStack() as passed_on:
+                passed_on.callback(os.close, writing)
+                config = _config_descriptor(options)
+                passed_on.callback(os.close, config)
+                log = passed_on.enter_context(_open_log(options.log_file))
+                channel = _launch(config, writing, claim.descriptor, log)
             return channel, _wait_ready(channel, reading, options)
         except BaseException:
-            _end(channel)
+            if channel is not None:
+                _end(channel)
             raise
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Have SIGINT and SIGTERM come after the body: between a process's start and its being known they would lose it."""
+    came: list[int] = []
+    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in _ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for caught in came:
+            signal.raise_signal(caught)
 
 
 def _config_descriptor(options: MountOptions) -> int:

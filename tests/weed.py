@@ -64,6 +64,7 @@ class Weed:
         arguments = [
             "server", f"-dir={self._directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-master.port={master}",
             f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}", "-s3", "-volume.max=8",
+            "-s3.port.iceberg=0", "-s3.port.lance=0",
             f"-s3.config={self._directory}/s3.json", "-master.volumeSizeLimitMB=128", "-volume.minFreeSpace=1",
         ]  # fmt: skip
         with (self._directory / "log").open("ab") as log:

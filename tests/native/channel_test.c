@@ -133,9 +133,17 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 
 static bool is_extra(uint32_t opcode)
 {
-	return opcode == FUSE_OPEN || opcode == FUSE_FLUSH || opcode == FUSE_RELEASE || opcode == FUSE_FALLOCATE ||
-	       opcode == FUSE_LSEEK || opcode == FUSE_COPY_FILE_RANGE || opcode == FUSE_TMPFILE ||
-	       opcode == COPY_FILE_RANGE_64;
+	static const uint32_t extra[] = {
+		FUSE_LOOKUP,          FUSE_GETATTR,       FUSE_SETATTR, FUSE_MKDIR,   FUSE_UNLINK,    FUSE_RMDIR,
+		FUSE_WRITE,           FUSE_CREATE,        FUSE_FLUSH,   FUSE_RELEASE, FUSE_GETLK,     FUSE_SETLK,
+		FUSE_SETLKW,          FUSE_OPEN,          FUSE_LSEEK,   FUSE_TMPFILE, FUSE_FALLOCATE, FUSE_SETXATTR,
+		FUSE_COPY_FILE_RANGE, COPY_FILE_RANGE_64,
+	};
+
+	for (size_t i = 0; i < sizeof(extra) / sizeof(extra[0]); i++)
+		if (extra[i] == opcode)
+			return true;
+	return false;
 }
 
 static bool is_one_way(uint32_t opcode)

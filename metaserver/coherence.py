@@ -17,8 +17,8 @@ A change belongs to the connection, that is the incarnation of its session, that
 resumed on another connection it is refused: its client sends it again, or is another worker that knows nothing of it.
 
 There are no locks, so there is nothing to deadlock: two changes of the same thing break each other's sessions, and
-the engine puts them in an order. The transaction runs on the engine's thread. It marks first and looks at the holders
-then; the loop records a holder first and looks at the marks then: so one of them sees the other.
+the engine puts them in an order. The transaction may run on the engine's thread. It marks first and looks at the
+holders then; the loop records a holder first and looks at the marks then: so one of them sees the other.
 """
 
 from __future__ import annotations

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 import rig
 from hypothesis import settings
+from namespaces import Files, new_engine
 
 settings.register_profile("bpfuse", deadline=None)  # a machine under load is no failure
 settings.load_profile("bpfuse")
@@ -62,6 +63,16 @@ def runtime_root(sandbox: rig.Sandbox, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The runtime directory of this test, for this process too; it does not exist yet."""
     monkeypatch.setenv("BPFUSE_RUNTIME_DIR", str(sandbox.runtime))
     return sandbox.runtime
+
+
+@pytest.fixture(params=["memory", "lmdb"])
+async def fs(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Files]:
+    """A volume in each engine; what is stored is checked after the test."""
+    engine = new_engine(request.param, tmp_path / "engine")
+    files = await Files.create(engine)
+    yield files
+    await files.check()
+    await engine.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import stat
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
-from namespaces import DIRECTORY, FILE, INLINE_LIMIT, ROOT, SESSION, SYMLINK, Files, new_engine
+from namespaces import DIRECTORY, FILE, INLINE_LIMIT, ROOT, SESSION, SYMLINK, Files
 
 from metaserver import namespace, wire
 from metaserver.errors import Refused
@@ -23,15 +21,6 @@ BAD_NAMES = {
     b"a\0b": ErrorCode.INVALID,
     b"n" * 256: ErrorCode.NAME_TOO_LONG,
 }
-
-
-@pytest.fixture(params=["memory", "lmdb"])
-async def fs(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Files]:
-    engine = new_engine(request.param, tmp_path / "engine")
-    files = await Files.create(engine)
-    yield files
-    await files.check()
-    await engine.close()
 
 
 # Volumes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import stat
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -20,15 +19,6 @@ from metaserver.wire import ErrorCode, InodeFlag, Slice
 CHUNK = 64
 #: What a byte of a file is in the model: a slice and a position in it, a value, or nothing.
 Byte = tuple[int, int] | int | None
-
-
-@pytest.fixture(params=["memory", "lmdb"])
-async def fs(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Files]:
-    engine = new_engine(request.param, tmp_path / "engine")
-    files = await Files.create(engine)
-    yield files
-    await files.check()
-    await engine.close()
 
 
 @pytest.fixture

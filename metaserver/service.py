@@ -14,8 +14,9 @@ from typing import Any, Final, NamedTuple
 from metaserver import events, fencing, namespace, wire
 from metaserver.coherence import Change, Coherence, Grant, Held, grant_of, own_grants
 from metaserver.connection import Answer, Caller, failure
-from metaserver.engine.base import Engine, Transaction
+from metaserver.engine.base import Transaction
 from metaserver.errors import Refused, Unknown
+from metaserver.fenced_engine import FencedEngine
 from metaserver.fencing import SessionRecord, Slot, Tenure
 from metaserver.following import Followers
 from metaserver.grace import Grace
@@ -25,7 +26,8 @@ from metaserver.namespace import Context
 from metaserver.sessions import Session, Sessions, changed_inodes, changed_names
 from metaserver.volumes import Volume
 
-_SOFTWARE: Final = "bpfuse-metaserver"
+#: What a metaserver calls itself.
+SOFTWARE: Final = "bpfuse-metaserver"
 #: Times that a commit whose outcome is unknown is looked for.
 _RESOLUTIONS: Final = 3
 
@@ -47,7 +49,7 @@ class Service:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: FencedEngine,
         tenure: Tenure,
         sessions: Sessions,
         coherence: Coherence,
@@ -66,7 +68,7 @@ class Service:
 
     def welcome(self) -> wire.Welcome:
         """Return the answer to a Hello; its epoch is this run's own."""
-        return wire.Welcome(wire.PROTOCOL_VERSION, _SOFTWARE, self._tenure.epoch)
+        return wire.Welcome(wire.PROTOCOL_VERSION, SOFTWARE, self._tenure.epoch)
 
     def acknowledge(self, caller: Caller, request: wire.Acknowledge) -> None:
         """Take note that a client has dropped what a break told."""
@@ -200,9 +202,8 @@ class Service:
         return body
 
     def _may_commit(self, txn: Transaction, session: Session) -> None:
-        """The fence: raise unless this server and this session may still change anything."""
+        """The fence, beside the engine's own of this server: raise unless the session may still change anything."""
         session.check()
-        self._tenure.check(txn)
         fencing.check_session(txn, session.id)
 
     def _committed(self, change: Change, since: int, request: wire.Request, outcome: _Outcome) -> Answer:
@@ -234,7 +235,7 @@ class Service:
         session = caller.session()
         await self._coherence.breaks.settled(session)
         now_ns = self._sessions.clock()
-        await self._engine.read(self._tenure.check)
+        await self._engine.check()
         session = caller.session()
         renewed = self._sessions.renew(session, request.seen, now_ns, self._coherence.left_over(session))
         self._locking.is_known(session)
@@ -319,7 +320,6 @@ class Service:
         record = SessionRecord(session.id, session.volume.id, self._sessions.lease_ns, session.was_alone)
 
         def body(txn: Transaction) -> None:
-            self._tenure.check(txn)
             if is_new or fencing.is_recorded(txn, session.id):
                 fencing.put_session(txn, record)
 

@@ -33,7 +33,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 from fuseclient.levels import Level, reach
-from fuseclient.worker import rpc
+from fuseclient.worker import finding, rpc
 from fuseclient.worker.rpc import Connection, Disconnected, NotSent, Refused
 from metaserver import wire
 
@@ -140,7 +140,7 @@ class Session:
         check_change: Callable[[wire.Request], object] = lambda request: None,
         resume: bytes | None = None,
         clock: Callable[[], int] = boottime_ns,
-        connect: Callable[[str], Awaitable[Connection]] = rpc.connect,
+        connect: Callable[[str], Awaitable[Connection]] = finding.connect,
     ) -> None:
         self.id = resume
         self._address = address
@@ -353,6 +353,8 @@ class Session:
         """Open the session on a connection; say whether it was resumed."""
         joined = asyncio.Event()
         connection.on_break(lambda told: self._told(connection, joined, told))
+        if connection.welcome.server_epoch < (self._epoch or 0):
+            raise Disconnected(f"{self._address}: a metaserver that had the authority before")
         sent_ns = self._clock()
         request = wire.OpenSession(self._volume, self._client, self.id, self._writing())
         opened = await connection.call(request, wire.SessionOpened)

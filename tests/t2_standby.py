@@ -65,7 +65,7 @@ async def test_one_serves_and_the_others_stand_by(tmp_path: Path) -> None:
                     three.process.send_signal(signal.SIGSTOP)
                     client = await _next(f"{three.address},{four.address}", client, b"fourth")
                     assert await _names(client) == {b"first", b"second", b"third", b"fourth"}
-                    assert await three.end(signal.SIGCONT) == -signal.SIGKILL
+                    assert await three.process.wait() == -signal.SIGKILL
                     client.connection.abort()
                     assert await four.end(signal.SIGTERM) == 0
                     assert f"process, {three.process.pid}, is killed" in four.errors

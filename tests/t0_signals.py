@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import threading
-import threading
 from collections.abc import Iterator
 
 import pytest

@@ -65,7 +65,7 @@ class Front:
         listened on, and :exc:`EngineUnusable`.
         """
         self._socket = listener.listen(wire.parse_address(address), insecure)
-        address = listener.address_of(self._socket)
+        address = self._address = listener.address_of(self._socket)
         self._advertised = _reachable(address) if advertise is None else advertise
         try:
             await self._begin(alone)
@@ -154,7 +154,7 @@ class Front:
             await server.drop()
             raise
         self.server = server
-        _log.info("this metaserver has the authority, epoch %d", server.tenure.epoch)
+        _log.info("%s has the authority, epoch %d", self._address, server.tenure.epoch)
         self._cut_told("this metaserver has the authority now")
 
     def _lose(self, lost: asyncio.Event, why: str) -> None:

@@ -25,7 +25,7 @@ EMBEDDED_NAME: Final = "volume"
 
 #: What the engine of an embedded volume keeps its data in.
 _ENGINE_FILE: Final = "data.mdb"
-_FORMS: Final = "file:///directory or bpfuse://host:port[,host:port...]/volume"
+_FORMS: Final = "file:///directory or bpfuse://host:port/volume"
 _VOLUME_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 _PLACE: Final = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})")
 

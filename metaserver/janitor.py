@@ -20,6 +20,7 @@ from metaserver.errors import EngineError
 from metaserver.fenced_engine import FencedEngine
 from metaserver.grace import Grace
 from metaserver.sessions import Session, Sessions
+from metaserver.status import Evictions
 from metaserver.volumes import Volume
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Janitor:
         self._settled = asyncio.Event()
         self._settled.set()
         self._wall = wall
+        self.evictions = Evictions(sessions)
         #: When events are looked at next, on the sessions' clock.
         self._forget_ns = 0
 
@@ -64,6 +66,7 @@ class Janitor:
         """End a session whose lease has run out."""
         _log.info("the lease of %s on %s has run out", session.client, session.volume.name)
         await self.end(session)
+        self.evictions.note(session)
 
     async def end_record(self, session: bytes) -> None:
         """Delete what the engine knows of a session."""

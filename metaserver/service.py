@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from importlib import metadata
 from typing import Any, Final, NamedTuple
 
 from metaserver import events, fencing, namespace, wire
@@ -24,10 +25,11 @@ from metaserver.janitor import Janitor
 from metaserver.locking import Locking, LockRequest
 from metaserver.namespace import Context
 from metaserver.sessions import Session, Sessions, changed_inodes, changed_names
+from metaserver.status import Overview
 from metaserver.volumes import Volume
 
 #: What a metaserver calls itself.
-SOFTWARE: Final = "bpfuse-metaserver"
+SOFTWARE: Final = f"bpfuse-metaserver {metadata.version('bpfuse')}"
 #: Times that a commit whose outcome is unknown is looked for.
 _RESOLUTIONS: Final = 3
 
@@ -65,6 +67,7 @@ class Service:
         self._losses = engine.losses
         self._wall = wall
         self._followers = Followers(engine)
+        self._overview = Overview(tenure, sessions, coherence, janitor.evictions)
 
     def welcome(self) -> wire.Welcome:
         """Return the answer to a Hello; its epoch is this run's own."""
@@ -104,6 +107,11 @@ class Service:
             return await self._close_session(caller)
         if isinstance(request, wire.CreateVolume):
             return await self._create_volume(request)
+        if isinstance(request, wire.GetStatus):
+            return await self._status(request)
+        if isinstance(request, wire.EvictSession):
+            self._overview.evict(await self._volume(request.volume), request.session)
+            return wire.Done()
         raise Refused(wire.ErrorCode.INVALID, f"a {type(request).__name__} has no place here")
 
     # Reads
@@ -260,7 +268,7 @@ class Service:
         return wire.Done()
 
     async def _open_session(self, caller: Caller, request: wire.OpenSession) -> wire.SessionOpened:
-        volume = await self._engine.read(lambda snapshot: namespace.open_volume(snapshot, request.volume))
+        volume = await self._volume(request.volume)
         caller.must_be_free()
         session = self._sessions.resume(volume, request.resume) or await self._reclaim(volume, request)
         resumed = session is not None
@@ -268,6 +276,7 @@ class Service:
             session = await self._open_new(volume, request.client)
         caller.must_be_free()
         self._coherence.has_open(session, request.writing)
+        session.software = request.software
         caller.bind(session)
         return wire.SessionOpened(
             session.id,
@@ -328,6 +337,13 @@ class Service:
     async def _write_durably(self, body: Callable[[Transaction], object]) -> None:
         await self._engine.write(body)
         await self._engine.sync()
+
+    async def _volume(self, name: str) -> Volume:
+        return await self._engine.read(lambda snapshot: namespace.open_volume(snapshot, name))
+
+    async def _status(self, request: wire.GetStatus) -> wire.Status:
+        volume = await self._volume(request.volume) if request.volume is not None else None
+        return self._overview.status(SOFTWARE, self.grace, volume)
 
     async def _close_session(self, caller: Caller) -> wire.Done:
         await self._janitor.end(caller.session())

@@ -1,4 +1,4 @@
-"""What a metaserver answers while another one has the authority: who that is, and nothing else."""
+"""What a metaserver answers while another one has the authority: who that is, how it is itself, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class Standby:
         return wire.Welcome(wire.PROTOCOL_VERSION, SOFTWARE, 0, self.elsewhere)
 
     async def answer(self, caller: Caller, frame: wire.Frame) -> Answer:
+        if isinstance(frame.request, wire.GetStatus):
+            return Answer(wire.Status(SOFTWARE, 0, self.elsewhere))
         raise self._refusal()
 
     def pages(self, caller: Caller, request: wire.FetchDirectory) -> AsyncIterator[Answer]:

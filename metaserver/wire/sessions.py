@@ -37,6 +37,8 @@ class OpenSession(Message, tag=3):
     client: Annotated[str, Meta(max_length=256)]
     resume: SessionId | None = None
     writing: Annotated[list[Ino], Meta(max_length=MAX_OPEN)] = []
+    #: What the client is, for operators.
+    software: Annotated[str, Meta(max_length=64)] = ""
 
 
 class Renew(Message, tag=4):

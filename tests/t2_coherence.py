@@ -318,16 +318,22 @@ async def test_who_did_not_come_back_before_a_second_restart_still_may(metaserve
     assert (await back.renew(0)).everything, "a worker that knows nothing drops all there is"
 
 
+@pytest.mark.parametrize("puts_off", [True, False])
 async def test_after_a_crash_what_was_cached_may_be_lost(
-    metaserver: Metaserver, monkeypatch: pytest.MonkeyPatch
+    metaserver: Metaserver, monkeypatch: pytest.MonkeyPatch, puts_off: bool
 ) -> None:
+    monkeypatch.setattr(type(metaserver.engine), "puts_off", puts_off)
     old = await holder(metaserver)
+    assert old.session.puts_off == puts_off
     await old.lookup(b"file")
     with monkeypatch.context() as context:
         context.setattr(recovery, "finish", _nothing)
         await _restart(metaserver)
     back = Holder(await metaserver.connect(), silent=True)
     assert (await back.open(VOLUME, old.session.session)).resumed
+    if not puts_off:
+        assert not back.told, "nothing can be lost"
+        return
     assert back.told[0].everything
     renewal = asyncio.create_task(back.renew(0))
     await back.attributes()

@@ -841,3 +841,16 @@ async def test_after_a_restart_others_wait_for_who_was_alone(tmp_path: Path, eng
         back.acknowledge()
         assert not (await opening).alone
         assert (await two.connection.call(wire.Lookup(ROOT, b"waited"), wire.Found)).attributes.ino
+
+
+async def test_an_end_in_order_waits_for_acknowledgements(metaserver: Metaserver) -> None:
+    """A change under way is answered before the server ends, though the one it waits for has nothing under way."""
+    one, two = await metaserver.client(), await holder(metaserver, silent=True)
+    await two.lookup(b"file")
+    making = asyncio.create_task(one.make(b"file"))
+    await until(lambda: two.told)
+    stopping = asyncio.create_task(metaserver.stop())
+    await until(lambda: not metaserver.front.accepts)
+    two.acknowledge()
+    await making
+    await stopping

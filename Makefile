@@ -11,15 +11,15 @@ C_SOURCES := $(BPF_SOURCES) $(wildcard fuseclient/channel/native/*.c fuseclient/
 PYTHON_SOURCES := fuseclient metaserver bench tests cffi_build.py
 
 .DELETE_ON_ERROR:
-.PHONY: help setup packages test simulate crashes demo bench bench-setup bench-quick bench-readme lint format clean
+.PHONY: help setup packages test simulate crashes demo bench bench-setup bench-quick bench-readme bench-profile bench-check lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: packages $(VENV)/.installed build/native.stamp $(BPF_OBJECT) ## install what is missing and build (Debian 12, root)
 
-test: setup ## set up, then run every test (ARGS="-k name" chooses)
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## set up, then run every test, JOBS=2 at a time (ARGS="-k name" chooses)
+	$(BIN)/python -m pytest -n $(or $(JOBS),2) $(ARGS)
 
 simulate: setup ## run the simulation of clients and a metaserver (SEED=n, or SEEDS=count FIRST=n)
 	cd tests && ../$(BIN)/python -m simulation --jobs $(or $(JOBS),1) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FIRST),--first $(FIRST))
@@ -35,6 +35,12 @@ bench: setup bench-setup ## measure beside other systems, 40 minutes (ARGS="smal
 
 bench-quick: setup bench-setup ## the same in three minutes, with fewer files, rounds and systems
 	$(BIN)/python -m bench --quick $(ARGS)
+
+bench-profile: setup bench-setup ## where the time of a workload goes: make bench-profile NAME=small (ARGS="--files 5000")
+	$(BIN)/python -m bench.profile $(NAME) $(ARGS)
+
+bench-check: setup bench-setup ## fail if a ratio got worse than bench/baseline.json allows (ARGS=--update writes it anew)
+	$(BIN)/python -m bench.check $(ARGS)
 
 bench-readme: ## write README's table and plot and docs/benchmarks.md anew from the last make bench
 	$(BIN)/python -m bench --readme

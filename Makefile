@@ -25,7 +25,7 @@ simulate: setup ## run the simulation of clients and a metaserver (SEED=n, or SE
 	cd tests && ../$(BIN)/python -m simulation --jobs $(or $(JOBS),1) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FIRST),--first $(FIRST))
 
 crashes: setup ## kill and hang metaservers under load, COUNT times (50), in the order of SEED=n
-	BPFUSE_CRASHES=$(or $(COUNT),50) $(if $(SEED),BPFUSE_CRASH_SEED=$(SEED)) $(BIN)/python -m pytest -s tests/t5_crashes.py
+	BPFUSE_CRASHES=$(or $(COUNT),50) $(if $(SEED),BPFUSE_SEED=$(SEED)) $(BIN)/python -m pytest -n0 -s tests/t5_crashes.py
 
 demo: setup ## set up, then show a mounted volume and what BPF answered
 	$(BIN)/python -m bench.demo $(ARGS)

@@ -22,7 +22,8 @@ from fuseclient.data.store_errors import NoSpace, ObjectExists, ObjectMissing, S
 from fuseclient.data.store_url import StoreUrl
 
 _CONNECT_S: Final = 5.0
-_RETRIES: Final = 8
+#: No limit of its own: an access is tried again until its time is over.
+_RETRIES: Final = 10_000
 _LISTED_AT_ONCE: Final = 1000
 _MESSAGE: Final = 300
 

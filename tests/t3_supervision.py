@@ -220,6 +220,44 @@ def test_writes_lost_with_a_worker_are_reported_once(
         assert path.read_bytes() in (b"old", b"new")
 
 
+def test_a_posted_write_waits_for_nobody_and_is_seen_by_everything_after_it(mount: MountFactory, accel: str) -> None:
+    mounted = mount(accel, allowed=(WORKER_KILLED,))
+    path, second = mounted.path / "file", mounted.path / "second"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    other = os.open(mounted.path / "other", os.O_RDWR | os.O_CREAT, 0o644)
+    for each in (fd, other):
+        os.write(each, b"waits and is told that the next need not, ")
+    posted = figures.stats(mounted)["channel"]["posted"]
+    worker = mounted.process("worker").pid
+    size = 0
+    for look in (
+        lambda: path.stat().st_size,
+        lambda: os.fstat(fd).st_size,
+        lambda: next(entry for entry in os.scandir(mounted.path) if entry.name == "file").stat().st_size,
+        lambda: (os.link(path, second), second.stat().st_size)[1],
+        lambda: len(path.read_bytes()),
+        lambda: os.copy_file_range(fd, other, 1 << 20, 0, 0) and os.lseek(fd, 0, os.SEEK_CUR),
+    ):
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            os.write(fd, b"more and more ")
+            size = os.lseek(fd, 0, os.SEEK_CUR)
+            looking = background.until_blocked(look)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        assert looking.result(rig.WAIT_S) == size
+    os.fsync(fd)
+    assert figures.stats(mounted)["channel"]["posted"] == posted + 6
+    assert len((mounted.path / "other").read_bytes()) == size
+    os.close(other)
+    os.write(fd, b"waits")
+    with killed_while_stopped(mounted):
+        os.write(fd, b"is lost")
+    fails_with(lambda: os.fsync(fd), errno.EIO)
+    os.fsync(fd)
+    os.close(fd)
+
+
 def test_handles_outlive_their_worker(mount: MountFactory, accel: str) -> None:
     mounted = mount(accel, allowed=(WORKER_KILLED,))
     path, gone = mounted.path / "file", mounted.path / "gone"

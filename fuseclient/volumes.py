@@ -1,5 +1,7 @@
 """Where a volume is: its URL as the user writes it, checked, as a typed value.
 
+The query of the second form tells where the credentials are (see credentials.py).
+
 ``file:///dir`` is an embedded volume: its metadata and blocks lie in one directory, and whoever uses it starts a
 metaserver of its own on it. ``bpfuse://host:port/name`` is a volume of a running metaserver. The path of a file URL
 is taken literally, as a shell would: nothing in it is percent-decoded. The URLs of engines and stores, which travel
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+from fuseclient.credentials import NO_CREDENTIALS, Credentials
 from fuseclient.data.store_errors import StoreError
 from fuseclient.data.store_url import FORMS as STORE_FORMS
 from fuseclient.data.store_url import parse_store_url
@@ -76,15 +79,27 @@ class Remote:
     host: str
     port: int
     name: str
+    credentials: Credentials = NO_CREDENTIALS
 
     @property
     def url(self) -> str:
+        """The volume, as it is shown; see :attr:`full_url`."""
         return f"bpfuse://{self.host}:{self.port}/{self.name}"
+
+    @property
+    def full_url(self) -> str:
+        """What :func:`parse_volume` makes this of, with where the credentials are."""
+        return _with_query(self.url, self.credentials)
 
     @property
     def address(self) -> str:
         """The metaserver, in the form that a connection is made to."""
-        return f"tcp:{self.host}:{self.port}"
+        return _with_query(f"tcp:{self.host}:{self.port}", self.credentials)
+
+
+def _with_query(text: str, credentials: Credentials) -> str:
+    query = credentials.query()
+    return f"{text}?{query}" if query else text
 
 
 Volume = Embedded | Remote
@@ -130,7 +145,8 @@ def _absolute_path(url: str) -> str:
 
 
 def _parse_remote(url: str) -> Remote:
-    match = _REMOTE.fullmatch(url.removeprefix("bpfuse://"))
+    place, _, query = url.partition("?")
+    match = _REMOTE.fullmatch(place.removeprefix("bpfuse://"))
     if match is None:
         raise UserError(f"not the URL of a volume: {url!r}; it is {_FORMS}")
     port, volume = int(match["port"]), match["volume"]
@@ -140,4 +156,7 @@ def _parse_remote(url: str) -> Remote:
         raise UserError(
             f"{volume!r} cannot be a volume's name: up to 63 of a-z, 0-9, '_', '.', '-', a letter or digit first"
         )
-    return Remote(match["host"], port, volume)
+    try:
+        return Remote(match["host"], port, volume, Credentials.parse(query))
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None

@@ -16,8 +16,11 @@ import uvloop
 
 from metaserver.engine import Engine, candidate
 from metaserver.errors import EngineBusy, EngineUnusable
+from metaserver.gate import Access
 from metaserver.listener import ListenError
 from metaserver.server import Server
+from metaserver.tls import BadCertificate, Files, Tls
+from metaserver.wire import Squash
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +29,10 @@ _PR_SET_PDEATHSIG: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a metaserver is started with. ``ready_fd`` is told the address, ``lease_s`` is in seconds."""
+    """What a metaserver is started with. ``ready_fd`` is told the address, ``lease_s`` is in seconds.
+
+    It listens on ``also`` beside ``listen``. The paths are of PEM files; ``squash`` is a :class:`Squash`, by name.
+    """
 
     engine: str
     listen: str
@@ -38,6 +44,21 @@ class Options:
     die_with_parent: bool
     grace: bool = True
     janitor: bool = True
+    also: tuple[str, ...] = ()
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    require_identity: bool = False
+    squash: str = "auto"
+
+    def access(self) -> Access:
+        """Return how clients may come; raise :exc:`BadCertificate`."""
+        tls = None
+        if self.tls_cert is not None and self.tls_key is not None:
+            tls = Tls(Files(self.tls_cert, self.tls_key, self.tls_client_ca))
+        elif self.tls_cert or self.tls_key or self.tls_client_ca:
+            raise BadCertificate("TLS takes both --tls-cert and --tls-key")
+        return Access(tls, self.insecure and tls is None, self.require_identity, Squash[self.squash.upper()])
 
 
 def run(options: Options) -> int:
@@ -48,7 +69,7 @@ def run(options: Options) -> int:
     _allow_many_files()
     try:
         uvloop.run(_serve(options))
-    except (ListenError, EngineBusy, EngineUnusable) as error:
+    except (ListenError, EngineBusy, EngineUnusable, BadCertificate) as error:
         print(f"metaserver: {error}", file=sys.stderr)
         _say(options.ready_fd, f"error {error}")
         return 2
@@ -57,21 +78,26 @@ def run(options: Options) -> int:
 
 async def _serve(options: Options) -> None:
     stop = asyncio.Event()
+    access = options.access()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     standing = candidate(options.engine, options.listen, options.durability)
     try:
-        await _serve_on(await standing.take(), options, stop)
+        await _serve_on(await standing.take(), options, access, stop)
     finally:
         await standing.resign()
 
 
-async def _serve_on(engine: Engine, options: Options, stop: asyncio.Event) -> None:
-    server = Server(engine, lease_s=options.lease_s, grace=options.grace, janitor=options.janitor)
-    address = await server.start(options.listen, insecure=options.insecure)
+async def _serve_on(engine: Engine, options: Options, access: Access, stop: asyncio.Event) -> None:
+    server = Server(engine, lease_s=options.lease_s, grace=options.grace, janitor=options.janitor, access=access)
+    if access.tls is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, access.tls.reload)
+    if access.insecure:
+        _log.warning("--insecure: whoever can reach this metaserver can use it, and whoever is on the way can see it")
+    addresses = await server.start(options.listen, *options.also)
     try:
-        _log.info("serving %s on %s", options.engine, address)
-        _say(options.ready_fd, f"ready {address}")
+        _log.info("serving %s on %s%s", options.engine, ", ".join(addresses), " (TLS)" if access.tls else "")
+        _say(options.ready_fd, f"ready {addresses[0]}")
         await stop.wait()
         _log.info("ending")
     finally:

@@ -103,17 +103,26 @@ class Metaserver:
         self.options = options
         self.address = f"unix:{directory}/{next(_numbers)}.sock"
         self.server: Server
+        #: Where it listens beside ``address``.
+        self.tcp: str
         self._clients: list[rpc.Connection | Raw] = []
 
     async def start(self, address: str | None = None) -> None:
+        (self.address,) = await self.start_on(address or self.address)
+
+    async def start_on(self, *addresses: str) -> list[str]:
+        """Start on several addresses; return those they came to be."""
         self.server = Server(self.engine, **self.options)
-        self.address = await self.server.start(address or self.address)
+        return await self.server.start(*addresses)
 
     async def stop(self) -> None:
         await self.server.close()
 
     async def connect(self) -> rpc.Connection:
-        connection = await rpc.connect(self.address)
+        return await self.connect_to(self.address)
+
+    async def connect_to(self, address: str) -> rpc.Connection:
+        connection = await rpc.connect(address)
         self._clients.append(connection)
         return connection
 
@@ -155,11 +164,14 @@ async def serving(
     lease_s: float = 30.0,
     limits: Limits | None = None,
     feed_changes: int = FEED_CHANGES,
+    **options: Any,
 ) -> AsyncIterator[Metaserver]:
     """A running metaserver; ``engine`` is a URL or "lmdb" for one in ``directory``."""
     url = f"lmdb://{directory}/meta" if engine == "lmdb" else engine
     opened = open_engine(url)
-    metaserver = Metaserver(opened, directory, lease_s=lease_s, limits=limits or Limits(), feed_changes=feed_changes)
+    metaserver = Metaserver(
+        opened, directory, lease_s=lease_s, limits=limits or Limits(), feed_changes=feed_changes, **options
+    )
     await metaserver.start(address)
     try:
         yield metaserver

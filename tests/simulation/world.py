@@ -19,7 +19,7 @@ import pyfuse3
 from fuseclient.worker import mount as worker_mount
 from fuseclient.worker import rpc
 from metaserver import listener, wire
-from metaserver.connection import Limits
+from metaserver.gate import Access
 from metaserver.server import Server
 from simulation import checker, kernel
 from simulation.client import Client
@@ -35,7 +35,10 @@ from simulation.tree import check_tree
 
 VOLUME: Final = "volume"
 HOST: Final = ("server", 1)
-ADDRESS: Final = f"tcp:{HOST[0]}:{HOST[1]}"
+SERVED: Final = f"tcp:{HOST[0]}:{HOST[1]}"
+ADDRESS: Final = f"{SERVED}?insecure"
+#: Whoever comes may do all.
+ANYBODY: Final = Access(insecure=True, squash=wire.Squash.NONE)
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,8 @@ class World:
         self.loop.spawn(self.server.node, self._serve(self.server), "server")
 
     async def _serve(self, process: ServerProcess) -> None:
-        process.server = Server(self.engine, lease_s=self.setup.lease_s, limits=Limits())
-        await process.server.start(ADDRESS, insecure=True)
+        process.server = Server(self.engine, lease_s=self.setup.lease_s, access=ANYBODY)
+        await process.server.start(SERVED)
 
     def kill_server(self, process: ServerProcess | None = None) -> None:
         """Kill a server; the last one started, unless told otherwise. The engine's process ends with that one."""
@@ -313,7 +316,7 @@ def running(seed: int, setup: Setup) -> Iterator[World]:
 def _in_place_of_the_machine(world: World) -> Iterator[None]:
     """Sockets, the object store and pyfuse3's one free function are models; logging is silent."""
     network = world.network
-    place = wire.parse_address(ADDRESS)
+    place = wire.parse_address(SERVED)
 
     async def create_connection(factory: Callable[[], Any], host: str, port: int) -> Any:
         return await network.connect(factory, (host, port))
@@ -327,7 +330,7 @@ def _in_place_of_the_machine(world: World) -> Iterator[None]:
         for target, name, value in (
             (world.loop, "create_connection", create_connection),
             (world.loop, "create_server", create_server),
-            (listener, "listen", lambda address, insecure: place),
+            (listener, "listen", lambda address, may_be_reached: place),
             (listener, "address_of", str),
             (listener, "remove_socket", lambda sock: None),
             (worker_mount, "open_store", lambda url: world.objects),

@@ -67,6 +67,12 @@ class Credentials:
         given = [(field.name, getattr(self, field.name)) for field in fields(self)]
         return "&".join(name if value is True else f"{name}={quote(value)}" for name, value in given if value)
 
+    @property
+    def suffix(self) -> str:
+        """The query with its question mark, if there is any."""
+        query = self.query()
+        return f"?{query}" if query else ""
+
     def needs_tls(self, host: str) -> bool:
         """Whether a connection to a host is to be one of TLS."""
         if self.insecure:

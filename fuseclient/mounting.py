@@ -146,7 +146,7 @@ def _check_volume(url: str, mountpoint: str) -> tuple[str, bool, tuple[str, ...]
         return volume.url, False, ()
     notices: tuple[str, ...] = ()
     if volume.credentials.insecure:
-        notices += (f"--insecure: whoever is on the way to {volume.host} can see and change all that is said",)
+        notices += (f"--insecure: whoever is on the way to {volume.places} can see and change all that is said",)
     may_only_read = servers.check_volume(volume).read_only
     if may_only_read:
         notices += ("mounted read-only: the metaserver lets this identity change nothing",)

@@ -103,9 +103,7 @@ def parse(arguments: list[str]) -> process.Options:
     parser.add_argument("--tls-key", metavar="FILE", help="its key (PEM), mode 0600")
     parser.add_argument("--tls-client-ca", metavar="FILE", help="whose certificates clients may be known by (PEM)")
     parser.add_argument(
-        "--require-identity",
-        action="store_true",
-        help="who is on this machine has to show who he is, too",
+        "--require-identity", action="store_true", help="who is on this machine has to show who he is, too"
     )
     parser.add_argument(
         "--squash",
@@ -121,9 +119,18 @@ def parse(arguments: list[str]) -> process.Options:
         dest="grace",
         help="do not wait for sessions of an earlier run: nobody but the one client that comes now can have had any",
     )
-    given = vars(parser.parse_args(arguments))
-    listen, *also = given.pop("listen")
-    return process.Options(listen=listen, also=tuple(also), **given)
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="end, rather than stand by, if another metaserver has the engine",
+    )
+    parser.add_argument(
+        "--advertise",
+        type=_address,
+        metavar="ADDRESS",
+        help="where clients are told to come when this one has the authority (default: where it listens)",
+    )
+    return process.Options(**vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

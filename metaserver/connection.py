@@ -27,7 +27,7 @@ from typing import Final, NamedTuple, Protocol, cast
 
 from metaserver import wire
 from metaserver.errors import Conflict, EngineClosed, EngineFull, Fenced, Refused
-from metaserver.gate import Account, Gate
+from metaserver.gate import Account, Gate, Unguarded
 from metaserver.identities import Shown
 from metaserver.sessions import Session
 
@@ -154,7 +154,7 @@ class _Gone(Exception):
 class Connection(asyncio.Protocol):
     """The protocol object of one accepted socket; ``connections`` holds all those of its server."""
 
-    def __init__(self, service: Service, gate: Gate, limits: Limits, connections: set[Connection]) -> None:
+    def __init__(self, service: Service, gate: Gate | Unguarded, limits: Limits, connections: set[Connection]) -> None:
         self._service = service
         self._gate = gate
         self._limits = limits
@@ -190,7 +190,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=self._limits.unsent_bytes)
         self._connections.add(self)
-        self._gate.enter(self)
+        self._gate.halves.enter(self)
         if self._closing:
             return
         _keep_alive(self._transport)
@@ -199,7 +199,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
         self._transport = None
-        self._gate.leave(self)
+        self._gate.halves.leave(self)
         if self._deciding is not None:
             self._deciding.cancel()
         if self._account is not None:
@@ -308,7 +308,7 @@ class Connection(asyncio.Protocol):
         has_many = account.is_named and len(account.connections) >= limits.identity_connections
         if has_many or self._gate.admitted >= limits.connections:
             raise Refused(wire.ErrorCode.BUSY, "there are too many connections")
-        self._gate.leave(self)
+        self._gate.halves.leave(self)
         self._gate.opened(account, self)
         self._account = self._caller.account = account
         self._active_s = self._loop.time()
@@ -432,9 +432,9 @@ class Connection(asyncio.Protocol):
             if session is None or not session.is_live:
                 self.cut("it is idle")
 
-    def abandon(self) -> None:
-        """End the connection, and the requests that wait for others, without an answer: the server is closing."""
-        self.cut("the server is closing")
+    def abandon(self, reason: str) -> None:
+        """End the connection, and the requests that wait for others, without an answer: the server ends."""
+        self.cut(reason)
         for task in self._tasks:
             task.cancel()
 

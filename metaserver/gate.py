@@ -91,29 +91,20 @@ class Account:
             waiting()
 
 
-class Gate:
-    """Lets connections in. ``half_open`` of them may be undecided; ``wall`` is in nanoseconds since 1970."""
+class Halves:
+    """Connections that have not said who they are: ``most`` of them, and the oldest gives way to the next."""
 
-    def __init__(self, engine: Engine, access: Access, half_open: int, wall: Callable[[], int] = time.time_ns) -> None:
-        self.access = access
-        self._engine = engine
-        self._half_open = half_open
-        self._wall = wall
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._halves: dict[Half, None] = {}
-        self._revocations = 0
-        #: Connections of which it is known whose they are.
-        self.admitted = 0
-        #: Called with each account that has ended before its time.
-        self.on_end: Callable[[Account], object] = lambda account: None
-        #: By serial and place.
-        self._accounts: dict[tuple[bytes, bool], Account] = {}
 
-    # Those that have not said who they are
+    def __len__(self) -> int:
+        return len(self._halves)
 
     def enter(self, half: Half) -> None:
         """A connection has come."""
         self._halves[half] = None
-        if len(self._halves) > self._half_open:
+        if len(self._halves) > self._most:
             oldest = next(iter(self._halves))
             self.leave(oldest)
             oldest.cut("too many connections do not say who they are")
@@ -122,10 +113,27 @@ class Gate:
         """A connection has said who it is, or is gone."""
         self._halves.pop(half, None)
 
-    def close(self) -> None:
+    def close(self, reason: str) -> None:
         """Nobody is let in any more."""
         for half in list(self._halves):
-            half.cut("the server is closing")
+            half.cut(reason)
+
+
+class Gate:
+    """Lets connections in. ``half_open`` of them may be undecided; ``wall`` is in nanoseconds since 1970."""
+
+    def __init__(self, engine: Engine, access: Access, half_open: int, wall: Callable[[], int] = time.time_ns) -> None:
+        self.access = access
+        self.halves = Halves(half_open)
+        self._engine = engine
+        self._wall = wall
+        self._revocations = 0
+        #: Connections of which it is known whose they are.
+        self.admitted = 0
+        #: Called with each account that has ended before its time.
+        self.on_end: Callable[[Account], object] = lambda account: None
+        #: By serial and place.
+        self._accounts: dict[tuple[bytes, bool], Account] = {}
 
     # Who they are
 
@@ -231,3 +239,31 @@ def _is_loopback(peer: Any) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
+
+
+class Unguarded:
+    """The gate of a metaserver that only tells where the authority is: it cannot know who anybody is."""
+
+    def __init__(self, half_open: int) -> None:
+        self.halves = Halves(half_open)
+        self.admitted = 0
+        self._nobody = Account(Known(wire.Identity("nobody", volumes=[]), b"", b"*"), False)
+
+    def shown(self, transport: asyncio.BaseTransport, token: str | None) -> None:
+        """What is shown is not looked at."""
+
+    def without_identity(self, transport: asyncio.BaseTransport) -> Account:
+        """Return the account of whoever comes."""
+        return self._nobody
+
+    async def with_identity(self, transport: asyncio.BaseTransport, shown: Shown) -> Account:
+        """It is the same."""
+        return self._nobody
+
+    def opened(self, account: Account, connection: Half) -> None:
+        """A connection was let in."""
+        self.admitted += 1
+
+    def closed(self, account: Account, connection: Half) -> None:
+        """It is gone."""
+        self.admitted -= 1

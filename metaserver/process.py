@@ -14,8 +14,9 @@ from typing import Final
 
 import uvloop
 
-from metaserver.engine import Engine, candidate
+from metaserver.engine import candidate
 from metaserver.errors import EngineBusy, EngineUnusable
+from metaserver.front import Front
 from metaserver.gate import Access
 from metaserver.listener import ListenError
 from metaserver.server import Server
@@ -29,13 +30,13 @@ _PR_SET_PDEATHSIG: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a metaserver is started with. ``ready_fd`` is told the address, ``lease_s`` is in seconds.
+    """What a metaserver is started with. ``ready_fd`` is told the first address, ``lease_s`` is in seconds.
 
-    It listens on ``also`` beside ``listen``. The paths are of PEM files; ``squash`` is a :class:`Squash`, by name.
+    The paths are of PEM files; ``squash`` is a :class:`Squash`, by name.
     """
 
     engine: str
-    listen: str
+    listen: list[str]
     lease_s: float
     durability: str
     ready_fd: int | None
@@ -44,7 +45,9 @@ class Options:
     die_with_parent: bool
     grace: bool = True
     janitor: bool = True
-    also: tuple[str, ...] = ()
+    #: Refuse to start, rather than stand by, while another metaserver has the engine.
+    alone: bool = False
+    advertise: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
     tls_client_ca: str | None = None
@@ -79,29 +82,27 @@ def run(options: Options) -> int:
 async def _serve(options: Options) -> None:
     stop = asyncio.Event()
     access = options.access()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    standing = candidate(options.engine, options.listen, options.durability)
-    try:
-        await _serve_on(await standing.take(), options, access, stop)
-    finally:
-        await standing.resign()
-
-
-async def _serve_on(engine: Engine, options: Options, access: Access, stop: asyncio.Event) -> None:
-    server = Server(engine, lease_s=options.lease_s, grace=options.grace, janitor=options.janitor, access=access)
     if access.tls is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, access.tls.reload)
     if access.insecure:
         _log.warning("--insecure: whoever can reach this metaserver can use it, and whoever is on the way can see it")
-    addresses = await server.start(options.listen, *options.also)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    front = Front(
+        lambda address: candidate(options.engine, address, options.durability),
+        lambda engine: Server(
+            engine, lease_s=options.lease_s, grace=options.grace, janitor=options.janitor, access=access
+        ),
+        access=access,
+    )
+    address = await front.start(*options.listen, advertise=options.advertise, alone=options.alone)
     try:
-        _log.info("serving %s on %s%s", options.engine, ", ".join(addresses), " (TLS)" if access.tls else "")
-        _say(options.ready_fd, f"ready {addresses[0]}")
+        _log.info("listening on %s%s", ", ".join(front.addresses), " (TLS)" if access.tls is not None else "")
+        _say(options.ready_fd, f"ready {address}")
         await stop.wait()
         _log.info("ending")
     finally:
-        await server.close()
+        await front.close()
 
 
 def _say(ready_fd: int | None, line: str) -> None:

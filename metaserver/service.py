@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from importlib import metadata
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -17,8 +18,9 @@ import msgspec
 from metaserver import events, fencing, identities, namespace, wire
 from metaserver.coherence import Change, Coherence, Grant, Held, grant_of, own_grants
 from metaserver.connection import Answer, Caller, Limits, failure
-from metaserver.engine.base import Engine, Snapshot, Transaction
+from metaserver.engine.base import Snapshot, Transaction
 from metaserver.errors import Refused, Unknown
+from metaserver.fenced_engine import FencedEngine
 from metaserver.fencing import SessionRecord, Slot, Tenure
 from metaserver.following import Followers
 from metaserver.gate import Account, Gate
@@ -28,11 +30,13 @@ from metaserver.janitor import Janitor
 from metaserver.locking import Locking, LockRequest
 from metaserver.namespace import Context
 from metaserver.sessions import Session, Sessions, changed_inodes, changed_names, must_own
+from metaserver.status import Overview
 from metaserver.volumes import Volume
 
 _T = TypeVar("_T")
 
-_SOFTWARE: Final = "bpfuse-metaserver"
+#: What a metaserver calls itself.
+SOFTWARE: Final = f"bpfuse-metaserver {metadata.version('bpfuse')}"
 #: Times that a commit whose outcome is unknown is looked for.
 _RESOLUTIONS: Final = 3
 
@@ -60,7 +64,7 @@ class Service:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: FencedEngine,
         tenure: Tenure,
         sessions: Sessions,
         coherence: Coherence,
@@ -81,10 +85,11 @@ class Service:
         self._losses = engine.losses
         self._wall = wall
         self._followers = Followers(engine)
+        self._overview = Overview(tenure, sessions, coherence, janitor.evictions)
 
     def welcome(self) -> wire.Welcome:
         """Return the answer to a Hello; its epoch is this run's own."""
-        return wire.Welcome(wire.PROTOCOL_VERSION, _SOFTWARE, self._tenure.epoch)
+        return wire.Welcome(wire.PROTOCOL_VERSION, SOFTWARE, self._tenure.epoch)
 
     def acknowledge(self, caller: Caller, request: wire.Acknowledge) -> None:
         """Take note that a client has dropped what a break told."""
@@ -133,6 +138,12 @@ class Service:
         if isinstance(request, wire.CreateIdentity | wire.RevokeIdentity | wire.ListIdentities):
             caller.must_be_admin()
             return await self._manage_identities(request)
+        if isinstance(request, wire.GetStatus):
+            return await self._status(caller, request)
+        if isinstance(request, wire.EvictSession):
+            caller.must_be_admin()
+            self._overview.evict(await self._volume(request.volume), request.session)
+            return wire.Done()
         raise Refused(wire.ErrorCode.INVALID, f"a {type(request).__name__} has no place here")
 
     # Reads
@@ -259,9 +270,8 @@ class Service:
         return body
 
     def _may_commit(self, txn: Transaction, session: Session) -> None:
-        """The fence: raise unless this server and this session may still change anything."""
+        """The fence, beside the engine's own of this server: raise unless the session may still change anything."""
         session.check()
-        self._tenure.check(txn)
         fencing.check_session(txn, session.id)
 
     def _committed(self, change: Change, since: int, request: wire.Request, outcome: _Outcome) -> Answer:
@@ -293,7 +303,7 @@ class Service:
         session = caller.session()
         await self._coherence.breaks.settled(session)
         now_ns = self._sessions.clock()
-        await self._engine.read(self._tenure.check)
+        await self._engine.check()
         session = caller.session()
         renewed = self._sessions.renew(session, request.seen, now_ns, self._coherence.left_over(session))
         self._locking.is_known(session)
@@ -319,7 +329,7 @@ class Service:
 
     async def _open_session(self, caller: Caller, request: wire.OpenSession) -> wire.SessionOpened:
         caller.must_see(request.volume)
-        volume = await self._engine.read(lambda snapshot: namespace.open_volume(snapshot, request.volume))
+        volume = await self._volume(request.volume)
         caller.must_be_free()
         owner = caller.account.owner
         session = self._sessions.resume(volume, request.resume, owner) or await self._reclaim(volume, request, owner)
@@ -332,6 +342,7 @@ class Service:
         await self._set_guard(caller.account, session)
         caller.must_be_free()
         self._coherence.has_open(session, await self._reached(session, request.writing))
+        session.software = request.software
         caller.bind(session)
         return wire.SessionOpened(
             session.id,
@@ -414,7 +425,6 @@ class Service:
         record = SessionRecord(session.id, session.volume.id, self._sessions.lease_ns, session.was_alone, session.owner)
 
         def body(txn: Transaction) -> None:
-            self._tenure.check(txn)
             if is_new or fencing.is_recorded(txn, session.id):
                 fencing.put_session(txn, record)
 
@@ -424,6 +434,20 @@ class Service:
         outcome = await self._engine.write(body)
         await self._engine.sync()
         return outcome
+
+    async def _volume(self, name: str) -> Volume:
+        return await self._engine.read(lambda snapshot: namespace.open_volume(snapshot, name))
+
+    async def _status(self, caller: Caller, request: wire.GetStatus) -> wire.Status:
+        if request.volume is None:
+            return self._overview.status(SOFTWARE, self.grace, None)
+        caller.must_see(request.volume)
+        status = self._overview.status(SOFTWARE, self.grace, await self._volume(request.volume))
+        if caller.account.identity.admin:
+            return status
+        own = {each.id for each in self._sessions.all() if each.owner == caller.account.owner}
+        sessions = [each for each in status.sessions if each.session in own]
+        return msgspec.structs.replace(status, sessions=sessions, evicted=[])
 
     async def _close_session(self, caller: Caller) -> wire.Done:
         await self._janitor.end(caller.session())

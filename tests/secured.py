@@ -23,9 +23,7 @@ async def secured(directory: Path, tls: Tls, limits: Limits | None = None) -> As
     async with serving(directory, address=f"unix:{directory}/socket", limits=limits, access=Access(tls)) as metaserver:
         await (await metaserver.connect()).call(wire.CreateVolume(VOLUME, "file:///blocks", 65536), wire.Done)
         await metaserver.stop()
-        local, address = await metaserver.start_on(f"unix:{directory}/socket", TCP)
-        metaserver.address = local
-        metaserver.tcp = address
+        await metaserver.start_on(f"unix:{directory}/socket", TCP)
         yield metaserver
 
 

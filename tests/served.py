@@ -13,7 +13,9 @@ from typing import Any, Final, TypeVar
 from fuseclient.worker import rpc
 from metaserver import wire
 from metaserver.connection import Limits
-from metaserver.engine import Engine, Snapshot, Transaction, open_engine
+from metaserver.engine import Candidate, Engine, Snapshot, Transaction, open_engine
+from metaserver.front import Front
+from metaserver.gate import Access
 from metaserver.server import Server
 from metaserver.sessions import FEED_CHANGES
 
@@ -95,6 +97,23 @@ class Held(Engine):
         await self.engine.close()
 
 
+class Given(Candidate):
+    """The authority over an engine that the test owns: it is there for the taking, and not closed."""
+
+    def __init__(self, address: str, engine: Engine) -> None:
+        super().__init__(address)
+        self._engine = engine
+
+    async def take(self) -> Engine:
+        return self._engine
+
+    async def holder(self) -> str | None:
+        return self.address
+
+    async def resign(self) -> None:
+        pass
+
+
 class Metaserver:
     """A server that can be stopped and started again on the same engine and address."""
 
@@ -107,16 +126,24 @@ class Metaserver:
         self.tcp: str
         self._clients: list[rpc.Connection | Raw] = []
 
-    async def start(self, address: str | None = None) -> None:
-        (self.address,) = await self.start_on(address or self.address)
+    async def start(self, address: str | None = None, **options: Any) -> None:
+        await self.start_on(address or self.address, **options)
 
-    async def start_on(self, *addresses: str) -> list[str]:
-        """Start on several addresses; return those they came to be."""
-        self.server = Server(self.engine, **self.options)
-        return await self.server.start(*addresses)
+    async def start_on(self, *addresses: str, **options: Any) -> None:
+        """Start on one or two addresses; ``address`` and ``tcp`` are what they came to be."""
+        self.front = Front(
+            lambda place: Given(place, self.engine),
+            lambda engine: Server(engine, **self.options),
+            self.options.get("limits", Limits()),
+            self.options.get("access", Access()),
+        )
+        self.address = await self.front.start(*addresses, **options)
+        self.tcp = self.front.addresses[-1]
+        assert self.front.server is not None
+        self.server = self.front.server
 
     async def stop(self) -> None:
-        await self.server.close()
+        await self.front.close()
 
     async def connect(self) -> rpc.Connection:
         return await self.connect_to(self.address)
@@ -169,9 +196,8 @@ async def serving(
     """A running metaserver; ``engine`` is a URL or "lmdb" for one in ``directory``."""
     url = f"lmdb://{directory}/meta" if engine == "lmdb" else engine
     opened = open_engine(url)
-    metaserver = Metaserver(
-        opened, directory, lease_s=lease_s, limits=limits or Limits(), feed_changes=feed_changes, **options
-    )
+    options |= {"lease_s": lease_s, "limits": limits or Limits(), "feed_changes": feed_changes}
+    metaserver = Metaserver(opened, directory, **options)
     await metaserver.start(address)
     try:
         yield metaserver

@@ -40,13 +40,20 @@ def metaserver(
         Literal["auto", "none", "root", "all"],
         typer.Option(help="with --insecure: whose rights clients on other machines have; auto: anybody's but root's"),
     ] = "auto",
+    advertise: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="host:port where clients are told to come (default: where it listens)"),
+    ] = None,
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], typer.Option(help="what is logged")] = "INFO",
 ) -> None:
-    """Serve the volumes of one engine, in the foreground, until SIGTERM or SIGINT."""
+    """Serve the volumes of one engine, in the foreground, until SIGTERM or SIGINT.
+
+    Any number may run on one engine: one of them serves at a time, and the others stand by.
+    """
     arguments = ["--engine", engine, "--lease-s", str(lease), "--log-level", log_level]
     arguments += ["--durability", durability, "--squash", squash]
     for each in listen:
-        arguments += ["--listen", each if each.startswith(("unix:", "tcp:")) else f"tcp:{each}"]
+        arguments += ["--listen", _address(each)]
     for option, path in (("--tls-cert", tls_cert), ("--tls-key", tls_key), ("--tls-client-ca", tls_client_ca)):
         if path is not None:
             arguments += [option, path]
@@ -54,4 +61,10 @@ def metaserver(
         arguments.append("--require-identity")
     if insecure:
         arguments.append("--insecure")
+    if advertise is not None:
+        arguments += ["--advertise", _address(advertise)]
     os.execv(sys.executable, [sys.executable, "-P", "-m", "metaserver", *arguments])
+
+
+def _address(text: str) -> str:
+    return text if text.startswith(("unix:", "tcp:")) else f"tcp:{text}"

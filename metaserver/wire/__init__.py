@@ -28,4 +28,5 @@ from metaserver.wire.identities import *
 from metaserver.wire.locks import *
 from metaserver.wire.namespace import *
 from metaserver.wire.sessions import *
+from metaserver.wire.status import *
 from metaserver.wire.tokens import *

@@ -15,10 +15,12 @@ from typing import Any, Final
 from unittest import mock
 
 import pyfuse3
+from served import Given
 
 from fuseclient.worker import mount as worker_mount
 from fuseclient.worker import rpc
 from metaserver import listener, wire
+from metaserver.front import Front
 from metaserver.gate import Access
 from metaserver.server import Server
 from simulation import checker, kernel
@@ -139,8 +141,13 @@ class World:
         self.loop.spawn(self.server.node, self._serve(self.server), "server")
 
     async def _serve(self, process: ServerProcess) -> None:
-        process.server = Server(self.engine, lease_s=self.setup.lease_s, access=ANYBODY)
-        await process.server.start(SERVED)
+        front = Front(
+            lambda address: Given(address, self.engine),
+            lambda engine: Server(engine, lease_s=self.setup.lease_s, access=ANYBODY),
+            access=ANYBODY,
+        )
+        await front.start(SERVED)
+        process.server = front.server
 
     def kill_server(self, process: ServerProcess | None = None) -> None:
         """Kill a server; the last one started, unless told otherwise. The engine's process ends with that one."""

@@ -330,6 +330,5 @@ async def test_any_handshake(any_handshake: Metaserver, sent: bytes | wire.Hello
 
 @pytest.fixture
 async def any_handshake(tmp_path: Path) -> AsyncIterator[Metaserver]:
-    logging.getLogger("metaserver").setLevel(logging.ERROR)
     async with serving(tmp_path) as metaserver:
         yield metaserver

@@ -23,7 +23,7 @@ from metaserver.errors import EngineBusy, EngineError
 from metaserver.gate import Access, Halves, Unguarded
 from metaserver.server import Server
 from metaserver.standby import Standby
-from metaserver.tls import Unlocking
+from metaserver.tls import Tls, Unlocking
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 _LOOK_S: Final = 0.2
 #: Seconds before a metaserver that has lost the authority, or could not use it, stands for it again.
 _PAUSE_S: Final = 0.5
+#: Seconds before connections are accepted again after that has failed.
+_AGAIN_S: Final = 0.1
 #: Hosts that mean every address of this machine.
 _ANY: Final = ("0.0.0.0", "::")
 
@@ -64,6 +66,9 @@ class Front:
         self._standby: Standby
         self._told: set[Connection] = set()
         self._listening: list[asyncio.Server] = []
+        #: Tasks that accept connections of TLS, and tasks of those until it is agreed on.
+        self._accepting: list[asyncio.Task[None]] = []
+        self._unlocking: set[asyncio.Task[None]] = set()
         self._terms: asyncio.Task[None] | None = None
 
     async def start(self, *addresses: str, advertise: str | None = None, alone: bool = False) -> str:
@@ -85,8 +90,10 @@ class Front:
             self._close_sockets()
             raise
         for place, sock in zip(places, self._sockets, strict=True):
-            accept = self._accept if isinstance(place, wire.UnixAddress) else self._accept_tcp
-            self._listening.append(await asyncio.get_running_loop().create_server(accept, sock=sock))
+            if self._access.tls is not None and isinstance(place, wire.TcpAddress):
+                self._accepting.append(asyncio.create_task(self._accept_tls(sock, self._access.tls)))
+            else:
+                self._listening.append(await asyncio.get_running_loop().create_server(self._accept, sock=sock))
         self._terms = asyncio.create_task(self._run(), name="authority")
         return self.addresses[0]
 
@@ -94,6 +101,7 @@ class Front:
         for sock in self._sockets:
             listener.remove_socket(sock)
             sock.close()
+        self._sockets.clear()
 
     async def _begin(self, alone: bool) -> None:
         self._stand()
@@ -109,12 +117,15 @@ class Front:
 
     async def close(self) -> None:
         """Accept nothing more; end in order if this one serves: the next one does at once. Twice does no harm."""
-        if not self._listening or self._terms is None:
+        if not self._sockets or self._terms is None:
             return
-        for sock, listening in zip(self._sockets, self._listening, strict=True):
-            listener.remove_socket(sock)
+        for listening in self._listening:
             listening.close()
-        self._listening.clear()
+        for task in self._accepting:
+            task.cancel()
+        if self._accepting:
+            await asyncio.wait(self._accepting)
+        self._close_sockets()
         self.halves.close("the metaserver ends")
         self._terms.cancel()
         await asyncio.wait({self._terms})
@@ -131,14 +142,30 @@ class Front:
             return self.server.accept()
         return Connection(self._standby, self._unguarded, self._limits, self._told)
 
-    def _accept_tcp(self) -> asyncio.Protocol:
-        """Return the protocol of a connection over TCP, which begins with TLS if there is a certificate."""
-        tls = self._access.tls
-        if tls is None:
-            return self._accept()
-        unlocking = Unlocking(tls.context, self._accept, self._limits.hello_s, self.halves.leave)
+    async def _accept_tls(self, sock: socket.socket, tls: Tls) -> None:
+        """Accept connections, until cancelled."""
+        loop = asyncio.get_running_loop()
+        sock.setblocking(False)
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(sock)
+            except OSError as error:
+                _log.error("a connection cannot be accepted: %s", error)
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            task = asyncio.create_task(self._unlock(Unlocking(accepted, tls.context, self._limits.hello_s)))
+            self._unlocking.add(task)
+            task.add_done_callback(self._unlocking.discard)
+
+    async def _unlock(self, unlocking: Unlocking) -> None:
         self.halves.enter(unlocking)
-        return unlocking
+        server = self.server
+        try:
+            connection = await unlocking.run(self._accept)
+        finally:
+            self.halves.leave(unlocking)
+        if connection is not None and self.server is not server:
+            connection.cut("it has become, or ceased to be, the authority meanwhile")
 
     def _cut_told(self, reason: str) -> None:
         for connection in list(self._told):

@@ -6,14 +6,18 @@ TLS 1.3 and nothing older. A session cannot be resumed: what a client showed is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 import ssl
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from metaserver import wire
 
 _log = logging.getLogger(__name__)
+
+_Protocol = TypeVar("_Protocol", bound=asyncio.Protocol)
 
 _NAME: Final = "commonName"
 
@@ -77,67 +81,32 @@ def certificate_name(transport: asyncio.BaseTransport) -> tuple[str, float] | No
     return (names[-1], float(ssl.cert_time_to_seconds(shown["notAfter"]))) if names else None
 
 
-class Unlocking(asyncio.Protocol):
-    """A connection until TLS is agreed on, for ``timeout_s`` at most; then that of ``make`` takes over.
+class Unlocking:
+    """A connection until TLS is agreed on, for ``timeout_s`` at most; the protocol that ``make`` returns has it then.
 
-    ``on_end`` is called, once, when it is over with it. The peer may hang, or talk anything.
+    The peer may hang, or talk anything. (Not start_tls of a connection that was accepted already: uvloop may have read
+    the beginning of the handshake by then.)
     """
 
-    def __init__(
-        self,
-        context: ssl.SSLContext,
-        make: Callable[[], asyncio.Protocol],
-        timeout_s: float,
-        on_end: Callable[[Unlocking], object],
-    ) -> None:
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext, timeout_s: float) -> None:
+        self._sock = sock
         self._context = context
-        self._make = make
         self._timeout_s = timeout_s
-        self._on_end = on_end
-        self._transport: asyncio.Transport | None = None
-        self._task: asyncio.Task[None] | None = None
-        #: What came after the handshake and before the other protocol was there.
-        self._early = bytearray()
-        self._is_lost = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.pause_reading()
-        self._task = asyncio.get_running_loop().create_task(self._unlock(self._transport))
-
-    def data_received(self, data: bytes) -> None:
-        self._early += data
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._is_lost = True
 
     def cut(self, reason: str) -> None:
         """End it now."""
         _log.warning("a client is cut off: %s", reason)
-        if self._task is not None:
-            self._task.cancel()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
-    async def _unlock(self, transport: asyncio.Transport) -> None:
-        peer = transport.get_extra_info("peername")
+    async def run(self, make: Callable[[], _Protocol]) -> _Protocol | None:
+        """Return the protocol, which has the connection; ``None``: there is none any more."""
         try:
-            secured = await asyncio.get_running_loop().start_tls(
-                transport, self, self._context, server_side=True, ssl_handshake_timeout=self._timeout_s
+            _, protocol = await asyncio.get_running_loop().connect_accepted_socket(
+                make, self._sock, ssl=self._context, ssl_handshake_timeout=self._timeout_s
             )
-        except (OSError, asyncio.CancelledError) as error:
-            if isinstance(error, OSError):
-                _log.info("%s: no TLS: %s", peer, error)
-            transport.abort()
-            return
-        finally:
-            self._on_end(self)
-        assert secured is not None
-        self._hand_over(secured)
-
-    def _hand_over(self, secured: asyncio.Transport) -> None:
-        protocol = self._make()
-        secured.set_protocol(protocol)
-        protocol.connection_made(secured)
-        if self._early:
-            protocol.data_received(bytes(self._early))
-        if self._is_lost:
-            protocol.connection_lost(None)
+        except OSError as error:
+            _log.info("no TLS with a client: %s", error)
+            self._sock.close()
+            return None
+        return protocol

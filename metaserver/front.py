@@ -87,7 +87,9 @@ class Front:
             self._advertised = _reachable(self.addresses) if advertise is None else advertise
             await self._begin(alone)
         except BaseException:
-            self._close_sockets()
+            for sock in self._sockets:
+                listener.remove_socket(sock)
+                sock.close()
             raise
         for place, sock in zip(places, self._sockets, strict=True):
             if self._access.tls is not None and isinstance(place, wire.TcpAddress):
@@ -96,12 +98,6 @@ class Front:
                 self._listening.append(await asyncio.get_running_loop().create_server(self._accept, sock=sock))
         self._terms = asyncio.create_task(self._run(), name="authority")
         return self.addresses[0]
-
-    def _close_sockets(self) -> None:
-        for sock in self._sockets:
-            listener.remove_socket(sock)
-            sock.close()
-        self._sockets.clear()
 
     async def _begin(self, alone: bool) -> None:
         self._stand()
@@ -119,13 +115,17 @@ class Front:
         """Accept nothing more; end in order if this one serves: the next one does at once. Twice does no harm."""
         if not self._sockets or self._terms is None:
             return
+        for sock in self._sockets:
+            listener.remove_socket(sock)
         for listening in self._listening:
             listening.close()
         for task in self._accepting:
             task.cancel()
         if self._accepting:
             await asyncio.wait(self._accepting)
-        self._close_sockets()
+        for sock in self._sockets:
+            sock.close()
+        self._sockets.clear()
         self.halves.close("the metaserver ends")
         self._terms.cancel()
         await asyncio.wait({self._terms})

@@ -354,6 +354,7 @@ class Service:
             volume.identity,
             self._engine.is_lazy,
             session.alone,
+            self._engine.puts_off,
             caller.account.identity.read_only,
         )
 

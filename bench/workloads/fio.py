@@ -47,7 +47,7 @@ class Fio(Workload):
         return None if shutil.which("fio") else "fio (apt install fio)"
 
     def suits(self, kind: type[Peer]) -> bool:
-        return not kind.read_only
+        return not (kind.read_only or kind.metadata_only)
 
     def turn(self, turn: Turn) -> None:
         with fresh(turn.kind, self.directory) as peer:

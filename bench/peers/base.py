@@ -32,6 +32,8 @@ class Peer(ABC):
     changes_only: ClassVar[bool] = False
     #: It differs from another only in where metadata are, so that large files are not measured.
     metadata_only: ClassVar[bool] = False
+    #: It can be read and written with O_DIRECT.
+    direct_io: ClassVar[bool] = True
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

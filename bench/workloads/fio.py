@@ -51,15 +51,15 @@ class Fio(Workload):
 
     def turn(self, turn: Turn) -> None:
         with fresh(turn.kind, self.directory) as peer:
-            for job in run(JOBS / "write.fio", peer.root, self.scale):
-                _add(turn, job)
-            for job in run(JOBS / "small.fio", peer.root, self.scale):
-                _add(turn, job)
+            self._jobs(turn, peer, "write", "small", *(("direct_write",) if turn.kind.direct_io else ()))
             run(JOBS / "layout.fio", peer.root, self.scale)
             peer.restart()
-            for name in ("cold", "cached", "direct"):
-                for job in run(JOBS / f"{name}.fio", peer.root, self.scale):
-                    _add(turn, job)
+            self._jobs(turn, peer, "cold", "cached", *(("direct",) if turn.kind.direct_io else ()))
+
+    def _jobs(self, turn: Turn, peer: Peer, *names: str) -> None:
+        for name in names:
+            for job in run(JOBS / f"{name}.fio", peer.root, self.scale):
+                _add(turn, job)
 
 
 def run(path: Path, directory: Path, scale: Scale) -> list[Job]:

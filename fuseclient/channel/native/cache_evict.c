@@ -12,7 +12,7 @@
 #include "cache_internal.h"
 
 enum {
-	ROOM_SHARE = 32, /* this part of the capacity is made free at once */
+	ROOM_SHARE = 32,    /* this part of the capacity is made free at once */
 	MEMBERS_FACTOR = 3, /* members remembered at most, by the capacity: most may be of entries that are gone */
 	FIRST_EVICTED = 1024,
 };
@@ -110,7 +110,9 @@ bool cache_evict(struct bpfuse_cache *cache, enum cache_full full)
 		if (groups_get(cache->groups, ranked[i])->serial <= cache->batch_serial)
 			evict_group(cache, ranked[i], &gone);
 	free(ranked);
-	return full == FULL_NAMES ? gone.names : full == FULL_INODES ? gone.inodes : groups_count(cache->groups) < before;
+	return full == FULL_NAMES  ? gone.names :
+	       full == FULL_INODES ? gone.inodes :
+				     groups_count(cache->groups) < before;
 }
 
 void cache_open_group(struct bpfuse_cache *cache, __u64 directory)

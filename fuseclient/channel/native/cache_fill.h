@@ -54,10 +54,10 @@ struct bpfuse_record {
 
 /* Counts since the cache was opened. */
 struct bpfuse_cache_figures {
-	__u64 listings;      /* of directories, that were put */
-	__u64 overtaken;     /* inodes whose content or listing lost its pages to newer content */
-	__u64 put_failures;  /* values that the kernel did not take, and that are therefore not cached */
-	__u64 forced_epochs; /* times that everything was dropped because a drop failed */
+	__u64 listings;        /* of directories, that were put */
+	__u64 overtaken;       /* inodes whose content or listing lost its pages to newer content */
+	__u64 put_failures;    /* values that the kernel did not take, and that are therefore not cached */
+	__u64 forced_epochs;   /* times that everything was dropped because a drop failed */
 	__u64 evicted_groups;  /* directories, or parts of large ones, that were given up for others, */
 	__u64 evicted_entries; /* and the names and inodes that went with them */
 };

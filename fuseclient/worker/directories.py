@@ -466,6 +466,6 @@ class Directories:
             self._large.popitem(last=False)
 
     def figures(self) -> dict[str, int]:
-        """Return what ``stats`` shows: fetches, those of parts of large directories, those made ahead of reading in order,
-        and names asked for one by one; and what came beside other directories."""
+        """Return what ``stats`` shows: fetches, those of parts of large directories, those made ahead of a reader, and
+        names asked for one by one; and what came beside other directories."""
         return {**self._counts, **(self._siblings.figures() if self._siblings is not None else {})}

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from importlib import metadata
 from typing import Any, Final, NamedTuple
 
-from metaserver import events, fencing, namespace, wire
+from metaserver import events, fencing, listing, namespace, wire
 from metaserver.coherence import Change, Coherence, Grant, Held, grant_of, own_grants
 from metaserver.connection import Answer, Caller, failure
 from metaserver.engine.base import Transaction
@@ -117,14 +117,39 @@ class Service:
     # Reads
 
     async def pages(self, caller: Caller, request: wire.FetchDirectory) -> AsyncIterator[Answer]:
-        """Yield the pages of a directory fetch, all of one snapshot."""
+        """Yield the pages of a directory fetch, those of each directory of one snapshot."""
         session = caller.session()
-        since = self._coherence.version(session.volume)
+        waiting: tuple[int, wire.DirectoryPage] | None = None
+        async for since, pages in self._directories(session, request):
+            pages.reverse()
+            while pages:
+                if waiting is not None:
+                    yield self._granted(session, waiting[0], request, listing.not_last(waiting[1]))
+                waiting = since, pages.pop()
+        if waiting is not None:
+            yield self._granted(session, waiting[0], request, waiting[1])
+
+    async def _directories(
+        self, session: Session, request: wire.FetchDirectory
+    ) -> AsyncIterator[tuple[int, list[wire.DirectoryPage]]]:
+        """Yield the pages of the directory asked for, and of others that fit in; each with the version before."""
         verb = namespace.READS[wire.FetchDirectory]
+        since = self._coherence.version(session.volume)
         pages: list[wire.DirectoryPage] = await self._look(session, verb, request)
-        pages.reverse()
-        while pages:
-            yield self._granted(session, since, request, pages.pop())
+        left = listing.left_over(request, pages)
+        yield since, pages
+        for ino in request.also:
+            if left is None:
+                return
+            since = self._coherence.version(session.volume)
+            one = listing.whole_of(left, ino)
+            try:
+                pages = await self._look(session, verb, one)
+            except Refused:  # it is gone
+                continue
+            if listing.is_whole(one, pages):
+                left = listing.left_over(one, pages)
+                yield since, pages
 
     def events(self, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]:
         """Yield the pages of a stream of events."""

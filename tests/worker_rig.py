@@ -379,6 +379,25 @@ class Token:
         return True
 
 
+def spied(rig: Rig) -> list[wire.Request]:
+    """Return the list that every request to the metaserver goes into from now on, but for what is told in passing."""
+    log: list[wire.Request] = []
+    session = rig.session
+    call, stream = session.call, session.stream
+
+    async def spy(request: wire.Request, reply_type: Any) -> Any:
+        if not isinstance(request, wire.ClosedForWriting):
+            log.append(request)
+        return await call(request, reply_type)
+
+    def spy_stream(request: wire.FetchDirectory) -> Any:
+        log.append(request)
+        return stream(request)
+
+    session.call, session.stream = spy, spy_stream
+    return log
+
+
 @contextlib.asynccontextmanager
 async def rigged(
     directory: Path, monkeypatch: pytest.MonkeyPatch, *, maps: bool = True, lease_s: float = 30.0, **more: Any

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 from metaserver import fencing, recovery
 from metaserver.coherence import Coherence
@@ -17,17 +17,20 @@ from metaserver.connection import Connection, Limits
 from metaserver.engine.base import Engine
 from metaserver.fenced_engine import FencedEngine
 from metaserver.fencing import Tenure
+from metaserver.gate import Access, Gate
 from metaserver.grace import Grace
 from metaserver.janitor import Janitor
 from metaserver.service import Service
 from metaserver.sessions import FEED_CHANGES, Sessions
 
-#: Seconds that requests in progress get to end when the server is closed.
-_CLOSE_S: Final = 5.0
+#: Seconds that requests in progress get to end when the server is closed, and then their replies to be taken.
+_CLOSE_S: Final = 2.0
 #: Seconds that the orphans of ended sessions get to be deleted then.
 _SETTLE_S: Final = 1.0
 #: Versions of the change feed begin with the server's epoch.
 _EPOCH_SHIFT: Final = 32
+#: Seconds between two looks for connections that are idle, and identities that have expired.
+_WATCH_S: Final = 1.0
 
 
 def boottime_ns() -> int:
@@ -49,6 +52,7 @@ class Server:
         *,
         lease_s: float = 30.0,
         limits: Limits = Limits(),  # noqa: B008 - immutable
+        access: Access = Access(),  # noqa: B008
         feed_changes: int = FEED_CHANGES,
         grace: bool = True,
         janitor: bool = True,
@@ -62,10 +66,15 @@ class Server:
         self.janitor = Janitor(self._engine, self.sessions, wall)
         self.coherence = self.janitor.coherence = Coherence(self.sessions, self.janitor.evict)
         self.connections: set[Connection] = set()
-        self._service = Service(self._engine, self.tenure, self.sessions, self.coherence, self.janitor, wall)
+        self.gate = Gate(self._engine, access, limits.half_open, wall)
+        self._service = Service(
+            self._engine, self.tenure, self.sessions, self.coherence, self.janitor, self.gate, limits, wall
+        )
         self._limits = limits
+        self._wall = wall
         self._has_janitor = janitor
-        self._cleaning: asyncio.Task[None] | None = None
+        #: The janitor's, and the one that ends what is overdue.
+        self._tasks: list[asyncio.Task[None]] = []
 
     def on_fenced(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called, on the event loop, each time that another server is found to have taken over."""
@@ -74,8 +83,18 @@ class Server:
     async def begin(self) -> None:
         """Take the engine over; connections may be accepted then. What an earlier run left is cleared up meanwhile."""
         await self.take_over()
+        self._tasks.append(asyncio.create_task(self._watch(), name="watch"))
         if self._has_janitor:
-            self._cleaning = asyncio.create_task(self.janitor.run(), name="janitor")
+            self._tasks.append(asyncio.create_task(self.janitor.run(), name="janitor"))
+
+    async def _watch(self) -> None:
+        """End what has expired and what is idle, until cancelled."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            self.gate.end_expired()
+            now_s = self._wall() / 1e9
+            for connection in list(self.connections):
+                connection.end_overdue(now_s)
 
     async def take_over(self) -> None:
         """Take the engine over from any earlier server, and begin the grace of its sessions."""
@@ -88,32 +107,41 @@ class Server:
 
     def accept(self) -> Connection:
         """Return the protocol object of a connection that was just made."""
-        return Connection(self._service, self._limits, self.connections)
+        return Connection(self._service, self.gate, self._limits, self.connections)
 
     async def end(self) -> None:
         """Answer what is in progress, close every connection, and leave the engine as one that ends in order does.
 
         No connection may be accepted any more.
         """
-        if self._cleaning is not None:
+        if self._has_janitor:
             await self.janitor.settle(_SETTLE_S)
-        await self._stop_cleaning()
-        ends = [asyncio.create_task(connection.shut()) for connection in self.connections]
-        if ends and (late := (await asyncio.wait(ends, timeout=_CLOSE_S))[1]):
-            self._cut("the server is closing")
-            await asyncio.wait(late)
+        await self._stop_tasks()
+        self.gate.halves.close("the server is closing")
+        stopped = await _all_within(_CLOSE_S, [connection.stop() for connection in self.connections])
+        if not stopped or not await _all_within(_CLOSE_S, [connection.shut() for connection in self.connections]):
+            await self._cut("the server is closing")
         await recovery.finish(self._engine)
 
     async def drop(self) -> None:
         """End at once, and answer nothing more: the authority is another's."""
-        self._cut("another metaserver has the authority")
-        await self._stop_cleaning()
+        await self._cut("another metaserver has the authority")
+        await self._stop_tasks()
 
-    def _cut(self, reason: str) -> None:
-        for connection in list(self.connections):
+    async def _cut(self, reason: str) -> None:
+        cut = list(self.connections)
+        for connection in cut:
             connection.abandon(reason)
+        await asyncio.gather(*(connection.shut() for connection in cut))
 
-    async def _stop_cleaning(self) -> None:
-        if self._cleaning is not None:
-            self._cleaning.cancel()
-            await asyncio.wait({self._cleaning})
+    async def _stop_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+async def _all_within(delay_s: float, works: list[Coroutine[Any, Any, None]]) -> bool:
+    """Do all of these; say whether they ended in time. Those that did not end when their connections are cut off."""
+    tasks = [asyncio.create_task(work) for work in works]
+    return not tasks or not (await asyncio.wait(tasks, timeout=delay_s))[1]

@@ -13,15 +13,19 @@ from typing import Final, Protocol
 
 import pytest
 import rig
+from certificates import Authority, Pair
 from hypothesis import settings
 from namespaces import Files, new_engine
 from xdist.scheduler import LoadScopeScheduling
+
+from metaserver.tls import Files as TlsFiles
+from metaserver.tls import Tls
 
 settings.register_profile("bpfuse", deadline=None)  # a machine under load is no failure
 settings.load_profile("bpfuse")
 
 #: What tests may know of the environment that they are started in; nothing else comes to them.
-_KEPT: Final = re.compile("PATH|TMPDIR|PYTHONHASHSEED|BPFUSE_(LONG|SEED)|PYTEST.*")
+_KEPT: Final = re.compile("PATH|TMPDIR|PYTHONHASHSEED|BPFUSE_(LONG|SEED|CRASHES)|PYTEST.*")
 _REPORT = pytest.StashKey[pytest.TestReport]()
 
 
@@ -160,3 +164,18 @@ def mount(sandbox: rig.Sandbox, request: pytest.FixtureRequest) -> Iterator[Moun
         if report is not None and report.failed:
             for each in mounted:
                 print(f"--- log of {each.path}\n{each.read_log()}")
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def server_pair(authority: Authority) -> Pair:
+    return authority.sign("server")
+
+
+@pytest.fixture
+def tls(authority: Authority, server_pair: Pair) -> Tls:
+    return Tls(TlsFiles(*server_pair, authority.path))

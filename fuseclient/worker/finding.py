@@ -22,12 +22,14 @@ _AGAIN_S: Final = 0.2
 async def connect(addresses: str, *, timeout_s: float = rpc.CONNECT_TIMEOUT_S) -> Connection:
     """Connect to the metaserver that has the authority.
 
-    ``addresses``: "unix:/path" or "tcp:host:port", or several with commas between them. Raises :exc:`Disconnected` when
+    ``addresses``: "unix:/path" or "tcp:host:port", or several with commas between them, and with one
+    query for all (see credentials.py). Raises :exc:`Disconnected` when
     none has it in time, :exc:`Refused` (UNSUPPORTED) when they speak another version of the protocol, and
     :exc:`ValueError` for what is not an address.
     """
+    addresses, mark, query = addresses.partition("?")
     places = [str(place) for place in wire.parse_addresses(addresses)]
-    search = _Search()
+    search = _Search(mark + query)
     try:
         async with asyncio.timeout(timeout_s):
             connection = await search.ask(places)
@@ -39,16 +41,19 @@ async def connect(addresses: str, *, timeout_s: float = rpc.CONNECT_TIMEOUT_S) -
 
 
 class _Search:
-    """One search; ``why`` says in a line why it has come to nothing so far."""
+    """One search, with a query for each address; ``why`` says in a line why it has come to nothing so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, query: str) -> None:
         self.why = ""
+        self._query = query
+        #: One has answered, so there is, or will be, an authority.
+        self._standby = False
         self._asked: dict[str, asyncio.Task[Connection]] = {}
 
     async def ask(self, places: Iterable[str]) -> Connection | None:
-        """Ask once, and return the connection to who has the authority; ``None``: there are only standbys.
+        """Ask once, and return the connection to who has the authority; ``None``: there are standbys only, or were.
 
-        If nobody answers, raises what the last one met.
+        If nobody has answered, raises what the last one met.
         """
         try:
             return await self._ask(places)
@@ -66,7 +71,6 @@ class _Search:
     async def _ask(self, places: Iterable[str]) -> Connection | None:
         known: set[str] = set()
         failure: Disconnected | Refused | None = None
-        standby = False
         self._add(known, *places)
         while self._asked:
             await asyncio.wait(self._asked.values(), return_when=asyncio.FIRST_COMPLETED)
@@ -78,13 +82,13 @@ class _Search:
                 continue
             if connection.welcome.server_epoch:
                 return connection
-            standby = True
+            self._standby = True
             elsewhere = connection.welcome.elsewhere
             connection.abort()
             self.why = f"{place} is a standby; the authority is {f'at {elsewhere}' if elsewhere else 'not known yet'}"
             if _may_follow(place, elsewhere):
                 self._add(known, elsewhere)
-        if failure is not None and not standby:
+        if failure is not None and not self._standby:
             raise failure
         return None
 
@@ -92,7 +96,7 @@ class _Search:
         for place in places:
             if place not in known:
                 known.add(place)
-                self._asked[place] = asyncio.create_task(rpc.connect(place))
+                self._asked[place] = asyncio.create_task(rpc.connect(place + self._query))
 
 
 def _may_follow(place: str, elsewhere: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -30,13 +31,15 @@ _REPORT = pytest.StashKey[pytest.TestReport]()
 
 
 def pytest_configure() -> None:
-    """Have tests find the same on every machine: nothing of a ``make`` above, of the user's locale, home or umask."""
+    """Have tests find the same on every machine, whatever make, shell, locale, home and umask they are started in."""
     for name in [name for name in os.environ if not _KEPT.fullmatch(name)]:
         del os.environ[name]
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     os.environ.update(HOME=tempfile.gettempdir(), LC_ALL="C.UTF-8", TZ="UTC")
     time.tzset()
     os.umask(0o022)
+    # A shell has what it runs in the background ignore it, and all that is started below would.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _ByModuleAndMode(LoadScopeScheduling):  # type: ignore[misc]  # it has no types

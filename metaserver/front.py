@@ -114,7 +114,7 @@ class Front:
     @property
     def accepts(self) -> bool:
         """Whether clients may come."""
-        return self._listening is not None
+        return bool(self._sockets)
 
     async def close(self) -> None:
         """Accept nothing more; end in order if this one serves: the next one does at once. Twice does no harm."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Final, NamedTuple
 
-from metaserver import events, fencing, namespace, wire
+from metaserver import events, fencing, namespace, new_files, wire
 from metaserver.coherence import Change, Coherence, Grant, Held, grant_of, own_grants
 from metaserver.connection import Answer, Caller, failure
 from metaserver.engine.base import Engine, Transaction
@@ -96,6 +96,8 @@ class Service:
             return self._locking.answer(caller.session(), request)
         if isinstance(request, wire.Sync):
             return await self._sync(caller)
+        if isinstance(request, wire.ReserveInodes):
+            return await self._reserve(caller.session(), request)
         if isinstance(request, wire.OpenSession):
             return await self._open_session(caller, request)
         if isinstance(request, wire.CloseSession):
@@ -207,8 +209,8 @@ class Service:
 
     def _committed(self, change: Change, since: int, request: wire.Request, outcome: _Outcome) -> Answer:
         session, inodes = change.session, changed_inodes(request, outcome.reply)
-        if getattr(request, "writing", False) and change.is_current:
-            self._coherence.opened(session, inodes[0])
+        for ino in _opened_by(request, inodes) if change.is_current else ():
+            self._coherence.opened(session, ino)
         if outcome.repeated:
             return Answer(outcome.reply, wire.Break(0, list(change.names), inodes))
         grant = self._grant_own(change, since, own_grants(request, change.names, inodes))
@@ -257,6 +259,18 @@ class Service:
         if lost:
             raise Refused(wire.ErrorCode.INTERNAL, "changes that were acknowledged could not be made durable")
         return wire.Done()
+
+    async def _reserve(self, session: Session, request: wire.ReserveInodes) -> wire.InodesReserved:
+        """Reserve inode numbers, durably: a crash may not give them to another."""
+        context = Context(session.volume, session.id, self._wall())
+        reserved: list[wire.InodesReserved] = []
+
+        def body(txn: Transaction) -> None:
+            self._may_commit(txn, session)
+            reserved[:] = [new_files.reserve_inodes(txn, context, request)]
+
+        await self._write_durably(body)
+        return reserved[0]
 
     async def _open_session(self, caller: Caller, request: wire.OpenSession) -> wire.SessionOpened:
         volume = await self._engine.read(lambda snapshot: namespace.open_volume(snapshot, request.volume))
@@ -336,3 +350,10 @@ class Service:
     async def _create_volume(self, request: wire.CreateVolume) -> wire.Done:
         await self._write_durably(lambda txn: namespace.create_volume(txn, request, self._wall()))
         return wire.Done()
+
+
+def _opened_by(request: wire.Request, inodes: list[int]) -> list[int]:
+    """Return which of the inodes that a request has changed it leaves open for writing."""
+    if isinstance(request, wire.MakeFiles):
+        return [file.ino for file in request.files if file.writing]
+    return inodes[:1] if getattr(request, "writing", False) else []

@@ -36,9 +36,11 @@ from metaserver.wire.namespace import (
     Found,
     GetAttributes,
     GetXattr,
+    InodesReserved,
     Link,
     ListXattrs,
     Lookup,
+    MakeFiles,
     MakeNode,
     MakeTemporary,
     ReadLink,
@@ -46,6 +48,7 @@ from metaserver.wire.namespace import (
     Remove,
     RemoveXattr,
     Rename,
+    ReserveInodes,
     SetAttributes,
     SetXattr,
     TargetIs,
@@ -79,12 +82,12 @@ Request = (
     | MakeNode | Link | Remove | Rename | Reap | ReadLink | GetXattr | ListXattrs | SetXattr | RemoveXattr | GetContent
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
     | CopyRange | Seek | OpenFile | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
-    | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge
+    | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge | MakeFiles | ReserveInodes
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
     | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected | LockIs | LockAnswer | LocksLost
-    | LockSettled | Break | EventPage
+    | LockSettled | Break | EventPage | InodesReserved
 )
 _T = TypeVar("_T")
 _ENCODER: Final = msgspec.msgpack.Encoder()

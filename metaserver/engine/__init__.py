@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Final
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING, Final
+from urllib.parse import SplitResult, unquote, urlsplit
 
+from metaserver.engine.authority import Candidate
 from metaserver.engine.base import Engine, Snapshot, Space, Transaction
 from metaserver.errors import EngineUnusable
 
-__all__ = ["DURABILITIES", "Engine", "Snapshot", "Space", "Transaction", "open_engine"]
+if TYPE_CHECKING:
+    from metaserver.engine.lmdb import LmdbEngine
+
+__all__ = ["DURABILITIES", "Candidate", "Engine", "Snapshot", "Space", "Transaction", "candidate", "open_engine"]
 
 
 _PAGE: Final = 4096
@@ -29,12 +33,42 @@ def open_engine(url: str, durability: str = "commit") -> Engine:
 
         return MemoryEngine()
     if parts.scheme == "lmdb":
-        from metaserver.engine.lmdb import LmdbEngine
+        return _open_lmdb(url, parts, durability)
+    raise _unknown(url)
 
-        if parts.netloc or not parts.path.startswith("/"):
-            raise EngineUnusable(f"{url}: write lmdb:///absolute/directory")
-        return LmdbEngine(unquote(parts.path), lazy=durability == "interval", map_bytes=_map_size(url, parts.query))
-    raise EngineUnusable(f"{url}: no such storage engine; known are lmdb:///directory and memory://")
+
+def candidate(url: str, address: str, durability: str = "commit") -> Candidate:
+    """Return a standing for the authority over an engine, of a metaserver at ``address``; raise EngineUnusable.
+
+    It opens the engine, as :func:`open_engine` does, once it has the authority.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "memory":
+        from metaserver.engine.memory import MemoryCandidate, Store
+
+        return MemoryCandidate(address, Store())
+    if parts.scheme == "lmdb":
+        from metaserver.engine.lmdb_authority import LmdbCandidate
+
+        return LmdbCandidate(address, _lmdb_directory(url, parts), lambda: _open_lmdb(url, parts, durability))
+    raise _unknown(url)
+
+
+def _unknown(url: str) -> EngineUnusable:
+    return EngineUnusable(f"{url}: no such storage engine; known are lmdb:///directory and memory://")
+
+
+def _open_lmdb(url: str, parts: SplitResult, durability: str) -> LmdbEngine:
+    from metaserver.engine.lmdb import LmdbEngine
+
+    map_bytes = _map_size(url, parts.query)
+    return LmdbEngine(_lmdb_directory(url, parts), lazy=durability == "interval", map_bytes=map_bytes)
+
+
+def _lmdb_directory(url: str, parts: SplitResult) -> str:
+    if parts.netloc or not parts.path.startswith("/"):
+        raise EngineUnusable(f"{url}: write lmdb:///absolute/directory")
+    return unquote(parts.path)
 
 
 def _map_size(url: str, query: str) -> int | None:

@@ -202,7 +202,8 @@ class Writer:
         """
         file = self._files.get(attributes.ino)
         if file is None:
-            file = self._files[attributes.ino] = _File(attributes, is_new=is_new, unsynced=is_new, held=held)
+            lazily = is_new and not held
+            file = self._files[attributes.ino] = _File(attributes, is_new=is_new, unsynced=lazily, held=held)
         self._observe(file, attributes)
         file.writers += 1
         if held:

@@ -64,7 +64,8 @@ class Creations:
     """The files of one mount that are held back.
 
     ``is_alone`` says whether files may be held back; ``is_lazy`` whether even closed ones may. ``publish`` commits a
-    file that is open. ``when_lost`` is told of each file that was not made in the end, though its maker believes so.
+    file that is open. ``when_lost`` is told of each file that was not made in the end, though its maker believes so;
+    ``when_closed_lost``, too, if nobody has it open who would be told.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class Creations:
         is_alone: Callable[[], bool],
         is_lazy: Callable[[], bool],
         when_lost: Callable[[Made, int], None],
+        when_closed_lost: Callable[[], None],
     ) -> None:
         self._caller = caller
         self._feeder = feeder
         self.is_alone = is_alone
         self._is_lazy = is_lazy
         self._when_lost = when_lost
+        self._when_closed_lost = when_closed_lost
         self.publish: Callable[[int], Awaitable[None]]
         #: All that is held back, by inode and by name; and how many, and the newest, of each directory.
         self._made: dict[int, Made] = {}
@@ -164,6 +167,10 @@ class Creations:
             _log.info("no inode numbers are reserved, so files are made one by one: %s", error)
         finally:
             self._reserving = None
+
+    def figures(self) -> dict[str, int]:
+        """Return how many files were made here, by how many requests they became known, and how many are not yet."""
+        return {"files": self.files, "requests": self.requests, "held": len(self._made)}
 
     # What is held back
 
@@ -326,6 +333,7 @@ class Creations:
             if error.code != wire.ErrorCode.NOT_FOUND:
                 raise
             _log.error("a file that was closed is lost: %s", error)
+            self._when_closed_lost()
 
     async def commit_closed(self) -> None:
         """Return when none of the files that are closed now is held back; raise what is in the way."""

@@ -160,7 +160,6 @@ class Mount:
         def made_in_vain(made: Made, ino: int) -> None:
             feeder.drop_name(made.parent, made.name)
             feeder.drop_inode(ino)
-            writer.made_in_vain()
             kernel.doubt_later([(made.parent, made.name)], [made.parent, ino])
 
         creations = self._creations = Creations(
@@ -169,6 +168,7 @@ class Mount:
             is_alone=writer.is_alone,
             is_lazy=lambda: session.opened.lazy,
             when_lost=made_in_vain,
+            when_closed_lost=writer.made_in_vain,
         )
         creations.publish = writer.publish
         writer.held_files = creations
@@ -304,6 +304,7 @@ class Mount:
             "filling": cache.get("filling", {}),
             "levels": levels.figures(),
             "content_ahead": self._ahead.figures() if self._ahead is not None else {},
+            "new_files": self._creations.figures(),
             "compaction": self._compactor.figures(),
             "locks": self.locks.figures(),
             **self._reading.figures(),

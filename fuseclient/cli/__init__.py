@@ -23,6 +23,7 @@ from fuseclient.cli import (
     metaserver,
     mount,
     stats,
+    status,
     top,
     trace,
     umount,
@@ -34,7 +35,11 @@ from fuseclient.errors import UserError
 _HELP = "A distributed file system whose FUSE requests BPF programs answer in the kernel."
 
 app = typer.Typer(name="bpfuse", help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _module in (format, metaserver, mount, umount, warmup, stats, events, top, trace, fsck, gc, doctor, version):
+_COMMANDS = (
+    *(format, metaserver, mount, umount, warmup, stats, status, events),
+    *(top, trace, fsck, gc, doctor, version),
+)
+for _module in _COMMANDS:
     _module.register(app)
 
 

@@ -72,6 +72,7 @@ from metaserver.wire.sessions import (
     Sync,
     Welcome,
 )
+from metaserver.wire.status import EvictSession, GetStatus, Status
 
 _HEADER: Final = struct.Struct(">I")
 HEADER_BYTES: Final = _HEADER.size
@@ -82,12 +83,13 @@ Request = (
     | MakeNode | Link | Remove | Rename | Reap | ReadLink | GetXattr | ListXattrs | SetXattr | RemoveXattr | GetContent
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
     | CopyRange | Seek | OpenFile | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
-    | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge | MakeFiles | ReserveInodes
+    | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge
+    | GetStatus | EvictSession | MakeFiles | ReserveInodes
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
     | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected | LockIs | LockAnswer | LocksLost
-    | LockSettled | Break | EventPage | InodesReserved
+    | LockSettled | Break | EventPage | Status | InodesReserved
 )
 _T = TypeVar("_T")
 _ENCODER: Final = msgspec.msgpack.Encoder()

@@ -155,7 +155,7 @@ class MakeTemporary(Message, tag=27):
     writing: bool = False
 
 
-class ReserveInodes(Message, tag=52):
+class ReserveInodes(Message, tag=60):
     """Reserve inode numbers for :class:`MakeFiles`. A number is never given twice, to whomever."""
 
     count: Annotated[int, Meta(ge=1, le=MAX_RESERVED)]
@@ -182,7 +182,7 @@ class NewFile(Message):
     writing: bool = False
 
 
-class MakeFiles(Message, tag=53):
+class MakeFiles(Message, tag=61):
     """Make files that this client has made by itself, while no other client saw the volume; all or none.
 
     EXISTS: a name is taken. INVALID: a number was not reserved, or is in use. ``lazy`` as in :class:`MakeNode`.

@@ -13,11 +13,12 @@ committed. And what is held back is committed before another client is let in (a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
@@ -49,7 +50,7 @@ _NOWHERE: Final = (wire.ErrorCode.NOT_FOUND, wire.ErrorCode.NOT_A_DIRECTORY)
 class Stream(Caller, Protocol):
     """What reaches the metaserver."""
 
-    def stream(self, request: wire.FetchDirectory, /) -> AsyncIterator[wire.DirectoryPage]: ...
+    def stream(self, request: wire.FetchDirectory, /) -> AsyncGenerator[wire.DirectoryPage, None]: ...
 
 
 class Made(NamedTuple):
@@ -408,8 +409,9 @@ class Ordered:
         """Yield the pages of a directory fetch, in order."""
         if self._creations:
             await self._creations.before(request)
-        async for page in self._session.stream(request):
-            yield page
+        async with contextlib.aclosing(self._session.stream(request)) as pages:
+            async for page in pages:
+                yield page
 
 
 def attributes_of(file: wire.NewFile) -> wire.Attributes:

@@ -67,6 +67,10 @@ class FencedEngine(Engine):
         return self._engine.is_lazy
 
     @property
+    def puts_off(self) -> bool:
+        return self._engine.puts_off
+
+    @property
     def losses(self) -> int:
         return self._engine.losses
 

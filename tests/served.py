@@ -85,6 +85,10 @@ class Held(Engine):
         return self.engine.is_lazy
 
     @property
+    def puts_off(self) -> bool:
+        return self.engine.puts_off
+
+    @property
     def losses(self) -> int:
         return self.engine.losses
 

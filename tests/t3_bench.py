@@ -22,6 +22,7 @@ MEASURED = {
     "writes": {("create", "bpfuse"), ("create", "bpfuse interval"), ("unpack", "bpfuse"), ("unpack", "ext4")},
     "coherence": {("visible", "bpfuse"), ("revalidate", "bpfuse"), ("break", "100 hold it")},
     "cost": {("create, commit", "bpfuse"), ("unpack, interval", "bpfuse")},
+    "failover": {("failover", "bpfuse")},
 }
 
 

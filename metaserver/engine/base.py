@@ -150,6 +150,11 @@ class Engine(abc.ABC):
         return False
 
     @property
+    def puts_off(self) -> bool:
+        """Whether a lazy write can return before it is durable; if not, no crash takes back what was acknowledged."""
+        return self.is_lazy
+
+    @property
     def losses(self) -> int:
         """How often the engine failed to make durable what it had acknowledged, which is lost then."""
         return 0

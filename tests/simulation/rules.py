@@ -34,6 +34,8 @@ class Rule(NamedTuple):
     faults: tuple[str, ...] = ()
     #: It is for a client that is the only one for a while.
     late: bool = False
+    #: It is for two metaservers.
+    standby: bool = False
 
 
 RULES: Final[dict[str, Rule]] = {
@@ -47,6 +49,7 @@ RULES: Final[dict[str, Rule]] = {
     "renewal after acknowledgement": Rule(((Breaks, "settled", _at_once),)),
     "epoch": Rule(((Maps, "bump_epoch", _nothing),)),
     "fencing": Rule(((Tenure, "check", _nothing), (fencing, "check_session", _nothing)), ("fail_over",)),
+    "epoch of the authority": Rule(((Tenure, "check", _nothing),), ("freeze_a_metaserver",), standby=True),
     "grace": Rule(((Grace, "over", _at_once),), ("restart_the_server", "partition", "freeze_a_worker")),
     "remembered outcomes": Rule(((fencing, "outcome", _nothing),), ("cut_a_connection", "restart_the_server")),
     "new files before others": Rule(((Creations, "commit_all", _at_once),), ("cut_a_connection",), late=True),

@@ -34,9 +34,6 @@ enum bpfuse_fh_bit {
 	BPFUSE_FH_APPENDS_BIT = 55,  /* of a worker's handle: set by the channel in a WRITE to the end of the file */
 };
 
-/* In the padding of fuse_write_in, between the channel and the worker: nobody waits for a reply (posting.c). */
-enum bpfuse_write { BPFUSE_WRITE_POSTED = 1 };
-
 /* control.profile */
 enum bpfuse_profile {
 	BPFUSE_PROFILE_GENERAL = 0,

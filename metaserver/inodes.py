@@ -129,7 +129,7 @@ class Edit:
     def make(self, parent: Inode, name: bytes, mode: int, uid: int, gid: int, rdev: int) -> Inode:
         """Return a new inode with a number that was never used before."""
         ino = self.reserve(keys.shard_of(zlib.crc32(name, parent.ino & 0xFFFFFFFF)), 1)
-        return self._made(Inode.made(ino, mode, uid, gid, rdev, self.context.now_ns, _up(parent, mode)))
+        return self._made(Inode.made(ino, mode, uid, gid, rdev, self.context.now_ns, parent.ino))
 
     def reserve(self, number: int, count: int) -> int:
         """Take numbers of a shard, which will never be given out again; return the first. They are SHARDS apart."""
@@ -138,13 +138,13 @@ class Edit:
         shard.next += count
         return first
 
-    def adopt(self, ino: int, mode: int, uid: int, gid: int) -> Inode:
+    def adopt(self, ino: int, mode: int, uid: int, gid: int, parent: Inode) -> Inode:
         """Return a new file with a number that was reserved; INVALID if it was not, or is in use."""
         if ino // keys.SHARDS >= self._shard(keys.shard_of(ino)).next or ino < keys.SHARDS:
             raise Refused(ErrorCode.INVALID, f"inode number {ino} was never given out")
         if ino in self._inodes or self.txn.get(keys.inode(self.volume.id, ino)) is not None:
             raise Refused(ErrorCode.INVALID, f"inode number {ino} is in use")
-        return self._made(Inode.made(ino, mode, uid, gid, 0, self.context.now_ns))
+        return self._made(Inode.made(ino, mode, uid, gid, 0, self.context.now_ns, parent.ino))
 
     def _made(self, inode: Inode) -> Inode:
         self._shard(keys.shard_of(inode.ino)).inodes += 1
@@ -191,9 +191,11 @@ class Edit:
         self.txn.delete(keys.entry(self.volume.id, directory.ino, name))
         self.txn.delete(keys.listing(self.volume.id, directory.ino, entry.cookie))
 
-    def unlink(self, inode: Inode) -> None:
-        """Take a link from an inode that has just lost an entry; with the last one it becomes an orphan."""
+    def unlink(self, inode: Inode, directory: Inode) -> None:
+        """Take a link from an inode that has just lost its entry in a directory; with the last one it is an orphan."""
         self.touch(inode)
+        if inode.parent == directory.ino and not stat.S_ISDIR(inode.mode):
+            inode.parent = 0
         inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
         if inode.nlink == 0:
             self.hold(inode)
@@ -241,8 +243,3 @@ def check_absent(edit: Edit, parent: Inode, name: bytes) -> None:
     """Refuse a name that a directory has, as EXISTS."""
     if edit.entry(parent, name) is not None:
         raise Refused(ErrorCode.EXISTS, f"directory {parent.ino} has {name!r} already")
-
-
-def _up(parent: Inode, mode: int) -> int:
-    """Return what a new inode keeps of its parent: only a directory does."""
-    return parent.ino if stat.S_ISDIR(mode) else 0

@@ -47,7 +47,7 @@ def _make(edit: Edit, parent: Inode, file: wire.NewFile) -> Inode:
     volume = edit.volume
     if len(file.content) > volume.inline_limit:
         raise Refused(ErrorCode.TOO_LARGE, f"inode {file.ino} cannot hold {len(file.content)} bytes inline")
-    inode = edit.adopt(file.ino, stat.S_IFREG | stat.S_IMODE(file.mode), file.uid, file.gid)
+    inode = edit.adopt(file.ino, stat.S_IFREG | stat.S_IMODE(file.mode), file.uid, file.gid, parent)
     if file.content:
         edit.txn.put(keys.content(volume.id, inode.ino), file.content)
         inode.stored = len(file.content)

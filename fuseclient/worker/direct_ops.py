@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple, cast
 
 from pyfuse3 import RequestContext
 
+from fuseclient import levels
 from fuseclient.worker.extra_messages import Malformed, Opcode, encode_attributes, encode_entry, encode_opened
 from fuseclient.worker.operations import Operations
 from metaserver import wire
@@ -121,6 +122,7 @@ class DirectOps:
         if len(data) != size:
             raise Malformed(f"a write of {len(data)} bytes that says {size}")
         if posted:
+            levels.at_once(posted)
             self._operations.take_posted(fh, offset, data)
             return None
         if self._operations.write_now(fh, offset, data):

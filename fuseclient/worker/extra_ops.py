@@ -172,12 +172,10 @@ class ExtraOps:
         except Exception as error:
             self._send(messages.encode_error(header.unique, errno_of(error, handler.__name__)))
         else:
-            if answer is None:
-                levels.at_once()
-            elif isinstance(answer, bytes):
+            if isinstance(answer, bytes):
                 levels.at_once()
                 self._send(messages.encode(header.unique, answer))
-            else:
+            elif answer is not None:
                 self._start(self._answer(header, answer, handler.__name__, errno.ESTALE))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:

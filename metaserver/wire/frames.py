@@ -28,6 +28,7 @@ from metaserver.wire.content import (
     WriteInline,
 )
 from metaserver.wire.events import EventPage, FollowEvents
+from metaserver.wire.identities import CreateIdentity, Identities, ListIdentities, RevokeIdentity
 from metaserver.wire.locks import CancelLock, HoldLocks, LockAnswer, LockIs, LockSettled, LocksLost, SetLock, TestLock
 from metaserver.wire.namespace import (
     Changed,
@@ -84,12 +85,12 @@ Request = (
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
     | CopyRange | Seek | OpenFile | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
     | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge
-    | GetStatus | EvictSession | MakeFiles | ReserveInodes
+    | CreateIdentity | RevokeIdentity | ListIdentities | GetStatus | EvictSession | MakeFiles | ReserveInodes
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
     | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected | LockIs | LockAnswer | LocksLost
-    | LockSettled | Break | EventPage | Status | InodesReserved
+    | LockSettled | Break | EventPage | Identities | Status | InodesReserved
 )
 _T = TypeVar("_T")
 _ENCODER: Final = msgspec.msgpack.Encoder()

@@ -60,7 +60,7 @@ struct worker {
 	uint32_t fatal;                  /* dies with the first request of this opcode in its hands */
 	uint32_t endless;                /* answers requests of this opcode when they are interrupted */
 	bool nonsense;                   /* answers with what is not a reply */
-	atomic_uint posted;              /* writes for which nobody waits */
+	atomic_uint posted, messages;    /* writes for which nobody waits, and in how many they came */
 	atomic_uint_fast64_t unanswered; /* the unique of a request that waits to be interrupted */
 	pthread_t thread;
 };
@@ -196,8 +196,9 @@ static bool worker_serve(struct worker *worker, int socket, char *request, char 
 		return true;
 	if (in->opcode != FUSE_INIT && (in->opcode == worker->fatal || worker->answers-- <= 0))
 		return false;
-	if (in->opcode == FUSE_WRITE && ((const struct fuse_write_in *)(in + 1))->padding == BPFUSE_WRITE_POSTED) {
-		atomic_fetch_add(&worker->posted, 1);
+	if (in->opcode == FUSE_WRITE && ((const struct fuse_write_in *)(in + 1))->padding) {
+		atomic_fetch_add(&worker->posted, ((const struct fuse_write_in *)(in + 1))->padding);
+		atomic_fetch_add(&worker->messages, 1);
 		return true;
 	}
 	if (in->opcode == worker->endless) {
@@ -597,7 +598,11 @@ static void test_posted(struct bpfuse_channel *channel, struct worker *worker)
 	CHECK(posted_by(channel, one, 1, 1) == 1);
 	CHECK(!fcntl(other, F_SETFL, O_APPEND)); /* Whoever appends, waits, and so does the next. */
 	CHECK(posted_by(channel, other, 1, 1) == 0 && posted_by(channel, one, 2, 1) == 1);
+	CHECK(posted_by(channel, one, 10, 1) == 10); /* What follows each other goes together, soon enough. */
 	bpfuse_channel_figures(channel, &figures);
+	while (atomic_load(&worker->posted) < figures.posted)
+		sched_yield();
+	CHECK(atomic_load(&worker->messages) < atomic_load(&worker->posted));
 	releases = figures.forwarded[FUSE_RELEASE];
 	CHECK(!close(other)); /* A handle that is released ends the grant, */
 	while (figures.forwarded[FUSE_RELEASE] == releases)

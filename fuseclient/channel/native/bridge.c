@@ -172,10 +172,39 @@ static struct fuse_write_in *post(struct bpfuse_channel *channel, struct pending
 		channel->appends += !pending->appends;
 		pending->appends = true;
 	} else if (may_post && posting_covers(channel, in)) {
-		in->padding = BPFUSE_WRITE_POSTED;
+		in->padding = 1;
 		return in;
 	}
 	return NULL;
+}
+
+/* Returns the bytes of a small write, wherever they lie; NULL: it is not small, or not what it says. */
+static const void *small_data(const struct request *request, const struct fuse_write_in *in)
+{
+	size_t behind = request->parts[1].iov_len - sizeof(*in);
+	bool apart = request->count > 2 && request->parts[2].iov_len;
+
+	if (in->size > BPFUSE_MAX_WRITE / 4 || in->size != (apart ? request->parts[2].iov_len : behind))
+		return NULL;
+	return apart ? request->parts[2].iov_base : (const void *)(in + 1);
+}
+
+/* Sends a message that may be a posted write, or gathers it. Returns 0 or -EAGAIN. */
+static int message_send(struct bpfuse_channel *channel, enum lane lane, struct request *request,
+			const struct fuse_write_in *posted)
+{
+	struct msghdr message = { .msg_iov = request->parts, .msg_iovlen = (size_t)request->count };
+	const void *data = posted ? small_data(request, posted) : NULL;
+
+	if (data)
+		return posting_gather(channel, &request->header, posted, data);
+	if (posting_flush(channel))
+		return -EAGAIN;
+	request->parts[0] = (struct iovec){ &request->header, sizeof(request->header) };
+	/* A worker that died is noticed where its socket is read; until then its requests wait. */
+	if (sendmsg(channel->worker.sockets[lane], &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
+		return -EAGAIN;
+	return 0;
 }
 
 /*
@@ -187,7 +216,6 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending,
 	struct fuse_write_in *posted;
 	int result = 0;
 	struct request request = { .count = 0 };
-	struct msghdr message = { .msg_iov = request.parts };
 
 	if (!channel->worker.ready)
 		return -EAGAIN;
@@ -202,10 +230,7 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending,
 		request.header.unique = pending_token(pending);
 	if (pending->tried)
 		request.header.opcode = FUSE_SETLK;
-	request.parts[0] = (struct iovec){ &request.header, sizeof(request.header) };
-	message.msg_iovlen = (size_t)request.count;
-	/* A worker that died is noticed where its socket is read; until then its requests wait. */
-	if (sendmsg(channel->worker.sockets[pending->lane], &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
+	if (message_send(channel, pending->lane, &request, posted))
 		return -EAGAIN;
 	channel->figures.forwarded[pending->opcode % BPFUSE_OPCODES]++;
 	pending->state = PENDING_SENT;
@@ -223,6 +248,10 @@ static int pending_forward(struct bpfuse_channel *channel, struct pending *pendi
 {
 	int sent = channel->held_head ? -EAGAIN : pending_send(channel, pending, true);
 
+	if (sent > 0 && channel->gathering.in.size && !channel->gathering.watched) {
+		channel->gathering.watched = true;
+		bridge_wake(channel);
+	}
 	if (sent >= 0)
 		return sent;
 	pending_hold(channel, pending);
@@ -621,16 +650,26 @@ static void bridge_turn(struct bpfuse_channel *channel)
 {
 	struct pollfd ready[LANES + 1];
 	uint64_t count;
+	int timeout_ms;
 
 	for (int lane = 0; lane < LANES; lane++)
 		ready[lane] = (struct pollfd){ .fd = channel->worker.sockets[lane], .events = POLLIN };
 	ready[LANES] = (struct pollfd){ .fd = channel->wake, .events = POLLIN };
 	pthread_mutex_lock(&channel->lock);
 	if (channel->held_head && channel->worker.ready)
-		ready[channel->held_head->lane].events |= POLLOUT;
+		ready[channel->gathering.in.size ? LANE_EXTRA : channel->held_head->lane].events |= POLLOUT;
+	channel->gathering.watched = channel->gathering.in.size;
+	timeout_ms = channel->gathering.watched ? GATHER_MS : -1;
 	pthread_mutex_unlock(&channel->lock);
-	if (poll(ready, LANES + 1, -1) < 0)
+	if (poll(ready, LANES + 1, timeout_ms) < 0)
 		return;
+	if (timeout_ms > 0) {
+		pthread_mutex_lock(&channel->lock);
+		/* What cannot be sent is looked at again. */
+		if (posting_is_due(channel))
+			posting_flush(channel);
+		pthread_mutex_unlock(&channel->lock);
+	}
 	if (ready[LANES].revents && read(channel->wake, &count, sizeof(count)) > 0) {
 		worker_take_up(channel);
 		answer_interrupted(channel);

@@ -29,6 +29,7 @@ enum {
 	MAX_QUEUES = 4096,
 	MAX_COPIES = 1 << 16, /* requests and one-way messages held in copies at one time */
 	EARLY_INTERRUPTS = 64,
+	GATHER_MS = 5, /* posted writes are gathered for so long at most */
 	POSTINGS = 32, /* files of which writes are posted at one time */
 };
 
@@ -86,6 +87,15 @@ struct posting {
 	uint32_t credit; /* bytes */
 };
 
+/* Small posted writes that follow each other, to be sent as one. A size of 0: there are none. */
+struct gathering {
+	struct fuse_in_header header;
+	struct fuse_write_in in; /* `padding` counts the writes */
+	uint8_t *bytes;          /* room for BPFUSE_MAX_WRITE */
+	uint64_t since_ms;       /* on CLOCK_MONOTONIC */
+	bool watched;            /* the bridge looks after it by itself in time */
+};
+
 /* The whole reply to a write. */
 struct written_reply {
 	struct fuse_out_header header;
@@ -130,6 +140,7 @@ struct bpfuse_channel {
 	struct pending *held_head, **held_tail;
 	uint32_t held_count;
 	struct posting postings[POSTINGS];
+	struct gathering gathering;
 	uint32_t next_posting, appends;        /* WRITEs to the end of a file that are sent and not answered */
 	struct bpfuse_channel_figures figures; /* under lock, but for `committed` */
 	atomic_ullong committed;
@@ -169,6 +180,10 @@ void pending_finish(struct bpfuse_channel *channel, struct pending *pending);
 /* posting.c: all with the lock held */
 bool posting_covers(struct bpfuse_channel *channel, const struct fuse_write_in *in);
 void posting_spend(struct bpfuse_channel *channel, const struct fuse_write_in *in);
+int posting_gather(struct bpfuse_channel *channel, const struct fuse_in_header *header, const struct fuse_write_in *in,
+		   const void *data);
+int posting_flush(struct bpfuse_channel *channel);
+bool posting_is_due(const struct bpfuse_channel *channel);
 void posting_end(struct bpfuse_channel *channel, uint64_t handle);
 void posting_end_all(struct bpfuse_channel *channel);
 void posting_grant(struct bpfuse_channel *channel, uint64_t handle, uint32_t credit);

@@ -8,9 +8,16 @@
  *
  * The worker cannot refuse such a write, nor have it wait. So a grant ends when a handle of the file is released, when
  * something is appended to it, when its worker is lost, and when it is used up; then a write waits, and may bring the next.
+ * Small ones that follow each other are gathered here and sent as one, before anything else is sent, and after GATHER_MS:
+ * waking the worker is what costs.
  * All with the lock held.
  */
+#define _GNU_SOURCE
+#include <errno.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
 
 #include "channel_internal.h"
 
@@ -45,6 +52,64 @@ void posting_spend(struct bpfuse_channel *channel, const struct fuse_write_in *i
 	channel->figures.posted++;
 }
 
+static uint64_t now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+}
+
+/* Sends what is gathered. Returns 0, or -EAGAIN if it has to wait, as must all else then. */
+int posting_flush(struct bpfuse_channel *channel)
+{
+	struct gathering *gathering = &channel->gathering;
+	struct iovec parts[] = {
+		{ &gathering->header, sizeof(gathering->header) },
+		{ &gathering->in, sizeof(gathering->in) },
+		{ gathering->bytes, gathering->in.size },
+	};
+	struct msghdr message = { .msg_iov = parts, .msg_iovlen = 3 };
+
+	if (!gathering->in.size)
+		return 0;
+	gathering->header.len = (uint32_t)(sizeof(gathering->header) + sizeof(gathering->in) + gathering->in.size);
+	if (sendmsg(channel->worker.sockets[LANE_EXTRA], &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
+		return -EAGAIN;
+	gathering->in.size = 0;
+	return 0;
+}
+
+/* Whether something has been gathered for long enough. */
+bool posting_is_due(const struct bpfuse_channel *channel)
+{
+	return channel->gathering.in.size && now_ms() - channel->gathering.since_ms >= GATHER_MS;
+}
+
+/* Takes a posted write of at most half of what there is room for. Returns 0, or -EAGAIN with nothing done. */
+int posting_gather(struct bpfuse_channel *channel, const struct fuse_in_header *header, const struct fuse_write_in *in,
+		   const void *data)
+{
+	struct gathering *gathering = &channel->gathering;
+	bool follows = in->fh == gathering->in.fh && in->offset == gathering->in.offset + gathering->in.size;
+
+	if ((!follows || gathering->in.size > BPFUSE_MAX_WRITE - in->size) && posting_flush(channel))
+		return -EAGAIN;
+	if (!gathering->in.size) {
+		gathering->header = *header;
+		gathering->in = *in;
+		gathering->in.size = gathering->in.padding = 0;
+		gathering->since_ms = now_ms();
+	}
+	memcpy(gathering->bytes + gathering->in.size, data, in->size);
+	gathering->in.size += in->size;
+	gathering->in.padding++;
+	/* If it cannot be sent yet, it is with the next, or when the bridge looks. */
+	if (gathering->in.size > BPFUSE_MAX_WRITE - in->size)
+		posting_flush(channel);
+	return 0;
+}
+
 /* No more writes of a handle's file are posted. */
 void posting_end(struct bpfuse_channel *channel, uint64_t handle)
 {
@@ -57,6 +122,7 @@ void posting_end(struct bpfuse_channel *channel, uint64_t handle)
 void posting_end_all(struct bpfuse_channel *channel)
 {
 	memset(channel->postings, 0, sizeof(channel->postings));
+	channel->gathering.in.size = 0;
 }
 
 /*

@@ -21,6 +21,12 @@ MEASURED = {
     "large": {("read", "bpfuse"), ("read", "ext4"), ("pread", "bpfuse"), ("write", "bpfuse"), ("write", "ext4")},
     "writes": {("create", "bpfuse"), ("create", "bpfuse interval"), ("unpack", "bpfuse"), ("unpack", "ext4")},
     "coherence": {("visible", "bpfuse"), ("revalidate", "bpfuse"), ("break", "100 hold it")},
+    "scale": {
+        ("first epoch", "bpfuse bpf, four"),
+        ("later epoch", "bpfuse dataset"),
+        ("du, again", "ext4"),
+        ("cp -a", "ext4"),
+    },
     "cost": {("create, commit", "bpfuse"), ("unpack, interval", "bpfuse")},
     "failover": {("failover", "bpfuse")},
 }

@@ -379,6 +379,9 @@ class Creations:
             case wire.CopyRange(source=source, ino=ino):
                 await self.commit_inode(source)
                 await self.commit_inode(ino)
+            case wire.FetchDirectory(ino, also=also):
+                for directory in (ino, *also):
+                    await self._commit_below(directory)
             case wire.Reap(inos):
                 for ino in inos:
                     await self.commit_inode(ino)

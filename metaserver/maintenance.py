@@ -178,7 +178,7 @@ class _Listener:
 
 async def _collect(engine: Engine, volume: Volume, options: Options, stop: threading.Event) -> None:
     tick = _Ticker(stop)
-    orphans, size = await engine.read(lambda snapshot: gc.count(snapshot, volume, tick))
+    orphans, size = await engine.scan(lambda snapshot: gc.count(snapshot, volume, tick))
     if options.change:
         await gc.clear_up(engine, volume, tick)
     _say(orphans={"count": orphans, "bytes": size})

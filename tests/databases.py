@@ -1,0 +1,233 @@
+"""Real servers for storage engines: each is started once, on loopback, when the first test asks for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+_START_S: Final = 60.0
+_numbers = itertools.count()
+
+
+class Unavailable(Exception):
+    """A server cannot be had here."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def listens(port: int) -> bool:
+    """Say whether somebody listens on a port."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+        return True
+    return False
+
+
+class Server:
+    """A process of a server, in a directory of its own."""
+
+    name = ""
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix=f"bpfuse-{self.name}-"))
+        self.port = free_ports(1)[0]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        """Return the command that runs it in the foreground."""
+        raise NotImplementedError
+
+    def url(self, port: int | None = None) -> str:
+        """Return the URL of an engine that nobody has used; on another port, where a proxy listens."""
+        raise NotImplementedError
+
+    def ready(self) -> bool:
+        return listens(self.port)
+
+    def start(self) -> None:
+        """Start it, on what an earlier start left, and return when it is ready."""
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + _START_S
+        while not self.ready():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{self.name} did not start: {(self.directory / 'log').read_text()[-2000:]}")
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait()
+            self.process = None
+
+    def close(self) -> None:
+        """End it and remove what it has stored."""
+        self._end(signal.SIGKILL)
+        shutil.rmtree(self.directory)
+
+
+def _program(name: str, *places: str) -> str:
+    for place in places:
+        if (Path(place) / name).exists():
+            return str(Path(place) / name)
+    found = shutil.which(name)
+    if found is None:
+        raise Unavailable(f"there is no {name}")
+    return found
+
+
+class Etcd(Server):
+    """A cluster of one member."""
+
+    name = "etcd"
+
+    def __init__(self) -> None:
+        self.program = _program("etcd")
+        super().__init__()
+        self._peers = free_ports(1)[0]
+
+    def command(self) -> list[str]:
+        client, peer = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self._peers}"
+        return [
+            self.program, "--name=test", f"--data-dir={self.directory}/data", f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}", f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster=test={peer}", "--log-level=warn", "--logger=zap",
+        ]  # fmt: skip
+
+    def url(self, port: int | None = None) -> str:
+        return f"etcd://127.0.0.1:{port or self.port}/test/{next(_numbers)}"
+
+
+SERVERS: Final[dict[str, type[Server]]] = {"etcd": Etcd}
+
+
+class Databases:
+    """The servers of one run of the tests."""
+
+    def __init__(self) -> None:
+        self._servers: dict[str, Server] = {}
+        self._missing: dict[str, str] = {}
+
+    def server(self, kind: str) -> Server:
+        """Return a server that runs; skip the test, with the reason, where there is none."""
+        if kind not in self._servers and kind not in self._missing:
+            try:
+                server = SERVERS[kind]()
+                self._servers[kind] = server
+                server.start()
+            except Unavailable as error:
+                self._missing[kind] = str(error)
+        if kind in self._missing:
+            pytest.skip(self._missing[kind])
+        return self._servers[kind]
+
+    def url(self, kind: str, directory: Path) -> str:
+        """Return the URL of a fresh engine of any kind."""
+        if kind == "memory":
+            return "memory://"
+        if kind == "lmdb":
+            return f"lmdb://{directory}"
+        return self.server(kind).url()
+
+    def close(self) -> None:
+        for server in self._servers.values():
+            server.close()
+
+
+class Proxy:
+    """A listener that passes bytes on to a port, until it is told to lose them."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server
+        self.port = 0
+        #: Answers are not passed on, and connections are cut as soon as one comes.
+        self.loses_answers = False
+        #: Called when an answer was lost.
+        self.lost: Callable[[], object] = lambda: None
+        #: Nobody is let in.
+        self.is_closed = False
+
+    async def start(self) -> None:
+        self._server = await asyncio.start_server(self._handle, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.is_closed:
+            writer.transport.abort()
+            return
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        self._writers |= {writer, back}
+        await asyncio.gather(self._pump(reader, back, False), self._pump(there, writer, True))
+        self._writers -= {writer, back}
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answers: bool) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                if answers and self.loses_answers:
+                    self.cut()
+                    self.lost()
+                    break
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()
+
+    def cut(self) -> None:
+        """Cut every connection."""
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    async def close(self) -> None:
+        self._server.close()
+        self.cut()
+
+
+@contextlib.asynccontextmanager
+async def proxy(target: int) -> AsyncIterator[Proxy]:
+    """A proxy for the body."""
+    made = Proxy(target)
+    await made.start()
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def running() -> Iterator[Databases]:
+    """The servers, until the tests end."""
+    databases = Databases()
+    try:
+        yield databases
+    finally:
+        databases.close()
+
+
+def as_user(name: str) -> list[str]:
+    """Return what begins a command that is to run as a user other than root, for servers that refuse to be root's."""
+    if os.getuid() != 0:
+        return []
+    return [_program("setpriv"), f"--reuid={name}", f"--regid={name}", "--clear-groups"]

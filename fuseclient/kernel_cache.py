@@ -197,9 +197,10 @@ class KernelCache:
 
     @property
     def room(self) -> Room:
-        """What surely fits in: an LRU map evicts a little before it is full."""
+        """What surely fits in: an LRU map evicts before it is full, as each CPU keeps some free entries to itself."""
         entries = min(self._fds.name_capacity, self._fds.inode_capacity)
-        return Room(entries - entries // _RESERVED, self._fds.page_count - self._fds.page_count // _RESERVED)
+        reserved = max(entries // _RESERVED, lib.bpfuse_lru_idle())
+        return Room(max(0, entries - reserved), self._fds.page_count - self._fds.page_count // _RESERVED)
 
     @property
     def listing_limit(self) -> int:

@@ -73,14 +73,14 @@ def _parse_gc(arguments: list[str]) -> maintenance.Options:
 
 
 def _add_volume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", required=True, metavar="URL", help="lmdb:///directory")
+    parser.add_argument("--engine", required=True, metavar="URL", help="lmdb:///directory or another engine's URL")
     parser.add_argument("--volume", required=True, metavar="NAME", help="the volume's name")
 
 
 def parse(arguments: list[str]) -> process.Options:
     """Return the options of a server; a mistake prints one line and exits with 2."""
     parser = _Parser(prog="metaserver", description="Serve bpfuse volumes.", allow_abbrev=False)
-    parser.add_argument("--engine", required=True, metavar="URL", help="lmdb:///directory or memory://")
+    parser.add_argument("--engine", required=True, metavar="URL", help="lmdb:///directory or another engine's URL")
     parser.add_argument("--listen", required=True, type=_address, metavar="ADDRESS", help="unix:/path or tcp:host:port")
     parser.add_argument("--lease-s", type=_lease, default=30.0, metavar="SECONDS", help="lease length (default: 30)")
     parser.add_argument(

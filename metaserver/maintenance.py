@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from metaserver import gc, namespace, recovery
-from metaserver.engine import Engine, open_engine
+from metaserver.engine import Engine, candidate
 from metaserver.errors import EngineBusy, EngineError, EngineUnusable, Refused
 from metaserver.fsck.findings import Finding
 from metaserver.fsck.run import Check, Interrupted, Losses
@@ -89,14 +89,15 @@ async def _with_engine(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     _must_exist(options.engine)
-    engine = open_engine(options.engine)
+    standing = candidate(options.engine, "")
+    engine = await standing.take()
     try:
         volume = await engine.read(lambda snapshot: namespace.open_volume(snapshot, options.volume))
         identity = volume.identity.hex()
         _say(volume={"name": volume.name, "store": volume.store, "identity": identity})
         await work(engine, volume, options, stop)
     finally:
-        await engine.close()
+        await standing.resign()
 
 
 def _must_exist(url: str) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 
 import uvloop
 
-from metaserver.engine import Engine, open_engine
+from metaserver.engine import Engine, candidate
 from metaserver.errors import EngineBusy, EngineUnusable
 from metaserver.listener import ListenError
 from metaserver.server import Server
@@ -59,11 +59,11 @@ async def _serve(options: Options) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    engine = open_engine(options.engine, options.durability)
+    standing = candidate(options.engine, options.listen, options.durability)
     try:
-        await _serve_on(engine, options, stop)
+        await _serve_on(await standing.take(), options, stop)
     finally:
-        await engine.close()
+        await standing.resign()
 
 
 async def _serve_on(engine: Engine, options: Options, stop: asyncio.Event) -> None:

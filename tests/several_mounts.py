@@ -35,8 +35,14 @@ class Server:
     """A metaserver; it keeps its port when it is started again. ``prefix`` is what its command is run by."""
 
     def __init__(
-        self, sandbox: rig.Sandbox, lease_s: float, host: str = "127.0.0.1", prefix: Sequence[str] = ()
+        self,
+        sandbox: rig.Sandbox,
+        lease_s: float,
+        host: str = "127.0.0.1",
+        prefix: Sequence[str] = (),
+        engine: str | None = None,
     ) -> None:
+        self.engine = engine or f"lmdb://{sandbox.path}/engine"
         self.lease_s = lease_s
         self.port = 0
         self._host = host
@@ -65,7 +71,7 @@ class Server:
         """Start it, and return when it listens."""
         reading, writing = os.pipe()
         command = [*self._prefix, sys.executable, "-P", "-m", "metaserver", "serve", "--insecure"]
-        command += ["--engine", f"lmdb://{self._sandbox.path}/engine", "--listen", f"tcp:{self._host}:{self.port}"]
+        command += ["--engine", self.engine, "--listen", f"tcp:{self._host}:{self.port}"]
         command += ["--lease-s", str(self.lease_s), "--ready-fd", str(writing)]
         with self.log.open("ab") as log, open(reading, "rb", buffering=0) as ready:
             self._process = subprocess.Popen(
@@ -123,11 +129,15 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(
-    sandbox: rig.Sandbox, lease_s: float = LEASE_S, host: str = "127.0.0.1", prefix: Sequence[str] = ()
+    sandbox: rig.Sandbox,
+    lease_s: float = LEASE_S,
+    host: str = "127.0.0.1",
+    prefix: Sequence[str] = (),
+    engine: str | None = None,
 ) -> Iterator[Cluster]:
-    """A server with an empty volume, for the body."""
+    """A server with an empty volume, for the body; ``engine`` is its URL, unless it is LMDB's."""
     rig.require_mounts()
-    server = Server(sandbox, lease_s, host, prefix)
+    server = Server(sandbox, lease_s, host, prefix, engine)
     with contextlib.ExitStack() as stack:
         stack.callback(server.close)
         server.start()

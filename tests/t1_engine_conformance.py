@@ -14,8 +14,9 @@ import pytest
 from databases import SERVERS, Databases
 from namespaces import new_engine
 
-from metaserver.engine import Engine, Snapshot, Transaction, open_engine
+from metaserver.engine import Engine, Snapshot, Transaction, candidate, open_engine
 from metaserver.engine.base import MAX_KEY, MAX_TRANSACTION, MAX_VALUE, MAX_WRITES
+from metaserver.engine.location import parse
 from metaserver.errors import Conflict, EngineBusy, EngineClosed, EngineUnusable, LimitExceeded
 
 Rows = list[tuple[bytes, bytes]]
@@ -418,10 +419,38 @@ async def test_only_one_process_has_the_directory(lmdb: Engine, tmp_path: Path) 
     await again.close()
 
 
-@pytest.mark.parametrize("url", ["lmdb://host/dir", "lmdb:dir", "etcd://x", "nothing", "lmdb:///proc/none/x"])
-def test_unusable_urls(url: str) -> None:
-    with pytest.raises(EngineUnusable):
-        open_engine(url)
+@pytest.mark.parametrize(
+    "address",
+    (
+        "lmdb://host/dir lmdb:dir nothing lmdb:///proc/none/x lmdb:///x?map_size=1 lmdb:///x?size=1"
+        " etcd://x etcd:///p etcd://x:99999/p etcd://x,,y/p etcd://x/p?quota=1 etcd://x/p?ca=/none"
+    ).split(),
+)
+def test_unusable_urls(address: str) -> None:
+    for way in (open_engine, functools.partial(candidate, address="")):
+        if way is open_engine or "proc" not in address:
+            with pytest.raises(EngineUnusable):
+                way(address)
+
+
+SECRET = "a-secret-that-nobody-may-see"
+
+
+@pytest.mark.parametrize("address", [f"etcd://me:{SECRET}@x/p", f"etcd://me@x/p?password={SECRET}"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(address: str) -> None:
+    with pytest.raises(EngineUnusable, match="BPFUSE_ENGINE_PASSWORD") as caught:
+        open_engine(address)
+    assert SECRET not in str(caught.value)
+
+
+def test_where_a_password_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse("etcd://me@x/p").password() is None
+    monkeypatch.setenv("BPFUSE_ENGINE_PASSWORD", "from the environment")
+    assert parse("etcd://me@x/p").password() == "from the environment"
+    (tmp_path / "password").write_text("from a file\n")
+    location = parse(f"etcd://me@x/p?password_file={tmp_path}/password")
+    assert location.password() == "from a file"
+    assert "from" not in repr(location)
 
 
 def test_a_foreign_file_is_unusable(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_locks_between_mounts(cluster: Cluster, accel: str) -> None:
         for how in ("flock", "fcntl"):
             _no_update_is_lost(mounts, how)
         _excluded(here, there)
-        _deadlock(here, there)
+        _deadlock(mounts[0], here, there)
         _holder_killed(here, there)
         _waiter_killed(here, there)
         _metaserver_killed(cluster, here, there)
@@ -87,12 +87,12 @@ def _excluded(here: Programs, there: Programs) -> None:
     two.end()
 
 
-def _deadlock(here: Programs, there: Programs) -> None:
+def _deadlock(mounted: rig.Mount, here: Programs, there: Programs) -> None:
     one, two = here.start(), there.start()
     assert one.do("posix", "f", "ex", 0, 1) == 0
     assert two.do("posix", "f", "ex", 1, 1) == 0
     one.tell("posix", "f", "ex", 1, 1, "wait")
-    rig.wait_for(one.sleeps, "it waits")
+    rig.wait_for(lambda: _figures(mounted)["waiting"], "the metaserver knows that it waits")
     assert two.do("posix", "f", "ex", 0, 1, "wait") == errno.EDEADLK
     two.end()
     assert one.answer() == 0
@@ -110,6 +110,7 @@ def _holder_killed(here: Programs, there: Programs) -> None:
 
 
 def _waiter_killed(here: Programs, there: Programs) -> None:
+    """It is killed as soon as it waits, when the kernel may forget to tell of it."""
     one, two, three = here.start(), there.start(), there.start()
     assert one.do("posix", "f", "ex", *WHOLE, "wait") == 0
     two.tell("posix", "f", "ex", *WHOLE, "wait")

@@ -258,7 +258,8 @@ class ExtraOps:
             outcome = await self._locks.unlock(key, request.start, request.end)
         else:
             wanted = Held(key, request.start, request.end, request.exclusive, request.pid, request.fh)
-            outcome = await self._locks.take(wanted, self._running[header.unique] if request.wait else None)
+            interrupted = self._running[header.unique] if request.wait else None
+            outcome = await self._locks.take(wanted, interrupted, header.pid)
         if outcome is not LockOutcome.GRANTED:
             raise FUSEError(_LOCK_ERRORS[outcome])
         return b""

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from fuseclient.worker import signals
 from fuseclient.worker.lock_store import Held, Key, LockStore
 from fuseclient.worker.rpc import Connection, Disconnected, Refused
 from metaserver import wire
@@ -89,12 +90,21 @@ class Locks:
         self._numbers = itertools.count(time.clock_gettime_ns(time.CLOCK_BOOTTIME))
         #: By number, those who wait for a word of the metaserver; ``None`` is the word to ask again.
         self._waits: dict[int, asyncio.Future[LockOutcome | None]] = {}
+        #: How many of them wait for others to give something up.
+        self._queued = 0
         self.lost_count = 0
+        #: Waits that ended by a signal of which the kernel had not told.
+        self.unsaid_signals = 0
 
     def figures(self) -> dict[str, int]:
         """Return what ``stats`` shows."""
         ranges = sum(len(held) for held in self._held.values())
-        return {"held": ranges, "waiting": len(self._waits), "lost": self.lost_count}
+        return {
+            "held": ranges,
+            "waiting": self._queued,
+            "lost": self.lost_count,
+            "unsaid_signals": self.unsaid_signals,
+        }
 
     # Requests
 
@@ -103,10 +113,10 @@ class Locks:
         self._check(wanted.key)
         return (await self.session.call(wire.TestLock(_lock_of(wanted)), wire.LockIs)).lock
 
-    async def take(self, wanted: Held, interrupted: asyncio.Event | None) -> LockOutcome:
+    async def take(self, wanted: Held, interrupted: asyncio.Event | None, tid: int = 0) -> LockOutcome:
         """Take a lock; with ``interrupted``, wait for it until that is set. Never WAITING; CANCELLED: interrupted.
 
-        Raises :exc:`Lost`, and what a call or a commit raises.
+        ``tid``: the thread that waits, if that is known. Raises :exc:`Lost`, and what a call or a commit raises.
         """
         self._check(wanted.key)
         key = wanted.key
@@ -114,7 +124,7 @@ class Locks:
             await self.publish(key.ino)
         if not self._store.has_room(len(self._held.get(key, ())) + 3):
             return LockOutcome.FULL
-        outcome = await self._ask(wanted, interrupted)
+        outcome = await self._ask(wanted, interrupted, tid)
         if outcome is LockOutcome.GRANTED:
             await self.refresh(key.ino)
         return outcome
@@ -162,14 +172,14 @@ class Locks:
 
     # Asking
 
-    async def _ask(self, wanted: Held, interrupted: asyncio.Event | None) -> LockOutcome:
+    async def _ask(self, wanted: Held, interrupted: asyncio.Event | None, tid: int) -> LockOutcome:
         """Ask until there is an answer that counts, and take note of it."""
         number = next(self._numbers)
         while True:
             session = self.session.id
             self._waits[number] = word = asyncio.get_running_loop().create_future()
             try:
-                outcome = await self._ask_once(wanted, number, word, interrupted)
+                outcome = await self._ask_once(wanted, number, word, interrupted, tid)
             finally:
                 self._waits.pop(number, None)
             self._check(wanted.key)
@@ -182,7 +192,12 @@ class Locks:
             return outcome
 
     async def _ask_once(
-        self, wanted: Held, number: int, word: asyncio.Future[LockOutcome | None], interrupted: asyncio.Event | None
+        self,
+        wanted: Held,
+        number: int,
+        word: asyncio.Future[LockOutcome | None],
+        interrupted: asyncio.Event | None,
+        tid: int,
     ) -> LockOutcome | None:
         request = wire.SetLock(_lock_of(wanted), number, interrupted is not None)
         outcome: LockOutcome | None = (await self.session.call(request, wire.LockAnswer)).outcome
@@ -190,7 +205,7 @@ class Locks:
             return outcome
         if wanted.key.flock:
             self._note_no_conversion(wanted)
-        if interrupted is None or await _first(word, interrupted):
+        if interrupted is None or await self._word_comes(word, interrupted, tid):
             outcome = await word
             return None if outcome is LockOutcome.CANCELLED else outcome
         await self.session.call(wire.CancelLock(number), wire.LockAnswer)
@@ -200,6 +215,21 @@ class Locks:
         last = wire.SetLock(_lock_of(wanted), number)
         tried = (await self.session.call(last, wire.LockAnswer)).outcome
         return tried if tried is LockOutcome.GRANTED else LockOutcome.CANCELLED
+
+    async def _word_comes(self, word: asyncio.Future[LockOutcome | None], interrupted: asyncio.Event, tid: int) -> bool:
+        """Wait for a word or an interruption; say whether there is the word."""
+        interruption = asyncio.ensure_future(interrupted.wait())
+        signal = asyncio.ensure_future(signals.come(tid))
+        self._queued += 1
+        try:
+            waited: set[asyncio.Future[Any]] = {word, interruption, signal}
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            self.unsaid_signals += signal.done() and not (word.done() or interruption.done())
+        finally:
+            self._queued -= 1
+            interruption.cancel()
+            signal.cancel()
+        return word.done()
 
     def _settled(self, settled: wire.LockSettled) -> None:
         word = self._waits.get(settled.number)
@@ -308,17 +338,6 @@ class Locks:
     def close(self) -> None:
         """Let go of the store."""
         self._store.close()
-
-
-async def _first(word: asyncio.Future[LockOutcome | None], interrupted: asyncio.Event) -> bool:
-    """Wait for one of the two; say whether there is the word."""
-    interruption = asyncio.ensure_future(interrupted.wait())
-    try:
-        waited: set[asyncio.Future[Any]] = {word, interruption}
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        interruption.cancel()
-    return word.done()
 
 
 def _lock_of(held: Held) -> wire.Lock:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, NamedTuple
 
+from metaserver.engine.authority import Candidate
 from metaserver.engine.base import Engine, Snapshot, Space, Transaction
 from metaserver.engine.location import FORMS, Location, parse
 from metaserver.errors import EngineUnusable
 
-__all__ = ["DURABILITIES", "FORMS", "Engine", "Snapshot", "Space", "Transaction", "check_url", "open_engine"]
+if TYPE_CHECKING:
+    from metaserver.engine.etcd import EtcdStore
+    from metaserver.engine.lmdb import LmdbEngine
+
+__all__ = [
+    "DURABILITIES",
+    "FORMS",
+    "Candidate",
+    "Engine",
+    "Snapshot",
+    "Space",
+    "Transaction",
+    "candidate",
+    "check_url",
+    "open_engine",
+]
 
 
 _PAGE: Final = 4096
@@ -20,7 +37,7 @@ DURABILITIES: Final = ("commit", "interval")
 
 def check_url(url: str) -> None:
     """Raise EngineUnusable for what cannot be an engine's URL, or has a password in it."""
-    if parse(url).scheme not in _OPENERS:
+    if parse(url).scheme not in _KINDS:
         raise EngineUnusable(f"{url}: no such storage engine; known are {FORMS}")
 
 
@@ -32,7 +49,20 @@ def open_engine(url: str, durability: str = "commit") -> Engine:
     """
     check_url(url)
     location = parse(url)
-    return _OPENERS[location.scheme](location, durability)
+    return _KINDS[location.scheme].open(location, durability)
+
+
+def candidate(url: str, address: str, durability: str = "commit") -> Candidate:
+    """Return a standing for the authority over an engine, of a metaserver at ``address``; raise EngineUnusable.
+
+    It opens the engine, as :func:`open_engine` does, once it has the authority.
+    """
+    check_url(url)
+    location = parse(url)
+    return _KINDS[location.scheme].stand(location, address, durability)
+
+
+# Memory
 
 
 def _memory(location: Location, durability: str) -> Engine:
@@ -41,19 +71,57 @@ def _memory(location: Location, durability: str) -> Engine:
     return MemoryEngine()
 
 
-def _lmdb(location: Location, durability: str) -> Engine:
+def _stand_for_memory(location: Location, address: str, durability: str) -> Candidate:
+    from metaserver.engine.memory import MemoryCandidate, Store
+
+    return MemoryCandidate(address, Store())
+
+
+# LMDB
+
+
+def _lmdb(location: Location, durability: str) -> LmdbEngine:
     from metaserver.engine.lmdb import LmdbEngine
 
-    if location.hosts or not location.path.startswith("/"):
-        raise EngineUnusable(f"{location.url}: write lmdb:///absolute/directory")
     location.allow("map_size")
     map_bytes = location.number("map_size", 0, _LEAST_MAP, _MOST_MAP) // _PAGE * _PAGE
-    return LmdbEngine(location.path, lazy=durability == "interval", map_bytes=map_bytes or None)
+    return LmdbEngine(_lmdb_directory(location), lazy=durability == "interval", map_bytes=map_bytes or None)
+
+
+def _stand_for_lmdb(location: Location, address: str, durability: str) -> Candidate:
+    from metaserver.engine.lmdb_authority import LmdbCandidate
+
+    return LmdbCandidate(address, _lmdb_directory(location), lambda: _lmdb(location, durability))
+
+
+def _lmdb_directory(location: Location) -> str:
+    if location.hosts or location.user or not location.path.startswith("/"):
+        raise EngineUnusable(f"{location.url}: write lmdb:///absolute/directory")
+    return location.path
+
+
+# etcd
 
 
 def _etcd(location: Location, durability: str) -> Engine:
-    from metaserver.engine import etcd
     from metaserver.engine.remote import RemoteEngine
+
+    return RemoteEngine(_etcd_store(location), location.url)
+
+
+def _stand_for_etcd(location: Location, address: str, durability: str) -> Candidate:
+    from metaserver.engine.etcd_lock import EtcdLock
+    from metaserver.engine.remote import RemoteEngine
+    from metaserver.engine.remote_authority import RemoteCandidate
+
+    def opened() -> RemoteEngine:
+        return RemoteEngine(_etcd_store(location), location.url)
+
+    return RemoteCandidate(address, EtcdLock(_etcd_store(location)), opened)
+
+
+def _etcd_store(location: Location) -> EtcdStore:
+    from metaserver.engine import etcd
 
     location.allow("password_file", "ca", "cert", "key", "quota")
     prefix = location.path.strip("/")
@@ -69,7 +137,16 @@ def _etcd(location: Location, durability: str) -> Engine:
         key=location.file("key"),
         quota=location.number("quota", etcd.QUOTA, 1 << 20, 1 << 40),
     )
-    return RemoteEngine(etcd.EtcdStore(settings), location.url)
+    return etcd.EtcdStore(settings)
 
 
-_OPENERS: Final = {"memory": _memory, "lmdb": _lmdb, "etcd": _etcd}
+class _Kind(NamedTuple):
+    open: Callable[[Location, str], Engine]
+    stand: Callable[[Location, str, str], Candidate]
+
+
+_KINDS: Final = {
+    "memory": _Kind(_memory, _stand_for_memory),
+    "lmdb": _Kind(_lmdb, _stand_for_lmdb),
+    "etcd": _Kind(_etcd, _stand_for_etcd),
+}

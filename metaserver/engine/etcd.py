@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
@@ -75,10 +75,10 @@ class Settings:
     endpoints: tuple[str, ...]
     prefix: bytes
     user: str | None = None
-    password: str | None = None
+    password: str | None = field(default=None, repr=False)
     ca: bytes | None = None
     certificate: bytes | None = None
-    key: bytes | None = None
+    key: bytes | None = field(default=None, repr=False)
     quota: int = QUOTA
 
     @property
@@ -103,6 +103,11 @@ class EtcdStore(Store):
         #: When to compact next, on the loop's clock, and up to which revision.
         self._compact: tuple[float, int] | None = None
         self._compacting: asyncio.Task[None] | None = None
+
+    @property
+    def prefix(self) -> bytes:
+        """What the keys begin with."""
+        return self._settings.prefix
 
     # The store
 
@@ -130,7 +135,7 @@ class EtcdStore(Store):
         yield _EtcdPast(self, int(reply.header.revision))
 
     async def space(self) -> Space:
-        status = await self._call(rpc_pb2_grpc.MaintenanceStub, "Status", rpc_pb2.StatusRequest())
+        status = await self.call(rpc_pb2_grpc.MaintenanceStub, "Status", rpc_pb2.StatusRequest())
         quota = self._settings.quota
         return Space(quota, max(0, quota - int(status.dbSizeInUse or status.dbSize)))
 
@@ -195,14 +200,23 @@ class EtcdStore(Store):
     # Requests
 
     async def _kv(self, method: str, request: Any) -> Any:
-        return await self._call(rpc_pb2_grpc.KVStub, method, request)
+        return await self.call(rpc_pb2_grpc.KVStub, method, request)
 
-    async def _call(self, stub: Callable[[grpc.aio.Channel], Any], method: str, request: Any) -> Any:
-        """Ask the endpoint that answered last; if it does not, the next one is asked the next time."""
+    async def call(self, stub: Callable[[grpc.aio.Channel], Any], method: str, request: Any) -> Any:
+        """Ask the endpoint that answered last; if it does not, the next one is asked the next time.
+
+        Of a stream the first reply is taken.
+        """
         at = self._at
         try:
             metadata = await self._authenticated(at)
-            return await getattr(stub(self._channel(at)), method)(request, timeout=_TIMEOUT_S, metadata=metadata)
+            call = getattr(stub(self._channel(at)), method)(request, timeout=_TIMEOUT_S, metadata=metadata)
+            if not isinstance(call, grpc.aio.StreamStreamCall):
+                return await call
+            if (reply := await call.read()) is grpc.aio.EOF:
+                raise Lost(f"{self._settings.endpoints[at]}: no answer")
+            call.cancel()
+            return reply
         except grpc.aio.AioRpcError as error:
             raise self._meaning(error, at) from None
         except grpc.aio.UsageError as error:  # the channel is closed

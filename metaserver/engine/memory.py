@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from metaserver.engine.authority import Candidate
 from metaserver.engine.base import Engine, Row, Snapshot, Space, Transaction
-from metaserver.errors import Conflict, EngineClosed
+from metaserver.errors import Conflict, EngineBusy, EngineClosed
 
 T = TypeVar("T")
 
@@ -22,8 +23,13 @@ T = TypeVar("T")
 _TOTAL: Final = 2**30
 
 
-class _Store:
-    """Sorted keys, their values, and the keys of each commit that a running transaction may conflict with."""
+class Store:
+    """Sorted keys, their values, and the keys of each commit that a running transaction may conflict with.
+
+    Several engines may work on one, as several metaservers do on a database; ``holder`` has the authority.
+    """
+
+    holder: MemoryCandidate | None = None
 
     def __init__(self) -> None:
         self.keys: list[bytes] = []
@@ -69,7 +75,7 @@ class _Store:
 
 
 class _MemorySnapshot(Snapshot):
-    def __init__(self, store: _Store) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
 
     def get(self, key: bytes) -> bytes | None:
@@ -84,7 +90,7 @@ class _MemorySnapshot(Snapshot):
 
 
 class _MemoryTransaction(Transaction):
-    def __init__(self, store: _Store) -> None:
+    def __init__(self, store: Store) -> None:
         super().__init__()
         self._store = store
         self.writes: dict[bytes, bytes | None] = {}
@@ -134,15 +140,18 @@ def _range_read(start: bytes, end: bytes, keys: list[bytes], limit: int | None, 
     return (keys[-1], end) if reverse else (start, keys[-1] + b"\0")
 
 
-def _space(store: _Store) -> Space:
+def _space(store: Store) -> Space:
     return Space(_TOTAL, max(0, _TOTAL - store.bytes))
 
 
 class MemoryEngine(Engine):
-    """A store that lives as long as this object. All on the loop's thread; the one await is marked."""
+    """A store that lives as long as this object, unless it is given.
 
-    def __init__(self) -> None:
-        self._store = _Store()
+    All on the loop's thread; the one await is marked.
+    """
+
+    def __init__(self, store: Store | None = None) -> None:
+        self._store = store or Store()
         self._closed = False
         self._watcher: Callable[[], object] | None = None
 
@@ -180,3 +189,39 @@ class MemoryEngine(Engine):
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosed("the engine is closed")
+
+
+class MemoryCandidate(Candidate):
+    """A standing for the authority over a store of this process."""
+
+    def __init__(self, address: str, store: Store, open_engine: Callable[[Store], MemoryEngine] = MemoryEngine) -> None:
+        super().__init__(address)
+        self._store = store
+        self._open = open_engine
+        self._engine: MemoryEngine | None = None
+
+    async def take(self) -> Engine:
+        if self._store.holder is not None:
+            raise EngineBusy("another metaserver has the authority")
+        self._store.holder = self
+        self._engine = self._open(self._store)
+        return self._engine
+
+    async def holder(self) -> str | None:
+        return self._store.holder.address if self._store.holder is not None else None
+
+    async def resign(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.close()
+        if self._store.holder is self:
+            self._store.holder = None
+
+    def lapse(self) -> None:
+        """Take the authority away, as other engines do when it is not renewed in time; the holder does not know yet."""
+        if self._store.holder is self:
+            self._store.holder = None
+
+    def notice(self) -> None:
+        """Have the holder learn that the authority has lapsed."""
+        self.on_lost("the authority was not renewed in time")

@@ -12,7 +12,8 @@ the bodies run again. One process writes at a time in any case (see fencing.py),
 
 **Rows at hand** are a cache, with what this process commits laid over it, and what was fetched for a body that still
 runs. That they are still current has to be asked for once during each read, which costs a round trip; reads that wait
-share one. A body that reads much does so in the store as it was at one moment, on a thread of its own (:meth:`scan`).
+share one. It does not have to be asked for while this process has the authority (see remote_authority.py). A body
+that reads much does so in the store as it was at one moment, on a thread of its own (:meth:`scan`).
 
 **A lost answer.** A commit whose answer was lost is sent again as it was. If the first had been made the second is
 refused, as the tip has moved, and the tip tells that it was ours. If the store stays away for too long, the outcome is
@@ -26,6 +27,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar, cast
@@ -121,6 +123,8 @@ class RemoteEngine(Engine):
         self._watcher: Callable[[], object] | None = None
         self._has_met = False
         self._closed = False
+        #: Until when, on the clock that counts suspend, nobody else can have committed anything.
+        self._trusted_s = 0.0
         #: Requests to the store, and bodies that had to run again for rows that were not at hand.
         self.requests = 0
 
@@ -199,6 +203,10 @@ class RemoteEngine(Engine):
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosed("the engine is closed")
+
+    def trust(self, until_s: float) -> None:
+        """Until then (CLOCK_BOOTTIME, in seconds) nobody else commits: rows at hand are current without being asked."""
+        self._trusted_s = until_s
 
     # Rows at hand
 
@@ -281,6 +289,8 @@ class RemoteEngine(Engine):
 
     async def _verify(self) -> None:
         """Return when the tip was asked for after this call. Those who wait share one request."""
+        if time.clock_gettime(time.CLOCK_BOOTTIME) < self._trusted_s:
+            return
         if self._next_check is None:
             self._next_check = asyncio.create_task(self._ask(self._check))
         await asyncio.shield(self._next_check)

@@ -19,7 +19,7 @@ from fuseclient.data.reader import visible
 from metaserver import keys, wire
 from metaserver.engine.base import Snapshot, Transaction
 from metaserver.engine.lmdb import INTERVAL_S, LAZY_S
-from metaserver.engine.memory import MemoryEngine, _MemorySnapshot, _Store
+from metaserver.engine.memory import MemoryEngine, Store, _MemorySnapshot
 from metaserver.errors import EngineFull, Unknown
 from metaserver.namespace import READS, Context
 from metaserver.records import Entry, Inode
@@ -107,17 +107,17 @@ class Witness:
     #: Called with each commit of what somebody can see.
     on_commit: Callable[[Commit], None] = lambda commit: None
 
-    def committed(self, store: _Store, writes: dict[bytes, bytes | None]) -> int | None:
+    def committed(self, store: Store, writes: dict[bytes, bytes | None]) -> int | None:
         """Note what a commit, which has just been applied, changed; return its number if that was anything."""
         self._check_fence(store, writes)
         return self._note(store, writes, _session_of(writes), None)
 
-    def undone(self, store: _Store, writes: dict[bytes, bytes | None], commits: Iterable[int]) -> None:
+    def undone(self, store: Store, writes: dict[bytes, bytes | None], commits: Iterable[int]) -> None:
         """A crash has put these values back, and so taken back these commits."""
         self._note(store, writes, b"", tuple(commits))
 
     def _note(
-        self, store: _Store, writes: dict[bytes, bytes | None], session: bytes, undoes: tuple[int, ...] | None
+        self, store: Store, writes: dict[bytes, bytes | None], session: bytes, undoes: tuple[int, ...] | None
     ) -> int | None:
         changes: dict[Register, Value] = {}
         for key, value in writes.items():
@@ -129,7 +129,7 @@ class Witness:
         self.on_commit(self.commits[-1])
         return len(self.commits) - 1
 
-    def _check_fence(self, store: _Store, writes: dict[bytes, bytes | None]) -> None:
+    def _check_fence(self, store: Store, writes: dict[bytes, bytes | None]) -> None:
         """Note commits of a server that was replaced, and those for a session that was ended."""
         if keys.epoch() in writes:
             self.ruler = current_node()
@@ -143,7 +143,7 @@ class Witness:
         """Return what is in each small file, removed ones too."""
         return {number: value for (kind, number, _), value in self.last.items() if kind == "data"}
 
-    def _change(self, store: _Store, key: bytes, value: bytes | None) -> Iterator[tuple[Register, Value]]:
+    def _change(self, store: Store, key: bytes, value: bytes | None) -> Iterator[tuple[Register, Value]]:
         number = int.from_bytes(key[_NUMBER])
         if key[_KIND] == b"e":
             yield name_of(number, key[_NAME_AT:]), Entry.unpack(value).ino if value is not None else 0
@@ -173,7 +173,7 @@ class Witness:
         self.logs[log] = now
         return {record_of(log, each): now[each] for each in before | now}
 
-    def _content(self, store: _Store, volume: int, inode: Inode) -> bytes | None:
+    def _content(self, store: Store, volume: int, inode: Inode) -> bytes | None:
         """Return what a small file holds, as a reader would put it together; None for what has no content."""
         if stat.S_ISLNK(inode.mode):
             return store.values[keys.content(volume, inode.ino)]
@@ -205,7 +205,7 @@ class _Held(NamedTuple):
     before: dict[bytes, bytes | None]
 
 
-class _WitnessedStore(_Store):
+class _WitnessedStore(Store):
     def __init__(self, witness: Witness) -> None:
         super().__init__()
         self._witness = witness

@@ -15,6 +15,7 @@
  */
 #define _GNU_SOURCE
 #include <bpf/bpf.h>
+#include <bpf/libbpf.h>
 #include <errno.h>
 #include <linux/fuse.h>
 #include <stdbool.h>
@@ -29,7 +30,10 @@
 #include "hash.h"
 #include "map_walk.h"
 
-enum { NANOSECONDS = 1000000000 };
+enum {
+	NANOSECONDS = 1000000000,
+	LRU_LOCAL = 128, /* the kernel's LOCAL_FREE_TARGET, at most so many for each CPU */
+};
 
 /* Inode values that are collected to be put by one call. */
 struct inode_batch {
@@ -71,6 +75,13 @@ void bpfuse_hash_name(const __u8 *name, __u32 length, const __u64 *key, __u64 *o
 	words[length / 8] = 0;
 	memcpy(words, name, length);
 	bpfuse_siphash(words, length, key, out);
+}
+
+__u32 bpfuse_lru_idle(void)
+{
+	int cpus = libbpf_num_possible_cpus();
+
+	return LRU_LOCAL * (__u32)(cpus > 0 ? cpus : 1);
 }
 
 /* Opening and closing */

@@ -118,6 +118,9 @@ void bpfuse_cache_unlocked(struct bpfuse_cache *cache, __u64 ino);
 int bpfuse_cache_set_backing(struct bpfuse_cache *cache, __u64 ino, __u32 backing_id);
 void bpfuse_cache_forget_backing(struct bpfuse_cache *cache, __u64 ino);
 
+/* Entries of an LRU map that may be free and of no use: each CPU takes some, and another evicts when it finds none left. */
+__u32 bpfuse_lru_idle(void);
+
 /* SipHash-2-4-128 of at most BPFUSE_NAME_MAX bytes. */
 void bpfuse_hash_name(const __u8 *name, __u32 length, const __u64 *key, __u64 *out);
 

@@ -11,10 +11,10 @@ C_SOURCES := $(BPF_SOURCES) $(wildcard fuseclient/channel/native/*.c fuseclient/
 PYTHON_SOURCES := fuseclient metaserver bench tests cffi_build.py
 
 .DELETE_ON_ERROR:
-.PHONY: help setup packages test simulate demo bench lint format clean
+.PHONY: help setup packages test simulate demo bench bench-setup bench-quick bench-readme lint format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: packages $(VENV)/.installed build/native.stamp $(BPF_OBJECT) ## install what is missing and build (Debian 12, root)
 
@@ -27,8 +27,14 @@ simulate: setup ## run the simulation of clients and a metaserver (SEED=n, or SE
 demo: setup ## set up, then show a mounted volume and what BPF answered
 	$(BIN)/python -m bench.demo $(ARGS)
 
-bench: setup ## set up, then measure (ARGS="large writes" chooses parts, --help says more)
+bench: setup bench-setup ## measure beside other systems, 40 minutes (ARGS="small trees" chooses, --help says more)
 	$(BIN)/python -m bench $(ARGS)
+
+bench-quick: setup bench-setup ## the same in three minutes, with fewer files, rounds and systems
+	$(BIN)/python -m bench --quick $(ARGS)
+
+bench-readme: ## write README's table and plot and docs/benchmarks.md anew from the last make bench
+	$(BIN)/python -m bench --readme
 
 lint: setup ## check the style and the types of Python and C
 	$(BIN)/ruff check $(PYTHON_SOURCES)
@@ -54,6 +60,14 @@ packages:
 $(VENV)/.installed: pyproject.toml | packages
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 5 -e '.[dev]'
+	touch $@
+
+# What the other systems and the reports are made of; needed for make bench only.
+bench-setup: $(VENV)/.bench-installed
+	@scripts/system-packages.sh redis-server
+
+$(VENV)/.bench-installed: pyproject.toml $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 5 -e '.[bench]'
 	touch $@
 
 build/native.stamp: $(NATIVE_SOURCES) $(VENV)/.installed

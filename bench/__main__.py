@@ -1,7 +1,4 @@
-"""``python -m bench [PART...]``: measure, print tables, write bench/results/PART.json.
-
-Exit code 1: a limit is missed.
-"""
+"""``python -m bench``: the comparison with other systems, or parts that look at bpfuse alone."""
 
 from __future__ import annotations
 
@@ -12,16 +9,20 @@ from typing import Annotated, Final, Protocol
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 
-from bench import coherence, cost, large, results, writes, yardstick
+from bench import coherence, cost, large, peers, results, workloads, writes, yardstick
+from bench.comparison import NAME, Comparison, compare
+from bench.report import documents, markdown, plots
 from bench.results import Result
+from bench.workloads.base import Scale
 
 
 class _Run(Protocol):
     def __call__(self, directory: Path, rounds: int, *, small: bool) -> Result: ...
 
 
-#: What can be measured, and in how many rounds, in each of which every system has its turn.
+#: The parts that have limits of their own, and in how many rounds, in each of which every system has its turn.
 PARTS: Final[dict[str, tuple[_Run, int]]] = {
     "yardstick": (yardstick.run, 5),
     "large": (large.run, 5),
@@ -29,32 +30,90 @@ PARTS: Final[dict[str, tuple[_Run, int]]] = {
     "coherence": (coherence.run, 5),
     "cost": (cost.run, 1),
 }
+_WORKLOADS: Final = tuple(each.name for each in workloads.ALL)
+_ROUNDS: Final = 5
+_QUICK_ROUNDS: Final = 2
+_QUICK: Final = Scale(files=200, images=100, file_bytes=16 << 20, quick=True)
+_QUICK_SYSTEMS: Final = ["ext4", "bpfuse", "bpfuse off", "juicefs"]
 
 
 def main(
-    parts: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(PARTS)}; all, if none is named.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each part.")] = None,
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help=f"Workloads of the comparison: {', '.join(_WORKLOADS)} (all, if nothing is named). "
+            f"Parts with limits: {', '.join(PARTS)}."
+        ),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each; 5 for a comparison.")] = None,
+    systems: Annotated[
+        str | None, typer.Option(help=f"Which are compared, with commas: {','.join(each.name for each in peers.ALL)}.")
+    ] = None,
+    files: Annotated[int | None, typer.Option(min=20, help="Small files; others have as many, or half.")] = None,
+    images: Annotated[int | None, typer.Option(min=20, help="Images of the training set.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, files and systems.")] = False,
     small: Annotated[
         bool, typer.Option("--small", help="Try out, with next to nothing; figures mean nothing.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--readme", help="Measure nothing: write the documentation's figures anew.")
     ] = False,
     directory: Annotated[Path, typer.Option(help="Where the results are written.")] = results.DIRECTORY,
 ) -> None:
     """Measure bpfuse beside what it is to be compared with."""
-    if unknown := [part for part in parts or () if part not in PARTS]:
-        raise typer.BadParameter(f"{', '.join(unknown)}; there are {', '.join(PARTS)}")
-    console, met = Console(width=None if Console().is_terminal else 110), True
-    for part in parts or PARTS:
-        run, usual = PARTS[part]
-        console.print(f"measuring: {part}")
-        with tempfile.TemporaryDirectory(prefix="bpfuse-bench-") as name:
-            os.environ["BPFUSE_RUNTIME_DIR"] = f"{name}/run"
-            os.mkdir(f"{name}/run")
-            result = run(Path(name), rounds or usual, small=small)
-        for table in result.tables():
-            console.print(table)
-        result.write(directory)
-        met &= result.holds
-    raise typer.Exit(0 if met or small else 1)
+    if report:
+        documents.write(Comparison.read(directory / NAME))
+        return
+    if unknown := [part for part in parts or () if part not in PARTS and part not in _WORKLOADS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}; there are {', '.join((*_WORKLOADS, *PARTS))}")
+    console = Console(width=None if Console().is_terminal else 160)
+    met = True
+    for part in [each for each in parts or () if each in PARTS]:
+        met &= _part(part, rounds, small, directory, console)
+    chosen = [each for each in parts or _WORKLOADS if each in _WORKLOADS]
+    if chosen:
+        scale = Scale(files=20, images=20, file_bytes=1 << 20, quick=True) if small else _QUICK if quick else Scale()
+        scale = _scaled(scale, files, images)
+        try:
+            kinds = peers.choose(systems.split(",") if systems else _QUICK_SYSTEMS if quick or small else None)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        left_out = [] if systems or quick or small else [each.name for each in peers.ALL if each not in kinds]
+        usual = 1 if small else _QUICK_ROUNDS if quick else _ROUNDS
+        comparison = compare(workloads.choose(chosen), kinds, rounds or usual, scale, directory, left_out)
+        met &= _tell(comparison, directory, console)
+    raise typer.Exit(0 if met else 1)
+
+
+def _scaled(scale: Scale, files: int | None, images: int | None) -> Scale:
+    return Scale(files or scale.files, images or scale.images, scale.file_bytes, scale.quick)
+
+
+def _tell(comparison: Comparison, directory: Path, console: Console) -> bool:
+    """Show and write what was found; return whether bpfuse came through everything."""
+    text = markdown.whole(comparison)
+    (directory / "comparison.md").write_text(text)
+    console.print(Markdown(text))
+    if (missing := plots.missing()) is not None:
+        console.print(f"no plots, for want of {missing}")
+    else:
+        for path in plots.draw_all(comparison, directory):
+            console.print(f"{path}")
+    return not any(name.startswith("bpfuse") for each in comparison.workloads for name in each.failed)
+
+
+def _part(name: str, rounds: int | None, small: bool, directory: Path, console: Console) -> bool:
+    """Measure a part that has limits; return whether they hold."""
+    run, usual = PARTS[name]
+    console.print(f"measuring: {name}")
+    with tempfile.TemporaryDirectory(prefix="bpfuse-bench-") as below:
+        os.environ["BPFUSE_RUNTIME_DIR"] = f"{below}/run"
+        os.mkdir(f"{below}/run")
+        result = run(Path(below), rounds or usual, small=small)
+    for table in result.tables():
+        console.print(table)
+    result.write(directory)
+    return result.holds or small
 
 
 if __name__ == "__main__":

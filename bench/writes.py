@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
-from bench import measure
-from bench.peers import all_peers, own_peers
+from bench import measure, peers
+from bench.peers.base import fresh
 from bench.results import Result, Samples
+
+_OWN = ["ext4", "bpfuse", "bpfuse interval", "bpfuse off"]
 
 
 def run(directory: Path, rounds: int, *, small: bool) -> Result:
@@ -15,12 +16,12 @@ def run(directory: Path, rounds: int, *, small: bool) -> Result:
     files, sources = (20, 40) if small else (2000, 5000)
     archive = str(directory / "sources.tar")
     measure.pack(archive, sources)
-    samples, peers = Samples(), own_peers() if small else all_peers()
+    samples, kinds = Samples(), peers.choose(_OWN if small else [*_OWN, "juicefs"])
     for _ in range(rounds):
-        for peer in peers:
-            with tempfile.TemporaryDirectory(dir=directory) as name, peer.mounted(Path(name)) as target:
-                samples.add("create", peer.name, _create(target / "created", files), files)
-                samples.add("unpack", peer.name, _unpack(target / "unpacked", archive), sources)
+        for kind in kinds:
+            with fresh(kind, directory) as peer:
+                samples.add("create", kind.name, _create(peer.root / "created", files), files)
+                samples.add("unpack", kind.name, _unpack(peer.root / "unpacked", archive), sources)
     figures = [
         *samples.ratio("create", "bpfuse", "juicefs", 1.0),
         *samples.ratio("create", "bpfuse interval", "juicefs", 0.5),

@@ -1,10 +1,11 @@
 #!/bin/bash
 # Sees that the system packages bpfuse is built from are there. On Debian 12 as root it installs what is missing;
 # anywhere else it names what is missing and stops. When nothing is missing it changes nothing and takes no time.
+# Further packages may be named as arguments.
 set -eu
 
 PACKAGES=(clang clang-format llvm libbpf-dev liburing-dev libfuse3-dev fuse3 pkg-config gcc libc6-dev make
-	python3-dev python3-venv python3-bpfcc linux-headers-amd64 bpftool git rsync fio)
+	python3-dev python3-venv python3-bpfcc linux-headers-amd64 bpftool git rsync fio "$@")
 # Servers of storage engines, for the tests, which start their own; without them those tests are skipped.
 SERVERS=(etcd-server postgresql mariadb-server-core)
 

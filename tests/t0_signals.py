@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -33,7 +34,8 @@ def test_a_signal_that_waits_to_be_taken_is_seen(stopped: subprocess.Popen[bytes
 def test_one_that_is_blocked_is_not() -> None:
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     try:
-        os.kill(os.getpid(), signal.SIGUSR1)
+        # To this thread: another one of this process, as a library may start, has it not blocked.
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
         assert not signals.has_signal(os.getpid())
         assert signal.sigwait([signal.SIGUSR1]) == signal.SIGUSR1
     finally:

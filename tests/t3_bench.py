@@ -11,6 +11,7 @@ import pytest
 import rig
 
 from bench import measure
+from bench.comparison import NAME, Comparison
 
 pytestmark = pytest.mark.usefixtures("needs_mounts", "needs_uring")
 
@@ -35,6 +36,26 @@ def test_a_part_runs(sandbox: rig.Sandbox, tmp_path: Path, part: str) -> None:
     seconds = {(each["workload"], each["system"]): each["seconds"] for each in result["samples"]}
     assert seconds.keys() >= MEASURED[part]
     assert all(each > 0 for values in seconds.values() for each in values)
+
+
+def test_a_comparison_runs(sandbox: rig.Sandbox, tmp_path: Path) -> None:
+    words = ["small", "metadata", "--small", "--systems", "ext4,bpfuse", "--directory", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *words],
+        cwd=rig.REPOSITORY,
+        env=sandbox.environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    read = Comparison.read(tmp_path / NAME)
+    for measured in read.workloads:
+        assert not measured.failed
+        assert measured.figures.systems() == ["ext4", "bpfuse"]
+        assert all(row.speed("bpfuse", "ext4") for row in measured.figures.rows.values())
+    assert "| read 4 KiB shuffled, cold, us |" in (tmp_path / "comparison.md").read_text()
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What is told of a comparison: Markdown, plots, and the parts of the documentation that are made of them."""

@@ -1,0 +1,155 @@
+"""What the benchmarks make of their samples: medians, ratios, tables, plots, and the parts of the documentation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import peers, workloads
+from bench.comparison import NAME, Comparison, Measured
+from bench.report import documents, markdown, plots
+from fuseclient.bench import works
+from fuseclient.bench.figures import Figures, show
+from fuseclient.bench.timing import share, timed
+from fuseclient.errors import UserError
+
+
+def comparison() -> Comparison:
+    figures = Figures()
+    for value in (30.0, 10.0, 20.0):
+        figures.add("create 4 KiB", "bpfuse", value, "us")
+        figures.add("create 4 KiB", "ext4", value / 4, "us")
+        figures.add("create 4 KiB", "juicefs", value * 8, "us")
+        figures.add("first epoch, 0 workers", "bpfuse", value * 100, "samples/s")
+        figures.add("first epoch, 0 workers", "juicefs", value * 50, "samples/s")
+    systems = {name: {"version": "1", "durability": "none"} for name in ("ext4", "bpfuse", "juicefs")}
+    machine = {"cpus": "2 x CPU", "memory": "4 GiB", "kernel": "Linux", "python": "3", "commit": "abc"}
+    measured = Measured("small", "small files", 1.0, figures, {"seaweedfs": "it broke"})
+    return Comparison("2026-01-01", machine, 3, {"files": 3}, systems, ["seaweedfs"], [measured])
+
+
+def test_the_median_and_the_spread() -> None:
+    row = comparison().figures()["small"].rows["create 4 KiB"]
+    found = row.summary("bpfuse")
+    assert found is not None
+    assert (found.median, found.low, found.high, found.rounds) == (20.0, 10.0, 30.0, 3)
+    assert row.summary("seaweedfs") is None
+
+
+def test_a_ratio_says_how_many_times_as_fast_whatever_the_unit() -> None:
+    rows = comparison().figures()["small"].rows
+    assert rows["create 4 KiB"].speed("bpfuse", "ext4") == pytest.approx(0.25)
+    assert rows["create 4 KiB"].speed("bpfuse", "juicefs") == pytest.approx(8.0)
+    assert rows["first epoch, 0 workers"].speed("bpfuse", "juicefs") == pytest.approx(2.0)
+    assert rows["first epoch, 0 workers"].speed("bpfuse", "ext4") is None
+
+
+def test_what_cannot_be_a_figure_is_refused() -> None:
+    figures = Figures()
+    figures.add("read", "ext4", 1.0, "us")
+    with pytest.raises(ValueError, match="is in us"):
+        figures.add("read", "ext4", 1.0, "ms")
+    with pytest.raises(ValueError, match="nan"):
+        figures.add("read", "ext4", float("nan"), "us")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (0.0123, "0.012"), (1.234, "1.23"), (45.67, "45.7"), (1234.5, "1,234")]
+)
+def test_three_digits_are_shown(value: float, text: str) -> None:
+    assert show(value) == text
+
+
+def test_a_comparison_is_read_as_it_was_written(tmp_path: Path) -> None:
+    comparison().write(tmp_path)
+    read = Comparison.read(tmp_path / NAME)
+    assert markdown.whole(read) == markdown.whole(comparison())
+    assert read.scale == {"files": 3}
+
+
+def test_the_table_has_a_column_a_system_and_marks_losses() -> None:
+    lines = markdown.table(comparison().figures()["small"].rows.values(), comparison())
+    assert lines[0] == "|  | ext4 | bpfuse | juicefs | to ext4 | to JuiceFS |"
+    assert lines[2] == "| create 4 KiB, us | 5.00 (2.50-7.50) | 20.0 (10.0-30.0) | 160 (80.0-240) | **0.250** | 8.00 |"
+    assert lines[3].endswith("| 1,000 (500-1,500) |  | 2.00 |")
+    assert markdown.losses(comparison(), "ext4") == [(0.25, "small", "create 4 KiB")]
+
+
+def test_the_whole_names_what_is_missing_and_what_failed() -> None:
+    text = markdown.whole(comparison())
+    assert "Left out: seaweedfs." in text
+    assert "seaweedfs did not come through: it broke" in text
+
+
+def test_the_documents_are_written_between_their_marks(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "docs").mkdir()
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "before\n<!-- made by make bench-readme: begin -->\nold\n<!-- made by make bench-readme: end -->\nafter\n"
+    )
+    documents.write(comparison(), tmp_path)
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| create 4 KiB, us |" in text
+    assert "### small" in (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert (tmp_path / "docs" / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
+    documents.write(comparison(), tmp_path)
+    assert readme.read_text() == text
+
+
+def test_a_readme_without_the_marks_is_left_alone(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(ValueError, match="no place"):
+        documents.write(comparison(), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "nothing"
+
+
+def test_a_plot_of_each_workload(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert plots.draw_all(comparison(), tmp_path) == [tmp_path / "small.png"]
+
+
+def test_what_readme_shows_is_measured() -> None:
+    assert set(documents.CHOSEN) <= {each.name for each in workloads.ALL}
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="there are ext4"):
+        peers.choose(["ext5"])
+    with pytest.raises(ValueError, match="there are small"):
+        workloads.choose(["big"])
+
+
+def test_works_are_shared_whole_and_in_order() -> None:
+    items = [str(number) for number in range(10)]
+    parts = share(items, 4)
+    assert [each for part in parts for each in part] == items
+    assert {len(part) for part in parts} == {2, 3}
+
+
+def test_files_that_are_timed_hold_what_they_should(tmp_path: Path) -> None:
+    paths = works.paths(tmp_path, 8, 2)
+    assert len({Path(path).parent for path in paths}) == 2
+    assert len(timed("create_files", [{"paths": part, "size": 100} for part in share(paths, 2)])) == 1
+    assert all(0 < each < 60 for each in timed("read_files", [{"paths": paths, "size": 100}], passes=2))
+    Path(paths[3]).write_bytes(works.content(4, 100))
+    with pytest.raises(UserError, match=r"wrong content in .*f3"):
+        timed("read_files", [{"paths": paths, "size": 100}])
+
+
+def test_a_wrong_page_of_a_large_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    works.write_large(str(path), 3 << 20)
+    works.read_large(str(path), 3 << 20)
+    works.read_at_random(str(path), 100)
+    with path.open("r+b") as file:
+        file.seek(2 << 20)
+        file.write(b"x")
+    with pytest.raises(works.Wrong, match="near 2097152"):
+        works.read_large(str(path), 3 << 20)

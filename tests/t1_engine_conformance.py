@@ -421,10 +421,20 @@ async def test_only_one_process_has_the_directory(lmdb: Engine, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "address",
-    (
-        "lmdb://host/dir lmdb:dir nothing lmdb:///proc/none/x lmdb:///x?map_size=1 lmdb:///x?size=1"
-        " etcd://x etcd:///p etcd://x:99999/p etcd://x,,y/p etcd://x/p?quota=1 etcd://x/p?ca=/none"
-    ).split(),
+    [
+        "lmdb://host/dir",
+        "lmdb:dir",
+        "nothing",
+        "lmdb:///proc/none/x",
+        "lmdb:///x?map_size=1",
+        "lmdb:///x?size=1",
+        "etcd://x",
+        "etcd:///p",
+        "etcd://x:99999/p",
+        "etcd://x,,y/p",
+        "etcd://x/p?quota=1",
+        "etcd://x/p?ca=/none",
+    ],
 )
 def test_unusable_urls(address: str) -> None:
     for way in (open_engine, functools.partial(candidate, address="")):

@@ -14,7 +14,9 @@ def register(app: typer.Typer) -> None:
 
 
 def metaserver(
-    engine: Annotated[str, typer.Option(metavar="URL", help="where metadata is kept: lmdb:///directory, or etcd://host,host/prefix")],
+    engine: Annotated[
+        str, typer.Option(metavar="URL", help="where metadata is kept: lmdb:///directory, or etcd://host,host/prefix")
+    ],
     listen: Annotated[str, typer.Option(metavar="ADDRESS", help="host:port, or unix:/path")],
     lease: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.1, max=3600, help="how long clients may rely on what they hold")

@@ -83,21 +83,22 @@ def _stand_for_memory(location: Location, address: str, durability: str) -> Cand
 def _lmdb(location: Location, durability: str) -> LmdbEngine:
     from metaserver.engine.lmdb import LmdbEngine
 
-    location.allow("map_size")
-    map_bytes = location.number("map_size", 0, _LEAST_MAP, _MOST_MAP) // _PAGE * _PAGE
-    return LmdbEngine(_lmdb_directory(location), lazy=durability == "interval", map_bytes=map_bytes or None)
+    directory, map_bytes = _lmdb_place(location)
+    return LmdbEngine(directory, lazy=durability == "interval", map_bytes=map_bytes or None)
 
 
 def _stand_for_lmdb(location: Location, address: str, durability: str) -> Candidate:
     from metaserver.engine.lmdb_authority import LmdbCandidate
 
-    return LmdbCandidate(address, _lmdb_directory(location), lambda: _lmdb(location, durability))
+    return LmdbCandidate(address, _lmdb_place(location)[0], lambda: _lmdb(location, durability))
 
 
-def _lmdb_directory(location: Location) -> str:
+def _lmdb_place(location: Location) -> tuple[str, int]:
+    """Return the directory and the size of the map, in bytes; 0: the default one."""
     if location.hosts or location.user or not location.path.startswith("/"):
         raise EngineUnusable(f"{location.url}: write lmdb:///absolute/directory")
-    return location.path
+    location.allow("map_size")
+    return location.path, location.number("map_size", 0, _LEAST_MAP, _MOST_MAP) // _PAGE * _PAGE
 
 
 # etcd

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+import psutil
 import pytest
 
 _START_S: Final = 60.0
@@ -99,6 +100,13 @@ def _program(name: str, *places: str) -> str:
     return found
 
 
+def as_user(name: str) -> list[str]:
+    """Return what begins a command that is to run as a user other than root, for servers that refuse to be root's."""
+    if os.getuid() != 0:
+        return []
+    return [_program("setpriv"), f"--reuid={name}", f"--regid={name}", "--clear-groups"]
+
+
 class Etcd(Server):
     """A cluster of one member."""
 
@@ -121,7 +129,53 @@ class Etcd(Server):
         return f"etcd://127.0.0.1:{port or self.port}/test/{next(_numbers)}"
 
 
-SERVERS: Final[dict[str, type[Server]]] = {"etcd": Etcd}
+class Postgres(Server):
+    """A cluster of its own, which its superuser needs no password for."""
+
+    name = "postgresql"
+
+    def __init__(self) -> None:
+        places = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+        self._program = _program("postgres", *map(str, reversed(places)))
+        initdb = _program("initdb", *map(str, reversed(places)))
+        self._prefix = as_user("postgres")
+        super().__init__()
+        if self._prefix:
+            shutil.chown(self.directory, "postgres", "postgres")
+        (self.directory / "log").touch()
+        made = [*self._prefix, initdb, "--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8"]
+        subprocess.run([*made, f"{self.directory}/data"], check=True, capture_output=True, cwd="/")
+
+    def command(self) -> list[str]:
+        return [
+            *self._prefix, self._program, "-D", f"{self.directory}/data", "-p", str(self.port),
+            "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={self.directory}",
+            "-c", "shared_buffers=32MB", "-c", "max_connections=60",
+        ]  # fmt: skip
+
+    def ready(self) -> bool:
+        return "ready to accept connections" in (self.directory / "log").read_text().rpartition("starting")[2]
+
+    def kill(self) -> None:
+        """End it and its children at once."""
+        assert self.process is not None
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        super().kill()
+        for each in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(children, timeout=_START_S)
+
+    def close(self) -> None:
+        self._end(signal.SIGQUIT)
+        shutil.rmtree(self.directory)
+
+    def url(self, port: int | None = None) -> str:
+        schema = f"test{next(_numbers)}"
+        return f"postgresql://postgres@127.0.0.1:{port or self.port}/postgres?schema={schema}"
+
+
+SERVERS: Final[dict[str, type[Server]]] = {"etcd": Etcd, "postgresql": Postgres}
 
 
 class Databases:
@@ -224,10 +278,3 @@ def running() -> Iterator[Databases]:
         yield databases
     finally:
         databases.close()
-
-
-def as_user(name: str) -> list[str]:
-    """Return what begins a command that is to run as a user other than root, for servers that refuse to be root's."""
-    if os.getuid() != 0:
-        return []
-    return [_program("setpriv"), f"--reuid={name}", f"--regid={name}", "--clear-groups"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -13,6 +14,7 @@ from metaserver.errors import EngineUnusable
 if TYPE_CHECKING:
     from metaserver.engine.etcd import EtcdStore
     from metaserver.engine.lmdb import LmdbEngine
+    from metaserver.engine.postgres import PostgresStore
 
 __all__ = [
     "DURABILITIES",
@@ -31,6 +33,8 @@ __all__ = [
 _PAGE: Final = 4096
 _LEAST_MAP: Final = 256 * 1024
 _MOST_MAP: Final = 2**46
+#: A schema's name: it goes into statements as it is.
+_SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 #: When commits are durable: before they are acknowledged, or soon after (see lmdb.py).
 DURABILITIES: Final = ("commit", "interval")
 
@@ -141,6 +145,45 @@ def _etcd_store(location: Location) -> EtcdStore:
     return etcd.EtcdStore(settings)
 
 
+# PostgreSQL
+
+
+def _postgres(location: Location, durability: str) -> Engine:
+    from metaserver.engine.remote import RemoteEngine
+
+    return RemoteEngine(_postgres_store(location), location.url)
+
+
+def _stand_for_postgres(location: Location, address: str, durability: str) -> Candidate:
+    from metaserver.engine.postgres_lock import PostgresLock
+    from metaserver.engine.remote import RemoteEngine
+    from metaserver.engine.remote_authority import RemoteCandidate
+
+    def opened() -> RemoteEngine:
+        return RemoteEngine(_postgres_store(location), location.url)
+
+    return RemoteCandidate(address, PostgresLock(_postgres_store(location)), opened)
+
+
+def _postgres_store(location: Location) -> PostgresStore:
+    from metaserver.engine import postgres
+
+    location.allow("password_file", "ca", "cert", "key", "schema", "capacity")
+    database, schema = location.path.strip("/"), location.options.get("schema", "bpfuse")
+    if not location.hosts or not location.user or not database or not _SCHEMA.fullmatch(schema):
+        raise EngineUnusable(f"{location.url}: write postgresql://user@host:port/database?schema=name")
+    settings = postgres.Settings(
+        hosts=location.hosts,
+        database=database,
+        user=location.user,
+        schema=schema,
+        password=location.password(),
+        tls=location.tls(),
+        capacity=location.number("capacity", postgres.CAPACITY, 1 << 20, 1 << 60),
+    )
+    return postgres.PostgresStore(settings)
+
+
 class _Kind(NamedTuple):
     open: Callable[[Location, str], Engine]
     stand: Callable[[Location, str, str], Candidate]
@@ -150,4 +193,5 @@ _KINDS: Final = {
     "memory": _Kind(_memory, _stand_for_memory),
     "lmdb": _Kind(_lmdb, _stand_for_lmdb),
     "etcd": _Kind(_etcd, _stand_for_etcd),
+    "postgresql": _Kind(_postgres, _stand_for_postgres),
 }

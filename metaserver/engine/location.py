@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -57,6 +58,19 @@ class Location:
         """Return the content of the file that an option names; raise :exc:`EngineUnusable`."""
         path = self.options.get(option)
         return None if path is None else read_file(path, 1 << 20)
+
+    def tls(self) -> ssl.SSLContext | None:
+        """Return what a server's certificate is checked by, and our own; ``None``: no authority is named."""
+        ca, certificate = self.options.get("ca"), self.options.get("cert")
+        if ca is None:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=ca)
+            if certificate is not None:
+                context.load_cert_chain(certificate, self.options.get("key"))
+        except OSError as error:  # SSLError is one
+            raise EngineUnusable(f"{self.url}: its certificates cannot be used: {error}") from None
+        return context
 
     def allow(self, *options: str) -> None:
         """Raise :exc:`EngineUnusable` if there are other options than these."""

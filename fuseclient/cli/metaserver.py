@@ -15,7 +15,8 @@ def register(app: typer.Typer) -> None:
 
 def metaserver(
     engine: Annotated[
-        str, typer.Option(metavar="URL", help="where metadata is kept: lmdb:///directory, or etcd://host,host/prefix")
+        str,
+        typer.Option(metavar="URL", help="where metadata is kept: lmdb:///directory, etcd://... or postgresql://..."),
     ],
     listen: Annotated[str, typer.Option(metavar="ADDRESS", help="host:port, or unix:/path")],
     lease: Annotated[

@@ -1,6 +1,7 @@
 """``python -m metaserver``: the command line of a metaserver.
 
-``python -m metaserver [serve]`` serves volumes; ``fsck`` and ``gc`` work on one of an engine that nobody serves.
+``python -m metaserver [serve]`` serves volumes; ``fsck``, ``gc``, ``dump`` and ``load`` work on one of an
+engine that nobody serves.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ def main(arguments: list[str]) -> int:
         return maintenance.fsck(_parse_fsck(arguments[1:]))
     if arguments[:1] == ["gc"]:
         return maintenance.collect(_parse_gc(arguments[1:]))
+    if arguments[:1] == ["dump"]:
+        return maintenance.write_dump(_parse_move("dump", "Write a volume to a file.", arguments[1:]))
+    if arguments[:1] == ["load"]:
+        return maintenance.load_dump(_parse_move("load", "Make a volume of a file.", arguments[1:]))
     return process.run(parse(arguments[arguments[:1] == ["serve"] :]))
 
 
@@ -69,6 +74,13 @@ def _parse_gc(arguments: list[str]) -> maintenance.Options:
     parser = _Parser(prog="metaserver gc", description="Clear up a volume that nobody serves.", allow_abbrev=False)
     _add_volume(parser)
     parser.add_argument("--dry-run", dest="change", action="store_false", help="only count")
+    return maintenance.Options(**vars(parser.parse_args(arguments)))
+
+
+def _parse_move(command: str, description: str, arguments: list[str]) -> maintenance.Options:
+    parser = _Parser(prog=f"metaserver {command}", description=description, allow_abbrev=False)
+    _add_volume(parser)
+    parser.add_argument("--file", required=True, metavar="PATH", help="the dump")
     return maintenance.Options(**vars(parser.parse_args(arguments)))
 
 

@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 
 from fuseclient.cli import (
     doctor,
+    dump,
     events,
     format,
     fsck,
@@ -34,7 +35,7 @@ from fuseclient.errors import UserError
 _HELP = "A distributed file system whose FUSE requests BPF programs answer in the kernel."
 
 app = typer.Typer(name="bpfuse", help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _module in (format, metaserver, mount, umount, warmup, stats, events, top, trace, fsck, gc, doctor, version):
+for _module in (format, metaserver, mount, umount, warmup, stats, events, top, trace, fsck, gc, dump, doctor, version):
     _module.register(app)
 
 

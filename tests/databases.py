@@ -175,7 +175,35 @@ class Postgres(Server):
         return f"postgresql://postgres@127.0.0.1:{port or self.port}/postgres?schema={schema}"
 
 
-SERVERS: Final[dict[str, type[Server]]] = {"etcd": Etcd, "postgresql": Postgres}
+class Mariadb(Server):
+    """A server without accounts: whoever reaches it may do anything, and it needs no setting up."""
+
+    name = "mariadb"
+
+    def __init__(self) -> None:
+        self._program = _program("mariadbd", "/usr/sbin")
+        super().__init__()
+        (self.directory / "data" / "test").mkdir(parents=True)
+        (self.directory / "data" / "test" / "db.opt").write_text("default-character-set=utf8mb4\n")
+        self._common = [
+            self._program, "--no-defaults", f"--datadir={self.directory}/data", "--innodb-buffer-pool-size=32M",
+            "--innodb-log-file-size=32M", *(["--user=root"] * (os.getuid() == 0)),
+        ]  # fmt: skip
+        # A server that is killed before its first shutdown does not start again.
+        made = [*self._common, "--bootstrap"]
+        subprocess.run(made, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_START_S)
+
+    def command(self) -> list[str]:
+        return [
+            *self._common, f"--socket={self.directory}/socket", "--bind-address=127.0.0.1", f"--port={self.port}",
+            "--skip-grant-tables", "--skip-name-resolve",
+        ]  # fmt: skip
+
+    def url(self, port: int | None = None) -> str:
+        return f"mysql://root@127.0.0.1:{port or self.port}/test?tables=test{next(_numbers)}"
+
+
+SERVERS: Final[dict[str, type[Server]]] = {"etcd": Etcd, "postgresql": Postgres, "mysql": Mariadb}
 
 
 class Databases:

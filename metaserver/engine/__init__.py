@@ -14,6 +14,7 @@ from metaserver.errors import EngineUnusable
 if TYPE_CHECKING:
     from metaserver.engine.etcd import EtcdStore
     from metaserver.engine.lmdb import LmdbEngine
+    from metaserver.engine.mysql import MysqlStore
     from metaserver.engine.postgres import PostgresStore
 
 __all__ = [
@@ -33,8 +34,8 @@ __all__ = [
 _PAGE: Final = 4096
 _LEAST_MAP: Final = 256 * 1024
 _MOST_MAP: Final = 2**46
-#: A schema's name: it goes into statements as it is.
-_SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,62}")
+#: A schema's name, and what those of tables begin with: it goes into statements as it is.
+_SCHEMA: Final = re.compile(r"[a-z_][a-z0-9_]{0,40}")
 #: When commits are durable: before they are acknowledged, or soon after (see lmdb.py).
 DURABILITIES: Final = ("commit", "interval")
 
@@ -184,6 +185,46 @@ def _postgres_store(location: Location) -> PostgresStore:
     return postgres.PostgresStore(settings)
 
 
+# MySQL's protocol
+
+
+def _mysql(location: Location, durability: str) -> Engine:
+    from metaserver.engine.remote import RemoteEngine
+
+    return RemoteEngine(_mysql_store(location), location.url)
+
+
+def _stand_for_mysql(location: Location, address: str, durability: str) -> Candidate:
+    from metaserver.engine.mysql_lock import MysqlLock
+    from metaserver.engine.remote import RemoteEngine
+    from metaserver.engine.remote_authority import RemoteCandidate
+
+    def opened() -> RemoteEngine:
+        return RemoteEngine(_mysql_store(location), location.url)
+
+    return RemoteCandidate(address, MysqlLock(_mysql_store(location)), opened)
+
+
+def _mysql_store(location: Location) -> MysqlStore:
+    from metaserver.engine import mysql
+
+    location.allow("password_file", "ca", "cert", "key", "tables", "capacity")
+    database, tables = location.path.strip("/"), location.options.get("tables", "bpfuse")
+    if len(location.hosts) != 1 or not location.user or not database or not _SCHEMA.fullmatch(tables):
+        raise EngineUnusable(f"{location.url}: write mysql://user@host:port/database?tables=name")
+    settings = mysql.Settings(
+        host=location.hosts[0][0],
+        port=location.hosts[0][1],
+        database=database,
+        user=location.user,
+        tables=tables,
+        password=location.password() or "",
+        tls=location.tls(),
+        capacity=location.number("capacity", mysql.CAPACITY, 1 << 20, 1 << 60),
+    )
+    return mysql.MysqlStore(settings)
+
+
 class _Kind(NamedTuple):
     open: Callable[[Location, str], Engine]
     stand: Callable[[Location, str, str], Candidate]
@@ -194,4 +235,5 @@ _KINDS: Final = {
     "lmdb": _Kind(_lmdb, _stand_for_lmdb),
     "etcd": _Kind(_etcd, _stand_for_etcd),
     "postgresql": _Kind(_postgres, _stand_for_postgres),
+    "mysql": _Kind(_mysql, _stand_for_mysql),
 }

@@ -18,8 +18,8 @@ help: ## this list
 
 setup: packages $(VENV)/.installed build/native.stamp $(BPF_OBJECT) ## install what is missing and build (Debian 12, root)
 
-test: setup ## set up, then run every test (ARGS="-k name" chooses)
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## set up, then run every test, JOBS=2 at a time (ARGS="-k name" chooses)
+	$(BIN)/python -m pytest -n $(or $(JOBS),2) $(ARGS)
 
 simulate: setup ## run the simulation of clients and a metaserver (SEED=n, or SEEDS=count FIRST=n)
 	cd tests && ../$(BIN)/python -m simulation --jobs $(or $(JOBS),1) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FIRST),--first $(FIRST))

@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 
 from fuseclient.errors import UserError
 from fuseclient.volumes import Embedded, Remote
-from fuseclient.worker import rpc
+from fuseclient.worker import finding, rpc
 from metaserver import wire
 
 _T = TypeVar("_T")
@@ -74,7 +74,7 @@ def check_volume(volume: Remote) -> None:
     except rpc.Refused as refused:
         if refused.code is wire.ErrorCode.NO_SUCH_VOLUME:
             raise UserError(
-                f"the metaserver at {volume.host}:{volume.port} has no volume {volume.name!r};"
+                f"the metaserver at {volume.places} has no volume {volume.name!r};"
                 f" make one with: bpfuse format {volume.url} --store file:///directory"
             ) from None
         raise UserError(f"{volume.url}: {refused}") from None
@@ -113,7 +113,7 @@ def _talk(address: str, body: Callable[[rpc.Connection], Awaitable[_T]]) -> _T:
     """Run ``body`` on a connection of its own; raise :exc:`UserError` if there is none, or it is lost."""
 
     async def connected() -> _T:
-        connection = await rpc.connect(address)
+        connection = await finding.connect(address)
         try:
             return await body(connection)
         finally:
@@ -128,7 +128,7 @@ def _talk(address: str, body: Callable[[rpc.Connection], Awaitable[_T]]) -> _T:
 def _start(volume: Embedded, log: Path, ready: int, options: Sequence[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-P", "-m", "metaserver", "--engine", volume.engine_url]
     command += ["--listen", f"unix:{log.with_name('metaserver.sock')}", "--ready-fd", str(ready)]
-    command += ["--no-grace", *options]
+    command += ["--no-grace", "--alone", *options]
     with log.open("wb") as output:
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=(ready,), start_new_session=True

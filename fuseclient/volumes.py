@@ -27,7 +27,7 @@ EMBEDDED_NAME: Final = "volume"
 _ENGINE_FILE: Final = "data.mdb"
 _FORMS: Final = "file:///directory or bpfuse://host:port/volume"
 _VOLUME_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
-_REMOTE: Final = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})/(?P<volume>.+)")
+_PLACE: Final = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})")
 
 
 @dataclass(frozen=True)
@@ -71,20 +71,25 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Remote:
-    """A volume of a metaserver that runs by itself."""
+    """A volume of metaservers that run by themselves: one of them, at a time, has the authority."""
 
-    host: str
-    port: int
+    #: Host and port of each.
+    hosts: tuple[tuple[str, int], ...]
     name: str
 
     @property
     def url(self) -> str:
-        return f"bpfuse://{self.host}:{self.port}/{self.name}"
+        return f"bpfuse://{self.places}/{self.name}"
+
+    @property
+    def places(self) -> str:
+        """The metaservers, as in the URL."""
+        return ",".join(f"{host}:{port}" for host, port in self.hosts)
 
     @property
     def address(self) -> str:
-        """The metaserver, in the form that a connection is made to."""
-        return f"tcp:{self.host}:{self.port}"
+        """The metaservers, in the form that a connection is made to."""
+        return ",".join(f"tcp:{host}:{port}" for host, port in self.hosts)
 
 
 Volume = Embedded | Remote
@@ -130,14 +135,22 @@ def _absolute_path(url: str) -> str:
 
 
 def _parse_remote(url: str) -> Remote:
-    match = _REMOTE.fullmatch(url.removeprefix("bpfuse://"))
-    if match is None:
+    places, _, volume = url.removeprefix("bpfuse://").partition("/")
+    hosts = tuple(_parse_place(url, place) for place in places.split(","))
+    if not volume:
         raise UserError(f"not the URL of a volume: {url!r}; it is {_FORMS}")
-    port, volume = int(match["port"]), match["volume"]
-    if not 0 < port < 65536:
-        raise UserError(f"{url!r} has no valid port: it is from 1 to 65535")
     if not _VOLUME_NAME.fullmatch(volume):
         raise UserError(
             f"{volume!r} cannot be a volume's name: up to 63 of a-z, 0-9, '_', '.', '-', a letter or digit first"
         )
-    return Remote(match["host"], port, volume)
+    return Remote(hosts, volume)
+
+
+def _parse_place(url: str, place: str) -> tuple[str, int]:
+    match = _PLACE.fullmatch(place)
+    if match is None:
+        raise UserError(f"not the URL of a volume: {url!r}; it is {_FORMS}")
+    port = int(match["port"])
+    if not 0 < port < 65536:
+        raise UserError(f"{url!r} has no valid port: it is from 1 to 65535")
+    return match["host"], port

@@ -112,6 +112,17 @@ def parse(arguments: list[str]) -> process.Options:
         dest="grace",
         help="do not wait for sessions of an earlier run: nobody but the one client that comes now can have had any",
     )
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="end, rather than stand by, if another metaserver has the engine",
+    )
+    parser.add_argument(
+        "--advertise",
+        type=_address,
+        metavar="ADDRESS",
+        help="where clients are told to come when this one has the authority (default: where it listens)",
+    )
     return process.Options(**vars(parser.parse_args(arguments)))
 
 

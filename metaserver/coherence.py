@@ -217,6 +217,10 @@ class Coherence:
 
         self.breaks.send([session], [], [], dropped, everything=True)
 
+    def held(self, session: Session) -> tuple[int, int]:
+        """Return how many directories' names, and how many inodes, a session may have cached."""
+        return self._state(session.volume).holdings.count(session.holder)
+
     def reclaimed(self, session: Session) -> None:
         """A session of an earlier run is back: it may have anything in its caches."""
         self._state(session.volume).holdings.hold_everything(session.holder)

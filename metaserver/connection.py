@@ -324,9 +324,9 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def abandon(self) -> None:
-        """End the connection, and the requests that wait for others, without an answer: the server is closing."""
-        self.cut("the server is closing")
+    def abandon(self, reason: str) -> None:
+        """End the connection, and the requests that wait for others, without an answer: the server ends."""
+        self.cut(reason)
         for task in self._tasks:
             task.cancel()
 

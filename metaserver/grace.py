@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 
 from metaserver.fencing import SessionRecord
+from metaserver.volumes import Volume
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +57,15 @@ class Grace:
     def misses_one_alone(self, volume: int) -> bool:
         """Whether a session of a volume may come back that is to tell what it kept to itself."""
         return any(record.alone and record.volume == volume for record in self._missing.values())
+
+    @property
+    def left_ns(self) -> int:
+        """Nanoseconds until changes are made without those who are missing; 0: they wait for nobody."""
+        return 0 if self._free.is_set() else max(0, self._until_ns - self._clock())
+
+    def records(self, volume: Volume | None) -> list[SessionRecord]:
+        """Return the sessions that have not come back: of one volume, or of all."""
+        return [each for each in self._missing.values() if volume is None or each.volume == volume.id]
 
     def missing(self, session: bytes) -> SessionRecord | None:
         """Return the record of a session that may come back now."""

@@ -18,6 +18,8 @@ from collections.abc import Iterable
 from typing import Final
 
 _BLOCK_BITS: Final = 2048
+#: The bits of a bitmap that are inodes; the others are names.
+_INODES: Final = int.from_bytes(b"\x55" * (_BLOCK_BITS // 8))
 
 
 class Holder:
@@ -101,6 +103,15 @@ class Holdings:
             bitmap = self._blocks.get(key // _BLOCK_BITS, {}).get(holder)
             if bitmap is not None:
                 bitmap[key % _BLOCK_BITS >> 3] &= ~(1 << (key & 7))
+
+    def count(self, holder: Holder) -> tuple[int, int]:
+        """Return how many directories' names, and how many inodes, a holder holds as far as is known."""
+        names = inodes = 0
+        for block in holder.blocks:
+            bits = int.from_bytes(self._blocks[block][holder], "little")
+            inodes += (bits & _INODES).bit_count()
+            names += (bits & ~_INODES).bit_count()
+        return names, inodes
 
     def drop(self, holder: Holder) -> None:
         """The holder holds nothing any more."""

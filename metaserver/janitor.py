@@ -16,11 +16,11 @@ from typing import Final
 
 from metaserver import events, fencing, namespace
 from metaserver.coherence import Coherence
-from metaserver.engine.base import Engine, Transaction
 from metaserver.errors import EngineError
-from metaserver.fencing import Tenure
+from metaserver.fenced_engine import FencedEngine
 from metaserver.grace import Grace
 from metaserver.sessions import Session, Sessions
+from metaserver.status import Evictions
 from metaserver.volumes import Volume
 
 _log = logging.getLogger(__name__)
@@ -38,11 +38,8 @@ class Janitor:
     grace: Grace
     coherence: Coherence
 
-    def __init__(
-        self, engine: Engine, sessions: Sessions, tenure: Tenure, wall: Callable[[], int] = time.time_ns
-    ) -> None:
+    def __init__(self, engine: FencedEngine, sessions: Sessions, wall: Callable[[], int] = time.time_ns) -> None:
         self._engine = engine
-        self._tenure = tenure
         self._sessions = sessions
         self._period_s = min(_PERIOD_S, sessions.lease_ns / 1e9 / 8)
         #: Ended sessions with their volumes, and volumes that changed since they were last swept, by id.
@@ -52,6 +49,7 @@ class Janitor:
         self._settled = asyncio.Event()
         self._settled.set()
         self._wall = wall
+        self.evictions = Evictions(sessions)
         #: When events are looked at next, on the sessions' clock.
         self._forget_ns = 0
 
@@ -68,15 +66,11 @@ class Janitor:
         """End a session whose lease has run out."""
         _log.info("the lease of %s on %s has run out", session.client, session.volume.name)
         await self.end(session)
+        self.evictions.note(session)
 
     async def end_record(self, session: bytes) -> None:
         """Delete what the engine knows of a session."""
-
-        def body(txn: Transaction) -> None:
-            self._tenure.check(txn)
-            fencing.delete_session(txn, session)
-
-        await self._engine.write(body)
+        await self._engine.write(lambda txn: fencing.delete_session(txn, session))
         await self._engine.sync()
 
     def changed(self, volume: Volume) -> None:

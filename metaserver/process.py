@@ -14,8 +14,9 @@ from typing import Final
 
 import uvloop
 
-from metaserver.engine import Engine, candidate
+from metaserver.engine import candidate
 from metaserver.errors import EngineBusy, EngineUnusable
+from metaserver.front import Front
 from metaserver.listener import ListenError
 from metaserver.server import Server
 
@@ -38,6 +39,9 @@ class Options:
     die_with_parent: bool
     grace: bool = True
     janitor: bool = True
+    #: Refuse to start, rather than stand by, while another metaserver has the engine.
+    alone: bool = False
+    advertise: str | None = None
 
 
 def run(options: Options) -> int:
@@ -59,23 +63,20 @@ async def _serve(options: Options) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    standing = candidate(options.engine, options.listen, options.durability)
+    front = Front(
+        lambda address: candidate(options.engine, address, options.durability),
+        lambda engine: Server(engine, lease_s=options.lease_s, grace=options.grace, janitor=options.janitor),
+    )
+    address = await front.start(
+        options.listen, advertise=options.advertise, insecure=options.insecure, alone=options.alone
+    )
     try:
-        await _serve_on(await standing.take(), options, stop)
-    finally:
-        await standing.resign()
-
-
-async def _serve_on(engine: Engine, options: Options, stop: asyncio.Event) -> None:
-    server = Server(engine, lease_s=options.lease_s, grace=options.grace, janitor=options.janitor)
-    address = await server.start(options.listen, insecure=options.insecure)
-    try:
-        _log.info("serving %s on %s", options.engine, address)
+        _log.info("listening on %s", address)
         _say(options.ready_fd, f"ready {address}")
         await stop.wait()
         _log.info("ending")
     finally:
-        await server.close()
+        await front.close()
 
 
 def _say(ready_fd: int | None, line: str) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 from metaserver import keys, wire
 from metaserver.engine.base import Engine, Transaction
 from metaserver.errors import Fenced
-from metaserver.fencing import Tenure
+from metaserver.fenced_engine import FencedEngine
 from metaserver.namespace import list_volumes
 from metaserver.records import Shard, pack_number, unpack_number
 from metaserver.volumes import Volume
@@ -46,16 +46,11 @@ async def spoil(engine: Engine) -> None:
     await engine.sync()
 
 
-async def finish(engine: Engine, tenure: Tenure) -> None:
+async def finish(engine: FencedEngine) -> None:
     """Note that nothing was lost, unless another server has taken over, whose note it is then."""
-
-    def body(txn: Transaction) -> None:
-        tenure.check(txn)
-        txn.delete(keys.unclean())
-
     await engine.sync()
     with contextlib.suppress(Fenced):
-        await engine.write(body)
+        await engine.write(lambda txn: txn.delete(keys.unclean()))
 
 
 def _skip(txn: Transaction, volume: Volume) -> None:

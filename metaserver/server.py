@@ -1,6 +1,7 @@
-"""A running metaserver: its listening socket, its connections and its janitor.
+"""A metaserver while it has the authority over its engine: its sessions, its connections and its janitor.
 
-The engine is the caller's: it is opened before and closed after.
+Where it listens, and what is there before and after, is :mod:`metaserver.front`'s. The engine is the caller's: it is
+opened before and closed after.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from metaserver import fencing, listener, recovery, wire
+from metaserver import fencing, recovery
 from metaserver.coherence import Coherence
 from metaserver.connection import Connection, Limits
 from metaserver.engine.base import Engine
+from metaserver.fenced_engine import FencedEngine
 from metaserver.fencing import Tenure
 from metaserver.grace import Grace
 from metaserver.janitor import Janitor
@@ -34,7 +36,7 @@ def boottime_ns() -> int:
 
 
 class Server:
-    """A metaserver on one address. ``lease_s`` is the length of the leases it gives, in seconds (0.1 to 3600).
+    """One run of a metaserver. ``lease_s`` is the length of the leases it gives, in seconds (0.1 to 3600).
 
     ``grace`` False: no client of an earlier run can be alive but the one that will connect (see grace.py). Without
     ``janitor`` nothing is cleared up, and sessions end only when they are in the way. The clock is in nanoseconds and
@@ -53,36 +55,31 @@ class Server:
         clock: Callable[[], int] = boottime_ns,
         wall: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._engine = engine
-        self._grace = grace
         self.tenure = Tenure()
+        self._engine = FencedEngine(engine, self.tenure)
+        self._grace = grace
         self.sessions = Sessions(int(lease_s * 1000) * 1_000_000, clock, feed_changes)
-        self.janitor = Janitor(engine, self.sessions, self.tenure, wall)
+        self.janitor = Janitor(self._engine, self.sessions, wall)
         self.coherence = self.janitor.coherence = Coherence(self.sessions, self.janitor.evict)
         self.connections: set[Connection] = set()
-        self._service = Service(engine, self.tenure, self.sessions, self.coherence, self.janitor, wall)
+        self._service = Service(self._engine, self.tenure, self.sessions, self.coherence, self.janitor, wall)
         self._limits = limits
         self._has_janitor = janitor
-        self._listening: asyncio.Server | None = None
         self._cleaning: asyncio.Task[None] | None = None
 
-    async def start(self, address: str, *, insecure: bool = False) -> str:
-        """Listen on an address and return the one it came to be (a TCP port of 0 is chosen by the kernel).
+    def on_fenced(self, callback: Callable[[], object]) -> None:
+        """Have ``callback`` called, on the event loop, each time that another server is found to have taken over."""
+        self._engine.on_fenced = callback
 
-        What an earlier run left is cleared up in the background. Raises :exc:`ValueError` for what is not an address
-        and :exc:`~metaserver.listener.ListenError` for one that cannot be listened on.
-        """
-        sock = listener.listen(wire.parse_address(address), insecure)
-        self._socket = sock
+    async def begin(self) -> None:
+        """Take the engine over; connections may be accepted then. What an earlier run left is cleared up meanwhile."""
         await self.take_over()
-        self._listening = await asyncio.get_running_loop().create_server(self.accept, sock=sock)
         if self._has_janitor:
             self._cleaning = asyncio.create_task(self.janitor.run(), name="janitor")
-        return listener.address_of(sock)
 
     async def take_over(self) -> None:
         """Take the engine over from any earlier server, and begin the grace of its sessions."""
-        await self.tenure.begin(self._engine)
+        await self._engine.take_over()
         self._service.may_have_lost = await recovery.prepare(self._engine)
         self.sessions.first_version = self.tenure.epoch << _EPOCH_SHIFT
         earlier = await self._engine.read(fencing.list_sessions)
@@ -93,22 +90,30 @@ class Server:
         """Return the protocol object of a connection that was just made."""
         return Connection(self._service, self._limits, self.connections)
 
-    async def close(self) -> None:
-        """Accept nothing more, answer what is in progress, close every connection and remove the socket's file.
+    async def end(self) -> None:
+        """Answer what is in progress, close every connection, and leave the engine as one that ends in order does.
 
-        A second call does nothing.
+        No connection may be accepted any more.
         """
-        if self._listening is None or not self._listening.is_serving():
-            return
-        listener.remove_socket(self._socket)
-        self._listening.close()
         if self._cleaning is not None:
             await self.janitor.settle(_SETTLE_S)
-            self._cleaning.cancel()
-            await asyncio.wait({self._cleaning})
+        await self._stop_cleaning()
         ends = [asyncio.create_task(connection.shut()) for connection in self.connections]
         if ends and (late := (await asyncio.wait(ends, timeout=_CLOSE_S))[1]):
-            for connection in list(self.connections):
-                connection.abandon()
+            self._cut("the server is closing")
             await asyncio.wait(late)
-        await recovery.finish(self._engine, self.tenure)
+        await recovery.finish(self._engine)
+
+    async def drop(self) -> None:
+        """End at once, and answer nothing more: the authority is another's."""
+        self._cut("another metaserver has the authority")
+        await self._stop_cleaning()
+
+    def _cut(self, reason: str) -> None:
+        for connection in list(self.connections):
+            connection.abandon(reason)
+
+    async def _stop_cleaning(self) -> None:
+        if self._cleaning is not None:
+            self._cleaning.cancel()
+            await asyncio.wait({self._cleaning})

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from importlib import metadata
 from typing import Any, Final, NamedTuple
 
 from metaserver import events, fencing, namespace, wire
 from metaserver.coherence import Change, Coherence, Grant, Held, grant_of, own_grants
 from metaserver.connection import Answer, Caller, failure
-from metaserver.engine.base import Engine, Transaction
+from metaserver.engine.base import Transaction
 from metaserver.errors import Refused, Unknown
+from metaserver.fenced_engine import FencedEngine
 from metaserver.fencing import SessionRecord, Slot, Tenure
 from metaserver.following import Followers
 from metaserver.grace import Grace
@@ -23,9 +25,11 @@ from metaserver.janitor import Janitor
 from metaserver.locking import Locking, LockRequest
 from metaserver.namespace import Context
 from metaserver.sessions import Session, Sessions, changed_inodes, changed_names
+from metaserver.status import Overview
 from metaserver.volumes import Volume
 
-_SOFTWARE: Final = "bpfuse-metaserver"
+#: What a metaserver calls itself.
+SOFTWARE: Final = f"bpfuse-metaserver {metadata.version('bpfuse')}"
 #: Times that a commit whose outcome is unknown is looked for.
 _RESOLUTIONS: Final = 3
 
@@ -47,7 +51,7 @@ class Service:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: FencedEngine,
         tenure: Tenure,
         sessions: Sessions,
         coherence: Coherence,
@@ -63,10 +67,11 @@ class Service:
         self._losses = engine.losses
         self._wall = wall
         self._followers = Followers(engine)
+        self._overview = Overview(tenure, sessions, coherence, janitor.evictions)
 
     def welcome(self) -> wire.Welcome:
         """Return the answer to a Hello; its epoch is this run's own."""
-        return wire.Welcome(wire.PROTOCOL_VERSION, _SOFTWARE, self._tenure.epoch)
+        return wire.Welcome(wire.PROTOCOL_VERSION, SOFTWARE, self._tenure.epoch)
 
     def acknowledge(self, caller: Caller, request: wire.Acknowledge) -> None:
         """Take note that a client has dropped what a break told."""
@@ -102,6 +107,11 @@ class Service:
             return await self._close_session(caller)
         if isinstance(request, wire.CreateVolume):
             return await self._create_volume(request)
+        if isinstance(request, wire.GetStatus):
+            return await self._status(request)
+        if isinstance(request, wire.EvictSession):
+            self._overview.evict(await self._volume(request.volume), request.session)
+            return wire.Done()
         raise Refused(wire.ErrorCode.INVALID, f"a {type(request).__name__} has no place here")
 
     # Reads
@@ -200,9 +210,8 @@ class Service:
         return body
 
     def _may_commit(self, txn: Transaction, session: Session) -> None:
-        """The fence: raise unless this server and this session may still change anything."""
+        """The fence, beside the engine's own of this server: raise unless the session may still change anything."""
         session.check()
-        self._tenure.check(txn)
         fencing.check_session(txn, session.id)
 
     def _committed(self, change: Change, since: int, request: wire.Request, outcome: _Outcome) -> Answer:
@@ -234,7 +243,7 @@ class Service:
         session = caller.session()
         await self._coherence.breaks.settled(session)
         now_ns = self._sessions.clock()
-        await self._engine.read(self._tenure.check)
+        await self._engine.check()
         session = caller.session()
         renewed = self._sessions.renew(session, request.seen, now_ns, self._coherence.left_over(session))
         self._locking.is_known(session)
@@ -259,7 +268,7 @@ class Service:
         return wire.Done()
 
     async def _open_session(self, caller: Caller, request: wire.OpenSession) -> wire.SessionOpened:
-        volume = await self._engine.read(lambda snapshot: namespace.open_volume(snapshot, request.volume))
+        volume = await self._volume(request.volume)
         caller.must_be_free()
         session = self._sessions.resume(volume, request.resume) or await self._reclaim(volume, request)
         resumed = session is not None
@@ -267,6 +276,7 @@ class Service:
             session = await self._open_new(volume, request.client)
         caller.must_be_free()
         self._coherence.has_open(session, request.writing)
+        session.software = request.software
         caller.bind(session)
         return wire.SessionOpened(
             session.id,
@@ -319,7 +329,6 @@ class Service:
         record = SessionRecord(session.id, session.volume.id, self._sessions.lease_ns, session.was_alone)
 
         def body(txn: Transaction) -> None:
-            self._tenure.check(txn)
             if is_new or fencing.is_recorded(txn, session.id):
                 fencing.put_session(txn, record)
 
@@ -328,6 +337,13 @@ class Service:
     async def _write_durably(self, body: Callable[[Transaction], object]) -> None:
         await self._engine.write(body)
         await self._engine.sync()
+
+    async def _volume(self, name: str) -> Volume:
+        return await self._engine.read(lambda snapshot: namespace.open_volume(snapshot, name))
+
+    async def _status(self, request: wire.GetStatus) -> wire.Status:
+        volume = await self._volume(request.volume) if request.volume is not None else None
+        return self._overview.status(SOFTWARE, self.grace, volume)
 
     async def _close_session(self, caller: Caller) -> wire.Done:
         await self._janitor.end(caller.session())

@@ -103,6 +103,10 @@ class Session:
         self.incarnation = 0
         self.deadline_ns = 0
         self.ended = False
+        #: What its client calls itself.
+        self.software = ""
+        #: It is to end when its lease does, and refused everything until then.
+        self.evicted = False
         #: The engine's losses that this client knows of.
         self.losses = 0
         #: Earlier incarnations, of whose changes the client was not told yet.
@@ -131,7 +135,12 @@ class Session:
         return not self.ended and self._clock() < self.deadline_ns
 
     def check(self) -> None:
-        """Raise :exc:`~metaserver.errors.Refused` (STALE_SESSION) if the lease has run out. Any thread may call it."""
+        """Raise :exc:`~metaserver.errors.Refused` (STALE_SESSION) if the lease has run out, or it is evicted.
+
+        Any thread may call it.
+        """
+        if self.evicted:
+            raise Refused(wire.ErrorCode.STALE_SESSION, "the session was evicted")
         if not self.is_live:
             raise Refused(wire.ErrorCode.STALE_SESSION, "the session's lease has run out")
 
@@ -196,7 +205,7 @@ class Sessions:
     def resume(self, volume: Volume, session_id: bytes | None) -> Session | None:
         """Return the live session of this id as a new incarnation, or ``None``. The lease is not extended."""
         session = self._sessions.get(session_id) if session_id is not None else None
-        if session is None or session.volume.id != volume.id or not session.is_live:
+        if session is None or session.volume.id != volume.id or not session.is_live or session.evicted:
             return None
         session.earlier.add(session.incarnation)
         session.incarnation = next(self._incarnations)

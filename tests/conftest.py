@@ -1,22 +1,61 @@
-"""Fixtures of all levels. Real mounts skip, and say why, where they are not possible."""
+"""Fixtures of all levels, and what tests run in. Real mounts skip, and say why, where they are not possible."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import tempfile
+import time
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import databases as database_servers
 import pytest
 import rig
 from hypothesis import settings
 from namespaces import Files, new_engine
+from xdist.scheduler import LoadScopeScheduling
 
 settings.register_profile("bpfuse", deadline=None)  # a machine under load is no failure
 settings.load_profile("bpfuse")
 
+#: What tests may know of the environment that they are started in; nothing else comes to them.
+_KEPT: Final = re.compile("PATH|TMPDIR|PYTHONHASHSEED|BPFUSE_(LONG|SEED)|PYTEST.*")
 _REPORT = pytest.StashKey[pytest.TestReport]()
+
+
+def pytest_configure() -> None:
+    """Have tests find the same on every machine: nothing of a ``make`` above, of the user's locale, home or umask."""
+    for name in [name for name in os.environ if not _KEPT.fullmatch(name)]:
+        del os.environ[name]
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    os.environ.update(HOME=tempfile.gettempdir(), LC_ALL="C.UTF-8", TZ="UTC")
+    time.tzset()
+    os.umask(0o022)
+
+
+class _ByModuleAndMode(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
+    """Gives a process the tests of a module, or those of one mode of it: they share a mount."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        mode = re.search(r"\[(bpf|off)\b", nodeid)
+        return nodeid.partition("::")[0] + (mode[0] if mode else "")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling | None:
+    """Share the tests out."""
+    config.option.loadscopereorder = False
+    return _ByModuleAndMode(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Have processes that share the tests begin with what takes longest, so that they end together."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.name[:2], reverse=True)
 
 
 @pytest.hookimpl(wrapper=True)

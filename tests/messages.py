@@ -29,9 +29,11 @@ LOCK: Final = wire.Lock(5, -(2**63), True, 0, 2**63 - 1, True, 2**32 - 1)
 SESSION: Final = bytes(range(16))
 
 REQUESTS: Final[list[wire.Request]] = [
+    wire.GetStatus("volume"),
+    wire.EvictSession("volume", SESSION),
     wire.Hello(1, "test"),
     wire.CreateVolume("volume", "file:///blocks", 65536, 1000, 3600, 2**62),
-    wire.OpenSession("volume", "client", SESSION),
+    wire.OpenSession("volume", "client", SESSION, [5], "test 1"),
     wire.Renew(9),
     wire.CloseSession(),
     wire.Lookup(1, b"name"),
@@ -76,7 +78,17 @@ REQUESTS: Final[list[wire.Request]] = [
 REPLIES: Final[list[wire.Reply]] = [
     wire.Failure(wire.ErrorCode.NOT_FOUND, "no such thing"),
     wire.Done(),
-    wire.Welcome(1, "test", 2**63 - 1),
+    wire.Welcome(1, "test", 2**63 - 1, "tcp:127.0.0.1:1"),
+    wire.Status(
+        "test",
+        1,
+        "tcp:127.0.0.1:1",
+        30_000,
+        1000,
+        2,
+        [wire.SessionStatus(SESSION, "host:/mnt", "test", wire.SessionState.UNSTABLE, 1, 2, 3, 4, 5, 6)],
+        [wire.Eviction(SESSION, "host:/mnt", "its lease had run out", 7)],
+    ),
     wire.SessionOpened(SESSION, 30_000, 5, "file:///blocks", 65536, False),
     wire.Renewed(30_000, 6, [(1, b"name")], [1, 2], False),
     wire.Found(ATTRIBUTES, 4),

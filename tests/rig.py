@@ -25,6 +25,7 @@ from typing import Any, Final
 import pytest
 
 from fuseclient import features, mounts, processes, runtime
+from fuseclient.channel import acceleration
 
 REPOSITORY: Final = Path(__file__).resolve().parent.parent
 COMMAND: Final = (sys.executable, "-P", "-m", "fuseclient.cli")
@@ -32,6 +33,7 @@ COMMAND: Final = (sys.executable, "-P", "-m", "fuseclient.cli")
 WATCHDOG_S: Final = 60.0
 WAIT_S: Final = 20.0
 _COMMAND_TIMEOUT_S: Final = 120.0
+_URING_SWITCH: Final = Path("/sys/module/fuse/parameters/enable_uring")
 _SERIOUS: Final = re.compile(r"\b(ERROR|CRITICAL)\b|^Traceback|Fatal Python error", re.MULTILINE)
 
 
@@ -53,6 +55,12 @@ def require_uring() -> None:
         if [each.name for each in missing] == ["BPF programs"] and "not permitted" not in missing[0].detail:
             pytest.fail(f"this kernel has all it takes, and refuses them: {missing[0].detail}")
         pytest.skip(f"requests cannot be answered in the kernel here: {features.describe(missing)}")
+
+
+def uring_switch() -> str | None:
+    """Return what the kernel's switch for FUSE-over-io_uring is while no mount is being made; None without one."""
+    with acceleration.switch_locked():
+        return _URING_SWITCH.read_text() if _URING_SWITCH.exists() else None
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> Any:

@@ -13,7 +13,8 @@ from typing import Any, Final, TypeVar
 from fuseclient.worker import rpc
 from metaserver import wire
 from metaserver.connection import Limits
-from metaserver.engine import Engine, Snapshot, Transaction, open_engine
+from metaserver.engine import Candidate, Engine, Snapshot, Transaction, open_engine
+from metaserver.front import Front
 from metaserver.server import Server
 from metaserver.sessions import FEED_CHANGES
 
@@ -95,6 +96,23 @@ class Held(Engine):
         await self.engine.close()
 
 
+class Given(Candidate):
+    """The authority over an engine that the test owns: it is there for the taking, and not closed."""
+
+    def __init__(self, address: str, engine: Engine) -> None:
+        super().__init__(address)
+        self._engine = engine
+
+    async def take(self) -> Engine:
+        return self._engine
+
+    async def holder(self) -> str | None:
+        return self.address
+
+    async def resign(self) -> None:
+        pass
+
+
 class Metaserver:
     """A server that can be stopped and started again on the same engine and address."""
 
@@ -105,12 +123,14 @@ class Metaserver:
         self.server: Server
         self._clients: list[rpc.Connection | Raw] = []
 
-    async def start(self, address: str | None = None) -> None:
-        self.server = Server(self.engine, **self.options)
-        self.address = await self.server.start(address or self.address)
+    async def start(self, address: str | None = None, **options: Any) -> None:
+        self.front = Front(lambda place: Given(place, self.engine), lambda engine: Server(engine, **self.options))
+        self.address = await self.front.start(address or self.address, **options)
+        assert self.front.server is not None
+        self.server = self.front.server
 
     async def stop(self) -> None:
-        await self.server.close()
+        await self.front.close()
 
     async def connect(self) -> rpc.Connection:
         connection = await rpc.connect(self.address)

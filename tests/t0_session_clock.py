@@ -10,7 +10,7 @@ import messages
 import pytest
 
 from fuseclient.worker import rpc
-from fuseclient.worker.session import MARGIN_NS, Session, Slots, client_deadline
+from fuseclient.worker.session import _SOFTWARE, MARGIN_NS, Session, Slots, client_deadline
 from metaserver import sessions as server_side
 from metaserver import wire
 from metaserver.errors import Refused
@@ -404,7 +404,10 @@ async def test_a_lost_connection_is_resumed(clock: Clock) -> None:
     await mount.session.open()
     mount.server.connections[0].abort()
     assert await mount.session.call(wire.GetAttributes(1), wire.Found) == wire.Found(messages.ATTRIBUTES)
-    assert mount.server.connections[1].calls[:2] == [wire.OpenSession("volume", "test", SESSION_A), wire.Renew(3)]
+    assert mount.server.connections[1].calls[:2] == [
+        wire.OpenSession("volume", "test", SESSION_A, [], _SOFTWARE),
+        wire.Renew(3),
+    ]
     assert "lost" not in await mount.until(2)
     assert mount.session.id == SESSION_A
     await mount.session.close()

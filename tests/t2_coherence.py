@@ -232,14 +232,22 @@ async def test_one_who_holds_too_much_is_to_drop_everything(
 # The fence and the grace
 
 
-async def test_scenario_12_an_old_server_commits_nothing(metaserver: Metaserver) -> None:
+@pytest.mark.parametrize("late", ["change", "renewal", "cleaning"])
+async def test_scenario_12_an_old_server_commits_nothing(metaserver: Metaserver, late: str) -> None:
+    """It refuses, nor does it extend leases or clear up; and cuts everybody off as soon as it has found out."""
     one = await metaserver.client()
+    old = metaserver.server
     other = Server(metaserver.engine)
     await other.take_over()
-    assert await refused(one.make(b"late")) is ErrorCode.STALE_SESSION
-    assert await refused(one.renew(0)) is ErrorCode.STALE_SESSION, "nor does it extend leases"
+    if late == "cleaning":
+        with pytest.raises(Fenced):
+            await old.janitor.end_record(one.session.session)
+    else:
+        doing = one.make(b"late") if late == "change" else one.renew(0)
+        assert await refused(doing) is ErrorCode.STALE_SESSION
+    await until(lambda: one.connection.lost)
     with pytest.raises(Fenced):
-        await metaserver.engine.read(metaserver.server.tenure.check)
+        await metaserver.engine.read(old.tenure.check)
 
 
 async def test_scenario_05_an_ended_session_is_refused_in_the_transaction(metaserver: Metaserver) -> None:

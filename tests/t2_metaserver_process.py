@@ -121,7 +121,9 @@ def test_a_users_mistake_is_one_line(arguments: list[str], what: str) -> None:
 async def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     engine = f"lmdb://{tmp_path}/meta"
     async with running("--engine", engine, "--listen", f"unix:{tmp_path}/one") as metaserver:
-        assert "in use" in await asyncio.to_thread(refuse, "--engine", engine, "--listen", f"unix:{tmp_path}/two")
+        assert "in use" in await asyncio.to_thread(
+            refuse, "--engine", engine, "--listen", f"unix:{tmp_path}/two", "--alone"
+        )
         assert "another server" in await asyncio.to_thread(
             refuse, "--engine", "memory://", "--listen", metaserver.address
         )

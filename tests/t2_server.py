@@ -150,7 +150,7 @@ async def test_addresses_that_cannot_be_listened_on(tmp_path: Path) -> None:
 
 async def test_plaintext_off_this_machine_has_to_be_asked_for(metaserver: Metaserver) -> None:
     await metaserver.stop()
-    metaserver.address = await metaserver.server.start("tcp:0.0.0.0:0", insecure=True)
+    await metaserver.start("tcp:0.0.0.0:0", insecure=True)
     (await rpc.connect(metaserver.address.replace("0.0.0.0", "127.0.0.1"))).abort()
 
 

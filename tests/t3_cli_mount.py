@@ -18,7 +18,6 @@ from conftest import MountFactory
 
 from fuseclient import mounts, processes, runtime
 
-URING_SWITCH = Path("/sys/module/fuse/parameters/enable_uring")
 #: What the kernel says of a connection that is no more: by when and how it ended.
 CUT_OFF = r"not connected|connection abort|canceled"
 
@@ -201,7 +200,7 @@ def test_figures_of_what_is_not_ours(sandbox: rig.Sandbox, point: Path) -> None:
 
 def test_a_mount_says_what_it_is(sandbox: rig.Sandbox, point: Path, accel: str) -> None:
     url = sandbox.format()
-    before = URING_SWITCH.read_text() if URING_SWITCH.exists() else None
+    before = rig.uring_switch()
     log = sandbox.path / "mnt.log"
     said = sandbox.run("mount", url, point, "--accel", accel, "--log-file", log).expect_success().out
     assert said.splitlines() == [said.rstrip("\n")]
@@ -210,8 +209,7 @@ def test_a_mount_says_what_it_is(sandbox: rig.Sandbox, point: Path, accel: str) 
     found = mounts.find_mount(str(point))
     assert found is not None
     assert found.source == url
-    if before is not None:
-        rig.wait_for(lambda: URING_SWITCH.read_text() == before, "enable_uring is put back")
+    assert rig.uring_switch() == before
     sandbox.run("umount", point).expect_success()
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,13 +21,6 @@ pytestmark = pytest.mark.usefixtures("needs_mounts")
 SEEDS = tuple(range(1, 13))
 STEPS = 350
 SHRINK_S = 20.0
-
-
-@pytest.fixture(autouse=True)
-def fixed_umask() -> Iterator[None]:
-    before = os.umask(0o022)
-    yield
-    os.umask(before)
 
 
 class Pair:

@@ -9,7 +9,6 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import file_steps
@@ -25,13 +24,6 @@ from metaserver import wire
 pytestmark = pytest.mark.usefixtures("needs_mounts")
 
 MIB = 1 << 20
-
-
-@pytest.fixture(autouse=True)
-def fixed_umask() -> Iterator[None]:
-    before = os.umask(0o022)
-    yield
-    os.umask(before)
 
 
 def blocks(mount: rig.Mount) -> Path:

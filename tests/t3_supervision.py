@@ -29,7 +29,6 @@ from fuseclient import processes
 pytestmark = pytest.mark.usefixtures("needs_mounts")
 
 NO_TTL: Final = ("--kernel-ttl", "0")
-URING_SWITCH: Final = Path("/sys/module/fuse/parameters/enable_uring")
 #: Log lines that killing a process provokes.
 WORKER_KILLED: Final = r"the worker \(pid \d+\) ended with -9"
 SERVER_KILLED: Final = r"the metaserver \(pid \d+\) ended with -9"
@@ -364,7 +363,7 @@ def test_many_mounts_leave_nothing(sandbox: rig.Sandbox, mount: MountFactory) ->
 
 
 def test_two_volumes_are_mounted_at_once(sandbox: rig.Sandbox, mount: MountFactory, accel: str) -> None:
-    switch = URING_SWITCH.read_text() if URING_SWITCH.exists() else None
+    switch = rig.uring_switch()
     with contextlib.ExitStack() as ends:
         both = []
         starts = []
@@ -385,8 +384,7 @@ def test_two_volumes_are_mounted_at_once(sandbox: rig.Sandbox, mount: MountFacto
         kept = second.stats()["accel"]
         second.unmount()
         assert kept == accel
-    if switch is not None:
-        assert URING_SWITCH.read_text() == switch
+    assert rig.uring_switch() == switch
 
 
 @pytest.fixture

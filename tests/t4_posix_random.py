@@ -68,7 +68,6 @@ def test_one_file_in_every_way(mount: MountFactory, accel: str) -> None:
 
 def test_one_tree_by_many_processes(mount: MountFactory, accel: str) -> None:
     mounted = mount(accel)
-    os.chdir("/")
     root = mounted.path / "tree"
     used = inodes_used(mounted.path)
     for seed in [SEED] if SEED else range(1, 21 if LONG else 3):

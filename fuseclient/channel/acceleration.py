@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from fuseclient import runtime
 from fuseclient.channel import transport
 from fuseclient.config import MapFds, MountOptions
 from fuseclient.native import Bpf
 
 _OBJECT: Final = Path(__file__).parent.parent / "answer.bpf.o"
 _ENABLE_URING: Final = Path("/sys/module/fuse/parameters/enable_uring")
+#: Held while that is changed; only root can open it, or anybody could hold up mounts.
+_SWITCH_LOCK: Final = Path("/run/bpfuse.enable_uring.lock")
 
 _PAGE_BYTES: Final = 4096
 #: What a name and an inode cost in the kernel: key, value and 64 bytes of an LRU hash element each; and the xattrs of
@@ -70,11 +71,9 @@ def map_fds(bpf: Bpf, options: MountOptions) -> MapFds:
 def uring_enabled() -> Iterator[None]:
     """Switch FUSE-over-io_uring on, if it is not, for a mount to be made, and back afterwards.
 
-    The kernel asks for the switch when a connection is made, not later. Mounts that are made at the same moment wait
-    for one another, or one would put the switch back while the other needs it.
+    The kernel asks for the switch when a connection is made, not later.
     """
-    with (runtime.root() / "enable_uring.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with switch_locked():
         before = _ENABLE_URING.read_text().strip()
         if before not in "Y1":
             _ENABLE_URING.write_text("Y")
@@ -83,3 +82,18 @@ def uring_enabled() -> Iterator[None]:
         finally:
             if before not in "Y1":
                 _ENABLE_URING.write_text(before)
+
+
+@contextlib.contextmanager
+def switch_locked() -> Iterator[None]:
+    """Have the kernel's switch to oneself.
+
+    There is one on the machine. Of mounts that are made at the same moment one would put it back while the other needs
+    it, whatever their runtime directories are.
+    """
+    descriptor = os.open(_SWITCH_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

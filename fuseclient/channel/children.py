@@ -82,10 +82,10 @@ class Metaserver(Child):
         reading, writing = os.pipe()
         arguments = ["-m", "metaserver", "--engine", volume.engine_url, "--listen", f"unix:{path}"]
         arguments += ["--ready-fd", str(writing), "--lease-s", str(options.lease_s), "--log-level", options.log_level]
-        arguments += ["--durability", options.durability]
+        arguments += ["--durability", options.durability, "--die-with-parent", "--no-grace", "--alone"]
         try:
             try:
-                server = cls("metaserver", await _spawn([*arguments, "--die-with-parent", "--no-grace"], [writing]))
+                server = cls("metaserver", await _spawn(arguments, [writing]))
             finally:
                 os.close(writing)
             line = await _read_line(reading, server)

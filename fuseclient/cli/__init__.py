@@ -24,6 +24,7 @@ from fuseclient.cli import (
     metaserver,
     mount,
     stats,
+    status,
     top,
     trace,
     umount,
@@ -35,7 +36,11 @@ from fuseclient.errors import UserError
 _HELP = "A distributed file system whose FUSE requests BPF programs answer in the kernel."
 
 app = typer.Typer(name="bpfuse", help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for _module in (format, metaserver, mount, umount, warmup, stats, events, top, trace, fsck, gc, dump, doctor, version):
+_COMMANDS = (
+    *(format, metaserver, mount, umount, warmup, stats, status, events),
+    *(top, trace, fsck, gc, dump, doctor, version),
+)
+for _module in _COMMANDS:
     _module.register(app)
 
 

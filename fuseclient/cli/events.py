@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def events(
-    url: Annotated[str, typer.Argument(help="file:///directory, or bpfuse://host:port/volume; it may be mounted")],
+    url: Annotated[str, typer.Argument(help="file:///directory, or bpfuse://host:port/volume; mounted or not")],
     since: Annotated[
         int | None,
         typer.Option(metavar="VERSION", min=0, max=2**63 - 1, help="after this event (0: all kept); default: from now"),

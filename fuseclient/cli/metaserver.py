@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
 def metaserver(
     engine: Annotated[
         str,
-        typer.Option(metavar="URL", help="where metadata is kept: lmdb:///directory, etcd://... or postgresql://..."),
+        typer.Option(
+            metavar="URL", help="where metadata is kept: lmdb:///directory, etcd://..., postgresql://..., mysql://..."
+        ),
     ],
     listen: Annotated[str, typer.Option(metavar="ADDRESS", help="host:port, or unix:/path")],
     lease: Annotated[
@@ -29,12 +31,24 @@ def metaserver(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="allow plaintext TCP that other machines can reach")
     ] = False,
+    advertise: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="host:port where clients are told to come (default: where it listens)"),
+    ] = None,
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], typer.Option(help="what is logged")] = "INFO",
 ) -> None:
-    """Serve the volumes of one engine, in the foreground, until SIGTERM or SIGINT."""
-    address = listen if listen.startswith(("unix:", "tcp:")) else f"tcp:{listen}"
-    arguments = ["--engine", engine, "--listen", address, "--lease-s", str(lease), "--log-level", log_level]
+    """Serve the volumes of one engine, in the foreground, until SIGTERM or SIGINT.
+
+    Any number may run on one engine: one of them serves at a time, and the others stand by.
+    """
+    arguments = ["--engine", engine, "--listen", _address(listen), "--lease-s", str(lease), "--log-level", log_level]
     arguments += ["--durability", durability]
     if insecure:
         arguments.append("--insecure")
+    if advertise is not None:
+        arguments += ["--advertise", _address(advertise)]
     os.execv(sys.executable, [sys.executable, "-P", "-m", "metaserver", *arguments])
+
+
+def _address(text: str) -> str:
+    return text if text.startswith(("unix:", "tcp:")) else f"tcp:{text}"

@@ -16,7 +16,7 @@ from typing import Final
 from fuseclient import runtime, servers
 from fuseclient.errors import UserError
 from fuseclient.volumes import Embedded, Volume, parse_volume
-from fuseclient.worker import rpc
+from fuseclient.worker import finding, rpc
 from metaserver import wire
 
 #: The exit code of a command that asked for events that are not kept.
@@ -112,7 +112,7 @@ class _Source:
 
 
 async def _follow(address: str, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]:
-    connection = await rpc.connect(address)
+    connection = await finding.connect(address)
     try:
         async with contextlib.aclosing(connection.follow(request)) as stream:
             async for page in stream:

@@ -29,7 +29,7 @@ from fuseclient.errors import UserError
 from fuseclient.maintenance import job, stores
 from fuseclient.maintenance.job import Amount
 from fuseclient.volumes import Embedded, Remote, parse_volume
-from fuseclient.worker import rpc
+from fuseclient.worker import finding, rpc
 from metaserver import wire
 
 #: Seconds for which an object that no file uses may be on its way into one.
@@ -153,7 +153,7 @@ class _Client:
 
 @contextlib.asynccontextmanager
 async def _client(name: str, address: str) -> AsyncIterator[_Client]:
-    connection = await rpc.connect(address)
+    connection = await finding.connect(address)
     try:
         opened = await connection.call(wire.OpenSession(name, "gc"), wire.SessionOpened)
         client = _Client(connection, opened)

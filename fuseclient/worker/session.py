@@ -30,10 +30,11 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from importlib import metadata
 from typing import Final, TypeVar
 
 from fuseclient.levels import Level, reach
-from fuseclient.worker import rpc
+from fuseclient.worker import finding, rpc
 from fuseclient.worker.rpc import Connection, Disconnected, NotSent, Refused
 from metaserver import wire
 
@@ -41,6 +42,7 @@ _log = logging.getLogger(__name__)
 
 _Reply = TypeVar("_Reply", bound=wire.Reply)
 
+_SOFTWARE: Final = f"bpfuse {metadata.version('bpfuse')}"
 #: What is kept of a lease for the time between the last check and the use of an answer, in nanoseconds, at most.
 MARGIN_NS: Final = 1_000_000_000
 #: Seconds between attempts to reconnect: the first and the longest pause.
@@ -140,7 +142,7 @@ class Session:
         check_change: Callable[[wire.Request], object] = lambda request: None,
         resume: bytes | None = None,
         clock: Callable[[], int] = boottime_ns,
-        connect: Callable[[str], Awaitable[Connection]] = rpc.connect,
+        connect: Callable[[str], Awaitable[Connection]] = finding.connect,
     ) -> None:
         self.id = resume
         self._address = address
@@ -353,8 +355,10 @@ class Session:
         """Open the session on a connection; say whether it was resumed."""
         joined = asyncio.Event()
         connection.on_break(lambda told: self._told(connection, joined, told))
+        if connection.welcome.server_epoch < (self._epoch or 0):
+            raise Disconnected(f"{self._address}: a metaserver that had the authority before")
         sent_ns = self._clock()
-        request = wire.OpenSession(self._volume, self._client, self.id, self._writing())
+        request = wire.OpenSession(self._volume, self._client, self.id, self._writing(), _SOFTWARE)
         opened = await connection.call(request, wire.SessionOpened)
         self.alone = opened.alone and not joined.is_set()
         if not opened.resumed:

@@ -42,7 +42,8 @@ CREATE TABLE IF NOT EXISTS {schema}.rows (k bytea PRIMARY KEY, v bytea NOT NULL)
 ALTER TABLE {schema}.rows ALTER COLUMN v SET STORAGE EXTERNAL;
 CREATE TABLE IF NOT EXISTS {schema}.tip (one boolean PRIMARY KEY, version bigint NOT NULL, marks bytea NOT NULL);
 INSERT INTO {schema}.tip VALUES (true, 0, '') ON CONFLICT DO NOTHING;
-CREATE TABLE IF NOT EXISTS {schema}.authority (one boolean PRIMARY KEY, address text NOT NULL);
+CREATE TABLE IF NOT EXISTS {schema}.authority
+    (one boolean PRIMARY KEY, address text NOT NULL, token bytea NOT NULL);
 """
 #: Number of the advisory lock under which one connection at a time makes the tables.
 _SETUP_LOCK: Final = 0x6270667573650000

@@ -35,7 +35,7 @@ class Lock(abc.ABC):
 
     @abc.abstractmethod
     async def take(self, address: str) -> None:
-        """Take it, for ``LAPSE_S`` at least from when this was called; raise :exc:`EngineBusy`."""
+        """Take it; raise :exc:`EngineBusy`."""
 
     @abc.abstractmethod
     async def renew(self) -> None:
@@ -66,8 +66,9 @@ class RemoteCandidate(Candidate):
         self._has_met = False
 
     async def take(self) -> Engine:
-        sent = boottime_s()
         await self._answered(lambda: self._lock.take(self.address))
+        sent = boottime_s()
+        await self._answered(self._lock.renew)
         self._engine = self._open()
         self._hold(sent)
         self._keeping = asyncio.create_task(self._keep(), name="authority")
@@ -116,7 +117,7 @@ class RemoteCandidate(Candidate):
 
     async def _keep(self) -> None:
         """Renew the lock until it is lost."""
-        why = "the authority was not renewed in time"
+        why = "it was not renewed in time"
         while boottime_s() < self._until:
             await asyncio.sleep(min(RENEW_S, max(0.0, self._until - boottime_s())))
             sent = boottime_s()
@@ -126,9 +127,9 @@ class RemoteCandidate(Candidate):
                 self._hold(sent)
             except (Lost, TimeoutError) as error:
                 _log.warning("the authority could not be renewed: %s", error or "no answer")
-                await asyncio.sleep(_PAUSE_S)
+                await asyncio.sleep(min(_PAUSE_S, max(0.0, self._until - boottime_s())))
             except EngineError as error:
-                why = f"the authority is lost: {error}"
+                why = str(error)
                 break
         if self._engine is not None:
             self._engine.trust(0)

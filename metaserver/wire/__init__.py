@@ -27,3 +27,4 @@ from metaserver.wire.frames import *
 from metaserver.wire.locks import *
 from metaserver.wire.namespace import *
 from metaserver.wire.sessions import *
+from metaserver.wire.status import *

@@ -20,6 +20,11 @@ class TcpAddress(NamedTuple):
         return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
 
 
+def parse_addresses(text: str) -> list[UnixAddress | TcpAddress]:
+    """Return what several addresses say, with commas between them; raise :exc:`ValueError`."""
+    return [parse_address(each) for each in text.split(",")]
+
+
 def parse_address(text: str) -> UnixAddress | TcpAddress:
     """Return what "unix:/path" or "tcp:host:port" says (an IPv6 host in brackets); raise :exc:`ValueError`."""
     scheme, _, rest = text.partition(":")

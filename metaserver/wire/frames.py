@@ -69,6 +69,7 @@ from metaserver.wire.sessions import (
     Sync,
     Welcome,
 )
+from metaserver.wire.status import EvictSession, GetStatus, Status
 
 _HEADER: Final = struct.Struct(">I")
 HEADER_BYTES: Final = _HEADER.size
@@ -80,11 +81,12 @@ Request = (
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
     | CopyRange | Seek | OpenFile | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
     | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge
+    | GetStatus | EvictSession
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
     | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected | LockIs | LockAnswer | LocksLost
-    | LockSettled | Break | EventPage
+    | LockSettled | Break | EventPage | Status
 )
 _T = TypeVar("_T")
 _ENCODER: Final = msgspec.msgpack.Encoder()

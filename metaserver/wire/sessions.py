@@ -37,6 +37,8 @@ class OpenSession(Message, tag=3):
     client: Annotated[str, Meta(max_length=256)]
     resume: SessionId | None = None
     writing: Annotated[list[Ino], Meta(max_length=MAX_OPEN)] = []
+    #: What the client is, for operators.
+    software: Annotated[str, Meta(max_length=64)] = ""
 
 
 class Renew(Message, tag=4):
@@ -87,8 +89,10 @@ class Acknowledge(Message, tag=120):
 class Welcome(Message, tag=66):
     version: U32
     software: Annotated[str, Meta(max_length=64)]
-    #: Changes at each start of the server.
+    #: Grows with each start of a server, and with each change of the authority. 0: of a standby.
     server_epoch: U63
+    #: Of a standby: where the authority is; empty: that is not known.
+    elsewhere: Annotated[str, Meta(max_length=512)] = ""
 
 
 class SessionOpened(Message, tag=67):

@@ -15,11 +15,12 @@ from typing import Any, Final
 from unittest import mock
 
 import pyfuse3
+from served import Given
 
 from fuseclient.worker import mount as worker_mount
 from fuseclient.worker import rpc
 from metaserver import listener, wire
-from metaserver.connection import Limits
+from metaserver.front import Front
 from metaserver.server import Server
 from simulation import checker, kernel
 from simulation.client import Client
@@ -136,8 +137,11 @@ class World:
         self.loop.spawn(self.server.node, self._serve(self.server), "server")
 
     async def _serve(self, process: ServerProcess) -> None:
-        process.server = Server(self.engine, lease_s=self.setup.lease_s, limits=Limits())
-        await process.server.start(ADDRESS, insecure=True)
+        front = Front(
+            lambda address: Given(address, self.engine), lambda engine: Server(engine, lease_s=self.setup.lease_s)
+        )
+        await front.start(ADDRESS, insecure=True)
+        process.server = front.server
 
     def kill_server(self, process: ServerProcess | None = None) -> None:
         """Kill a server; the last one started, unless told otherwise. The engine's process ends with that one."""

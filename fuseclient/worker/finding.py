@@ -1,0 +1,110 @@
+"""Finding, of the metaservers of a volume, the one that has the authority.
+
+All are asked at once, so one that is gone, or hangs, holds nothing up. A standby says where the authority is, as far as
+it knows, so it is found at an address that the user did not name, too. While those that answer are about to agree on
+another one they are asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Final
+
+from fuseclient.worker import rpc
+from fuseclient.worker.rpc import Connection, Disconnected, Refused
+from metaserver import wire
+
+#: Seconds between two rounds of asking.
+_AGAIN_S: Final = 0.2
+
+
+async def connect(addresses: str, *, timeout_s: float = rpc.CONNECT_TIMEOUT_S) -> Connection:
+    """Connect to the metaserver that has the authority.
+
+    ``addresses``: "unix:/path" or "tcp:host:port", or several with commas between them. Raises :exc:`Disconnected` when
+    none has it in time, :exc:`Refused` (UNSUPPORTED) when they speak another version of the protocol, and
+    :exc:`ValueError` for what is not an address.
+    """
+    places = [str(place) for place in wire.parse_addresses(addresses)]
+    search = _Search()
+    try:
+        async with asyncio.timeout(timeout_s):
+            connection = await search.ask(places)
+            while connection is None:
+                connection = await search.ask_later(places)
+            return connection
+    except TimeoutError:
+        raise Disconnected(search.why or f"{addresses} does not answer within {timeout_s:g} s") from None
+
+
+class _Search:
+    """One search; ``why`` says in a line why it has come to nothing so far."""
+
+    def __init__(self) -> None:
+        self.why = ""
+        self._asked: dict[str, asyncio.Task[Connection]] = {}
+
+    async def ask(self, places: Iterable[str]) -> Connection | None:
+        """Ask once, and return the connection to who has the authority; ``None``: there are only standbys.
+
+        If nobody answers, raises what the last one met.
+        """
+        try:
+            return await self._ask(places)
+        finally:
+            for task in self._asked.values():
+                task.add_done_callback(_discard)
+                task.cancel()
+            self._asked.clear()
+
+    async def ask_later(self, places: Iterable[str]) -> Connection | None:
+        """As :meth:`ask`, after a while."""
+        await asyncio.sleep(_AGAIN_S)
+        return await self.ask(places)
+
+    async def _ask(self, places: Iterable[str]) -> Connection | None:
+        known: set[str] = set()
+        failure: Disconnected | Refused | None = None
+        standby = False
+        self._add(known, *places)
+        while self._asked:
+            await asyncio.wait(self._asked.values(), return_when=asyncio.FIRST_COMPLETED)
+            place = next(place for place, task in self._asked.items() if task.done())
+            try:
+                connection = await self._asked.pop(place)
+            except (Disconnected, Refused) as error:
+                failure = error
+                continue
+            if connection.welcome.server_epoch:
+                return connection
+            standby = True
+            elsewhere = connection.welcome.elsewhere
+            connection.abort()
+            self.why = f"{place} is a standby; the authority is {f'at {elsewhere}' if elsewhere else 'not known yet'}"
+            if _may_follow(place, elsewhere):
+                self._add(known, elsewhere)
+        if failure is not None and not standby:
+            raise failure
+        return None
+
+    def _add(self, known: set[str], *places: str) -> None:
+        for place in places:
+            if place not in known:
+                known.add(place)
+                self._asked[place] = asyncio.create_task(rpc.connect(place))
+
+
+def _may_follow(place: str, elsewhere: str) -> bool:
+    """Say whether it is an address that this place may name: another machine knows of no socket of this one."""
+    try:
+        target = wire.parse_address(elsewhere)
+    except ValueError:
+        return False
+    return isinstance(target, wire.TcpAddress) or place.startswith("unix:")
+
+
+def _discard(task: asyncio.Task[Connection]) -> None:
+    """End the connection that nobody waits for any more."""
+    if not task.cancelled() and task.exception() is None:
+        task.result().abort()

@@ -83,10 +83,12 @@ class _Reader:
         first = [at for at, (name, _) in enumerate(entries) if name == self._first]
         order = first + [at for at in range(len(entries)) if at not in first]
         sent = [(at, entries[at][1]) for at in order if self._is_sent(entries[at][1])]
-        stored = self._get_many([keys.content(self._volume, attributes.ino) for _, attributes in sent])
+        inos = [attributes.ino for _, attributes in sent if attributes.size]
+        stored = dict(zip(inos, self._get_many([keys.content(self._volume, ino) for ino in inos]), strict=True))
         return {
             at: data if stat.S_ISLNK(attributes.mode) else (data or b"").ljust(attributes.size, b"\0")
-            for (at, attributes), data in zip(sent, stored, strict=True)
+            for at, attributes in sent
+            for data in (stored.get(attributes.ino),)
         }
 
     def _is_sent(self, attributes: Attributes) -> bool:

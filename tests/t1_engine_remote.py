@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import operator
 from collections.abc import AsyncIterator
 
 import pytest
@@ -63,6 +64,27 @@ async def test_many_keys_are_one_round_trip(engine: RemoteEngine, store: LocalSt
     before = store.fetches
     assert await engine.read(lambda snapshot: snapshot.get_many([*keys, b"n"])) == [None] * 1000 + [b"1"]
     assert store.fetches == before + 1
+
+
+@pytest.mark.parametrize("step", [1, 2, 1000])
+async def test_keys_that_lie_together_are_read_as_a_range(engine: RemoteEngine, store: LocalStore, step: int) -> None:
+    """And give the same as those that do not, while others write some of them; a key of another length, too."""
+    keys = [b"i" + (number * step).to_bytes(8) for number in range(60)]
+
+    def write(txn: Transaction, number: int, value: bytes) -> None:
+        txn.put(keys[number], value)
+
+    other = RemoteEngine(store, "other")
+    for number in range(0, 60, 3):
+        await other.write(functools.partial(write, number=number, value=b"1"))
+    asked = keys, [*keys, b"i"]
+    reading = [asyncio.create_task(engine.read(operator.methodcaller("get_many", each))) for each in asked]
+    await asyncio.gather(*(engine.write(functools.partial(write, number=n, value=b"2")) for n in range(0, 60, 6)))
+    for values in await asyncio.gather(*reading):
+        assert [value is not None for value in values[:60]] == [number % 3 == 0 for number in range(60)]
+        assert set(values[3:60:6]) == {b"1"}
+    assert await engine.read(lambda s: s.get_many(keys[::6])) == [b"2"] * 10
+    await other.close()
 
 
 async def test_a_long_body_is_run_once_and_sees_one_moment(engine: RemoteEngine, store: LocalStore) -> None:

@@ -68,6 +68,9 @@ _MOST_FETCHES: Final = 8
 _SCANS: Final = 3
 #: Own commits that are remembered: a fetch that was under way while they were made is brought up to date with them.
 _REMEMBERED: Final = 64
+#: Keys that are asked for at once are read as a range if they are so many, and its rows at most so many times that.
+_DENSE_KEYS: Final = 16
+_DENSE: Final = 3
 #: Seconds for which the figures of the store's space are good.
 _SPACE_S: Final = 5.0
 
@@ -255,9 +258,13 @@ class RemoteEngine(Engine):
             self._space = asyncio.get_running_loop().time(), await self._patiently(self.store.space)
             return
         generation = self._generation
-        found = await self._found(missing.keys, missing.queries)
+        dense = _range_of(missing.keys)
+        found = await self._found((), (dense,)) if dense else await self._found(missing.keys, missing.queries)
         if generation != self._generation or not self._bring_up_to_date(found):
             return
+        if dense and (rows := found.ranges.pop(dense, None)) is not None:
+            values = dict(rows)
+            found.values = {key: values.get(key) for key in missing.keys}
         memo.add(found)
         self._cache.update(found.values)
 
@@ -440,6 +447,20 @@ class RemoteEngine(Engine):
                     _log.warning("%s: %s: asking again", self._name, lost)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def _range_of(keys: Sequence[bytes]) -> Query | None:
+    """Return the range of keys of which most are asked for: a store reads that faster than one key after another.
+
+    Keys end in numbers of eight bytes, which tell how close they are.
+    """
+    if len(keys) < _DENSE_KEYS:
+        return None
+    first, last = min(keys), max(keys)
+    if first[:-8] != last[:-8] or any(len(key) != len(first) for key in keys):
+        return None
+    distance = int.from_bytes(last[-8:]) - int.from_bytes(first[-8:])
+    return Query(first, last + b"\0") if distance < _DENSE * len(keys) else None
 
 
 def _outcome(result: T, error: Exception | None) -> T:

@@ -41,6 +41,9 @@ class FencedEngine(Engine):
     async def read_durable(self, body: Callable[[Snapshot], T]) -> T:
         return await self._engine.read_durable(body)
 
+    async def scan(self, body: Callable[[Snapshot], T]) -> T:
+        return await self._engine.scan(body)
+
     def watch(self, callback: Callable[[], object] | None) -> None:
         self._engine.watch(callback)
 
@@ -65,6 +68,10 @@ class FencedEngine(Engine):
     @property
     def is_lazy(self) -> bool:
         return self._engine.is_lazy
+
+    @property
+    def loses_nothing(self) -> bool:
+        return self._engine.loses_nothing
 
     @property
     def losses(self) -> int:

@@ -21,6 +21,8 @@ from metaserver.volumes import Volume
 
 #: What an engine may hold back is bounded: by so many transactions, each of which gives out so many numbers.
 _MOST_LOST: Final = 1 << 16
+#: The note of a server on an engine that never loses what was acknowledged.
+_LOSES_NOTHING: Final = b"\1"
 _SKIPPED_INODES: Final = _MOST_LOST
 _SKIPPED_SLICES: Final = _MOST_LOST * wire.MAX_FETCH
 
@@ -30,14 +32,15 @@ async def prepare(engine: Engine) -> bool:
 
     All of that is durable on return, as is what was written before.
     """
-    unclean = await engine.read(lambda snapshot: snapshot.get(keys.unclean()) is not None)
-    if unclean:
+    note = await engine.read(lambda snapshot: snapshot.get(keys.unclean()))
+    if note is None:
+        new = _LOSES_NOTHING if engine.loses_nothing else b""
+        await engine.write(lambda txn: txn.put(keys.unclean(), new))
+    elif note != _LOSES_NOTHING:
         for volume in await engine.read(list_volumes):
             await engine.write(functools.partial(_skip, volume=volume))
-    else:
-        await engine.write(lambda txn: txn.put(keys.unclean(), b""))
     await engine.sync()
-    return unclean
+    return note not in (None, _LOSES_NOTHING)
 
 
 async def spoil(engine: Engine) -> None:

@@ -9,7 +9,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 from local_store import LocalStore
+from namespaces import Files
 
+from metaserver import recovery
 from metaserver.engine import Snapshot, Transaction
 from metaserver.engine.remote import RemoteEngine
 from metaserver.engine.store import Lost
@@ -220,3 +222,15 @@ async def test_a_store_that_takes_less_than_it_should(engine: RemoteEngine, stor
     with pytest.raises(LimitExceeded):
         await engine.write(functools.partial(write, first=100, count=11))
     assert len(store.now.rows) == 80
+
+
+async def test_nothing_is_lost_when_a_server_is_killed(engine: RemoteEngine) -> None:
+    """So the next one skips no numbers, and has no client drop what it has; unless fsck has repaired something."""
+    files = await Files.create(engine)
+    assert not await recovery.prepare(engine)
+    before = await files.make(b"before")
+    assert not await recovery.prepare(engine)
+    assert await files.make(b"before2") < before + 1000
+    await recovery.spoil(engine)
+    assert await recovery.prepare(engine)
+    assert await files.make(b"after") > before + 1000

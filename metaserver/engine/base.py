@@ -161,6 +161,11 @@ class Engine(abc.ABC):
         return False
 
     @property
+    def loses_nothing(self) -> bool:
+        """Whether all that was ever acknowledged is durable, lazy writes too: no crash of this process undoes it."""
+        return False
+
+    @property
     def losses(self) -> int:
         """How often the engine failed to make durable what it had acknowledged, which is lost then."""
         return 0

@@ -11,7 +11,7 @@ C_SOURCES := $(BPF_SOURCES) $(wildcard fuseclient/channel/native/*.c fuseclient/
 PYTHON_SOURCES := fuseclient metaserver bench tests cffi_build.py
 
 .DELETE_ON_ERROR:
-.PHONY: help setup packages test simulate demo bench bench-setup bench-quick bench-readme lint format clean
+.PHONY: help setup packages test simulate demo bench bench-setup bench-quick bench-readme bench-profile bench-check lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,12 @@ bench: setup bench-setup ## measure beside other systems, 40 minutes (ARGS="smal
 
 bench-quick: setup bench-setup ## the same in three minutes, with fewer files, rounds and systems
 	$(BIN)/python -m bench --quick $(ARGS)
+
+bench-profile: setup bench-setup ## where the time of a workload goes: make bench-profile NAME=small (ARGS="--files 5000")
+	$(BIN)/python -m bench.profile $(NAME) $(ARGS)
+
+bench-check: setup bench-setup ## fail if a ratio got worse than bench/baseline.json allows (ARGS=--update writes it anew)
+	$(BIN)/python -m bench.check $(ARGS)
 
 bench-readme: ## write README's table and plot and docs/benchmarks.md anew from the last make bench
 	$(BIN)/python -m bench --readme

@@ -31,6 +31,7 @@ PARTS: Final[dict[str, tuple[_Run, int]]] = {
     "cost": (cost.run, 1),
 }
 _WORKLOADS: Final = tuple(each.name for each in workloads.ALL)
+_USUAL: Final = tuple(each.name for each in workloads.USUAL)
 _ROUNDS: Final = 5
 _QUICK_ROUNDS: Final = 2
 _QUICK: Final = Scale(files=200, images=100, file_bytes=16 << 20, quick=True)
@@ -41,7 +42,7 @@ def main(
     parts: Annotated[
         list[str] | None,
         typer.Argument(
-            help=f"Workloads of the comparison: {', '.join(_WORKLOADS)} (all, if nothing is named). "
+            help=f"Workloads of the comparison: {', '.join(_WORKLOADS)} (all but growth, if nothing is named). "
             f"Parts with limits: {', '.join(PARTS)}."
         ),
     ] = None,
@@ -70,7 +71,7 @@ def main(
     met = True
     for part in [each for each in parts or () if each in PARTS]:
         met &= _part(part, rounds, small, directory, console)
-    chosen = [each for each in parts or _WORKLOADS if each in _WORKLOADS]
+    chosen = [each for each in parts or _USUAL if each in _WORKLOADS]
     if chosen:
         scale = Scale(files=20, images=20, file_bytes=1 << 20, quick=True) if small else _QUICK if quick else Scale()
         scale = _scaled(scale, files, images)

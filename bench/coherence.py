@@ -29,7 +29,7 @@ def run(directory: Path, rounds: int, *, small: bool) -> Result:
     """Measure; all files lie in ``directory``."""
     changes, names = (20, 100) if small else (1000, 10_000)
     samples = Samples()
-    with _metaserver(directory) as address:
+    with metaserver(directory) as address:
         figures = asyncio.run(_protocol(address, samples, rounds, changes))
         volume = f"bpfuse://{address}/mounts"
         bpfuse("format", volume, "--store", f"file://{directory}/blocks")
@@ -40,7 +40,7 @@ def run(directory: Path, rounds: int, *, small: bool) -> Result:
 
 
 @contextlib.contextmanager
-def _metaserver(directory: Path) -> Iterator[str]:
+def metaserver(directory: Path) -> Iterator[str]:
     """Serve an engine below ``directory`` on a port of the loopback device; give the address."""
     arguments = ["--engine", f"lmdb://{directory}/engine", "--listen", "127.0.0.1:0"]
     command = [sys.executable, "-P", "-m", "fuseclient.cli", "metaserver", *arguments]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from bench import peers, workloads
+from bench import check, peers, profile, workloads
 from bench.comparison import NAME, Comparison, Measured
 from bench.report import documents, markdown, plots
+from bench.workloads import fio, sources, stale_reads
 from fuseclient.bench import works
+from fuseclient.bench.directories import Size, measure
 from fuseclient.bench.figures import Figures, show
 from fuseclient.bench.timing import share, timed
 from fuseclient.errors import UserError
@@ -115,6 +120,16 @@ def test_a_plot_of_each_workload(tmp_path: Path) -> None:
     assert plots.draw_all(comparison(), tmp_path) == [tmp_path / "small.png"]
 
 
+def test_rows_that_grow_become_curves(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    measured = comparison()
+    rows = Figures()
+    for number in (1, 10, 100):
+        rows.add(f"create | files={number}", "bpfuse", 5.0 * number, "us")
+    measured.workloads[0].figures = rows
+    assert plots.draw_all(measured, tmp_path) == [tmp_path / "small.png"]
+
+
 def test_what_readme_shows_is_measured() -> None:
     assert set(documents.CHOSEN) <= {each.name for each in workloads.ALL}
 
@@ -153,3 +168,95 @@ def test_a_wrong_page_of_a_large_file_is_found(tmp_path: Path) -> None:
         file.write(b"x")
     with pytest.raises(works.Wrong, match="near 2097152"):
         works.read_large(str(path), 3 << 20)
+
+
+def _fio(*jobs: dict[str, object]) -> str:
+    return "a line of fio's own\n" + json.dumps({"jobs": jobs})
+
+
+def test_fio_is_understood_in_the_direction_that_a_job_is_about() -> None:
+    none = {"io_bytes": 0, "total_ios": 0, "bw_bytes": 0, "iops": 0.0}
+    way = {"io_bytes": 8192, "total_ios": 2, "bw_bytes": 100, "iops": 7.5}
+    jobs = list(
+        fio.parse(
+            _fio(
+                {"jobname": "read", "error": 0, "read": way, "write": none},
+                {"jobname": "write, then compare", "error": 0, "read": way, "write": way | {"iops": 1.5}},
+            )
+        )
+    )
+    assert jobs == [fio.Job("read", 100, 7.5, 4096), fio.Job("write, then compare", 100, 1.5, 4096)]
+
+
+def test_a_failed_job_of_fio_is_no_figure() -> None:
+    with pytest.raises(RuntimeError, match="read ended with error 84"):
+        list(fio.parse(_fio({"jobname": "read", "error": 84})))
+
+
+def test_the_job_files_name_each_job_once() -> None:
+    names = [
+        line for path in sorted(fio.JOBS.glob("*.fio")) for line in path.read_text().splitlines() if line[:1] == "["
+    ]
+    jobs = [name for name in names if name != "[global]"]
+    assert len(jobs) == len(set(jobs)) > 10
+    assert {f"[{name}]" for name in documents.CHOSEN["fio"]} <= set(jobs)
+
+
+def test_folded_stacks_become_a_table() -> None:
+    samples = profile.parse_folded("main (a.py:1);work (a.py:5) 3\nmain (a.py:2);work (a.py:7) 2\nmain (a.py:2) 1\n")
+    assert profile.by_function(samples) == [("work (a.py)", 5, 5), ("main (a.py)", 1, 6)]
+
+
+def test_a_ratio_that_got_worse_is_found() -> None:
+    before = check.baseline_of(comparison())
+    assert before["small: create 4 KiB"]["ext4"] == {"speed": 0.25, "tolerance": 0.4}
+    assert list(check.falls(comparison(), before)) == []
+    slower = comparison()
+    row = slower.figures()["small"].rows["create 4 KiB"]
+    row.values["bpfuse"] = [value * 2 for value in row.values["bpfuse"]]
+    (fall,) = check.falls(slower, before)
+    assert str(fall) == "small: create 4 KiB: 0.125 times as fast as ext4, at least 0.15 was to be"
+
+
+def test_a_row_that_is_not_measured_is_no_pass() -> None:
+    with pytest.raises(KeyError):
+        list(check.falls(comparison(), {"small: stat": {"ext4": {"speed": 1.0, "tolerance": 0.4}}}))
+
+
+def test_the_program_of_the_project_is_built_and_prints_what_it_should(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    sources.make_project(project, 3)
+    subprocess.run(["make", "-s", "-C", project], check=True)
+    assert subprocess.run([project / "program"], check=True, capture_output=True, text=True).stdout == (
+        sources.program_output()
+    )
+    wheel = sources.make_wheel(tmp_path, 4)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    assert sources.check_wheel(wheel, tmp_path / "installed") == 5
+    (tmp_path / "installed" / "benchtree" / "m1.py").write_text("")
+    with pytest.raises(RuntimeError, match=r"m1\.py"):
+        sources.check_wheel(wheel, tmp_path / "installed")
+
+
+def test_directories_are_measured_in_turns_and_nothing_is_left(tmp_path: Path) -> None:
+    directories = [str(tmp_path / name) for name in ("one", "two")]
+    for each in directories:
+        Path(each).mkdir()
+    told = list[str]()
+    figures = measure(directories, Size(20, 512, 2, 1 << 20), 1, told.append)
+    assert told == [f"round 1 of 1: {each}" for each in directories]
+    assert figures.systems() == directories
+    assert figures.rows["read it"].more_is_better
+    assert all(not list(Path(each).iterdir()) for each in directories)
+    with pytest.raises(UserError, match="no such file"):
+        measure([str(tmp_path / "none")], Size(), 1, told.append)
+
+
+def test_versions_are_seen_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = str(tmp_path / "f0")
+    stale_reads.write(path, 7)
+    assert stale_reads.read(path) == 7
+    Path(path).write_bytes(Path(path).read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="wrong content"):
+        stale_reads.read(path)

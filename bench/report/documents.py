@@ -31,6 +31,19 @@ CHOSEN: Final[dict[str, tuple[str, ...]]] = {
         "delete",
     ),
     "metadata": ("create in one directory, 4 processes", "stat in many directories", "remove in one directory"),
+    "fio": (
+        "sequential read 1 MiB, cached, psync",
+        "random read 4 KiB, cached, psync",
+        "random read 4 KiB, O_DIRECT, io_uring",
+        "sequential write 1 MiB, fsync, psync",
+    ),
+    "pytorch": (
+        "first epoch, 0 workers",
+        "second epoch, 0 workers",
+        "first epoch, 2 workers",
+        "second epoch, 2 workers",
+    ),
+    "trees": ("tar extract", "git clone", "git status, cold", "rsync", "pip install", "C build", "compileall"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -9,6 +10,8 @@ from typing import Any, Final
 from bench.comparison import Comparison
 from fuseclient.bench.figures import Row
 
+#: In the name of a row that is a point of a curve: what is measured, this, what it grows with = how large that is.
+_CURVE: Final = " | "
 _COLOURS: Final = {
     "ext4": "#7f7f7f",
     "bpfuse": "#d62728",
@@ -80,13 +83,45 @@ def _panel(axis: Any, rows: Sequence[Row], unit: str, systems: Sequence[str]) ->
     axis.grid(axis="x", which="major", alpha=0.4)
 
 
+def draw_curves(rows: Sequence[Row], systems: Sequence[str], title: str, path: Path) -> None:
+    """Draw rows named "what | of=number" as curves, a panel for each what and of."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: dict[tuple[str, str], list[tuple[int, Row]]] = {}
+    for row in rows:
+        what, _, where = row.name.partition(_CURVE)
+        of, _, number = where.partition("=")
+        panels.setdefault((what, of), []).append((int(number), row))
+    lines = -(-len(panels) // 2)
+    figure, axes = pyplot.subplots(lines, 2, squeeze=False, figsize=(9, 2.6 * lines + 0.8))
+    for axis, ((what, of), points) in zip(axes.flat, panels.items(), strict=False):
+        for name in systems:
+            found = [(number, each) for number, row in points if (each := row.summary(name)) is not None]
+            medians = [each.median for _, each in found]
+            axis.plot([number for number, _ in found], medians, marker="o", label=name, color=_COLOURS.get(name))
+        axis.set(xscale="log", yscale="log", title=what, xlabel=of, ylabel=points[0][1].unit)
+        axis.grid(visible=True, alpha=0.4)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.suptitle(title, fontsize=10)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def draw_all(comparison: Comparison, directory: Path) -> list[Path]:
     """Draw each workload into ``directory``; return the files."""
     drawn = []
     for each in comparison.workloads:
         rows = list(each.figures.rows.values())
         if rows:
-            path = directory / f"{each.name}.png"
-            draw(rows, list(comparison.systems), f"{each.name}: {each.about}", path)
+            path, title = directory / f"{each.name}.png", f"{each.name}: {textwrap.fill(each.about, 120)}"
+            if all(_CURVE in row.name for row in rows):
+                draw_curves(rows, list(comparison.systems), title, path)
+            else:
+                draw(rows, list(comparison.systems), title, path)
             drawn.append(path)
     return drawn

@@ -15,6 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from fuseclient.cli import (
+    bench,
     doctor,
     dump,
     events,
@@ -37,7 +38,7 @@ _HELP = "A distributed file system whose FUSE requests BPF programs answer in th
 
 app = typer.Typer(name="bpfuse", help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _COMMANDS = (
-    *(format, metaserver, mount, umount, warmup, stats, status, events),
+    *(format, metaserver, mount, umount, warmup, stats, status, bench, events),
     *(top, trace, fsck, gc, dump, doctor, version),
 )
 for _module in _COMMANDS:

@@ -288,6 +288,7 @@ class Service:
             volume.identity,
             self._engine.is_lazy,
             session.alone,
+            self._engine.loses_nothing,
         )
 
     async def _open_new(self, volume: Volume, client: str) -> Session:

@@ -85,6 +85,10 @@ class Held(Engine):
         return self.engine.is_lazy
 
     @property
+    def loses_nothing(self) -> bool:
+        return self.engine.loses_nothing
+
+    @property
     def losses(self) -> int:
         return self.engine.losses
 

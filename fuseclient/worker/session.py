@@ -363,7 +363,7 @@ class Session:
         self.alone = opened.alone and not joined.is_set()
         if not opened.resumed:
             self._replace(opened)
-        elif self._epoch not in (None, connection.welcome.server_epoch):
+        elif self._epoch not in (None, connection.welcome.server_epoch) and not opened.loses_nothing:
             self._on_restarted()
         await self._on_connected(connection, opened.resumed)
         if not opened.resumed:

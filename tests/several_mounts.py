@@ -158,7 +158,7 @@ def cluster(
             raise
     serious = [line for line in server.read_log().splitlines() if _SERIOUS.search(line)]
     serious = [line for line in serious if allowed is None or not re.search(allowed, line)]
-    assert not serious, serious
+    assert not serious, server.read_log()
 
 
 @contextlib.contextmanager

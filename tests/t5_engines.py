@@ -82,7 +82,7 @@ def _survives_its_server(here: Path, there: Path, database: Server) -> None:
         database.kill()
         database.start()
         before = len(made)
-        rig.wait_for(lambda: len(made) > before + 5, "files are made again")
+        rig.wait_for(lambda: len(made) > before + 5, "files are made again", 60.0)
     finally:
         ended.set()
         maker.join()

@@ -83,7 +83,7 @@ class _Batch:
         self.bytes = 0
         self.transactions = 0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.done.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody waits
+        self.done.add_done_callback(_take_note)
 
     def add(self, writes: Writes, size: int) -> None:
         self.writes.update(writes)
@@ -304,6 +304,7 @@ class RemoteEngine(Engine):
             return
         if self._next_check is None:
             self._next_check = asyncio.create_task(self._ask(self._check))
+            self._next_check.add_done_callback(_take_note)
         await asyncio.shield(self._next_check)
 
     async def _ask(self, former: asyncio.Task[None] | None) -> None:
@@ -443,7 +444,7 @@ class RemoteEngine(Engine):
                 answer = await ask()
                 self._has_met = True
                 return answer
-            except Lost as lost:
+            except (Lost, Compacted) as lost:
                 if self._closed or loop.time() + pause > end:
                     text = f"{self._name} does not answer: {lost}"
                     raise EngineUnavailable(text) if self._has_met else EngineUnusable(text) from None
@@ -465,6 +466,12 @@ def _range_of(keys: Sequence[bytes]) -> Query | None:
         return None
     distance = int.from_bytes(last[-8:]) - int.from_bytes(first[-8:])
     return Query(first, last + b"\0") if distance < _DENSE * len(keys) else None
+
+
+def _take_note(done: asyncio.Future[None]) -> None:
+    """Take an error as told, though nobody may be waiting any more."""
+    if not done.cancelled():
+        done.exception()
 
 
 def _outcome(result: T, error: Exception | None) -> T:

@@ -11,7 +11,7 @@ C_SOURCES := $(BPF_SOURCES) $(wildcard fuseclient/channel/native/*.c fuseclient/
 PYTHON_SOURCES := fuseclient metaserver bench tests cffi_build.py
 
 .DELETE_ON_ERROR:
-.PHONY: help setup packages test simulate demo bench bench-setup bench-quick bench-readme bench-profile bench-check lint format clean
+.PHONY: help setup packages test simulate crashes demo bench bench-setup bench-quick bench-readme bench-profile bench-check lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test: setup ## set up, then run every test, JOBS=2 at a time (ARGS="-k name" cho
 
 simulate: setup ## run the simulation of clients and a metaserver (SEED=n, or SEEDS=count FIRST=n)
 	cd tests && ../$(BIN)/python -m simulation --jobs $(or $(JOBS),1) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FIRST),--first $(FIRST))
+
+crashes: setup ## kill and hang metaservers under load, COUNT times (50), in the order of SEED=n
+	BPFUSE_CRASHES=$(or $(COUNT),50) $(if $(SEED),BPFUSE_SEED=$(SEED)) $(BIN)/python -m pytest -n0 -s tests/t5_crashes.py
 
 demo: setup ## set up, then show a mounted volume and what BPF answered
 	$(BIN)/python -m bench.demo $(ARGS)

@@ -47,9 +47,9 @@ def reach(level: Level) -> None:
         reached[0] = level
 
 
-def at_once() -> None:
-    """A request is answered with what is in memory."""
-    _counts[Level.MEMORY] += 1
+def at_once(count: int = 1) -> None:
+    """A request, or so many, is answered with what is in memory."""
+    _counts[Level.MEMORY] += count
 
 
 def figures() -> dict[str, int]:

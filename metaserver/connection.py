@@ -138,6 +138,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._greeted = False
         self._closing = False
+        self._stopping = False
         self._reading = True
         self._timer: asyncio.TimerHandle | None = None
         self._ended = asyncio.Event()
@@ -198,6 +199,8 @@ class Connection(asyncio.Protocol):
         self._read_if(self._may_start())
 
     def _may_start(self) -> bool:
+        if self._stopping:
+            return not self._closing
         return not self._closing and len(self._tasks) < self._limits.in_flight and self._writable.is_set()
 
     def _received(self, frame: wire.Frame) -> None:
@@ -206,6 +209,7 @@ class Connection(asyncio.Protocol):
             return
         if isinstance(frame.request, wire.Acknowledge):
             self._service.acknowledge(self._caller, frame.request)
+        if self._stopping or isinstance(frame.request, wire.Acknowledge):
             return
         task = self._loop.create_task(self._run(frame))
         self._tasks.add(task)
@@ -348,12 +352,20 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.pause_reading()
 
-    async def shut(self) -> None:
-        """Start nothing more, answer what runs, and close; return when all of it has ended."""
-        self._limits = self._limits._replace(in_flight=0)
+    async def stop(self) -> None:
+        """Start nothing more, and return when what runs was answered.
+
+        Acknowledgements are taken meanwhile, because what runs on other connections may wait for them. Requests that
+        come are dropped: their client sends them again, over its next connection.
+        """
+        self._stopping = True
         self._end_followers()
+        self._pump()
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+    async def shut(self) -> None:
+        """Close the connection as soon as the client has taken its replies; return when it is closed."""
         self._close()
         await self._ended.wait()
 

@@ -70,8 +70,8 @@ class FencedEngine(Engine):
         return self._engine.is_lazy
 
     @property
-    def loses_nothing(self) -> bool:
-        return self._engine.loses_nothing
+    def puts_off(self) -> bool:
+        return self._engine.puts_off
 
     @property
     def losses(self) -> int:

@@ -89,6 +89,11 @@ class Front:
             await self._standing.resign()
             raise
 
+    @property
+    def accepts(self) -> bool:
+        """Whether clients may come."""
+        return self._listening is not None
+
     async def close(self) -> None:
         """Accept nothing more; end in order if this one serves: the next one does at once. Twice does no harm."""
         if self._listening is None or self._terms is None:

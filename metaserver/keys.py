@@ -9,8 +9,7 @@ key                                     value                                wha
 00 'n'                                  u64                                  the next volume's number
 00 'o' session slot                     sequence, reply                      the last outcome of a session's slot
 00 's' session                          volume, lease                        a session that was not ended
-00 'u'                                  nothing, or 01                       a server runs, or ended without a farewell
-                                                                             (01: by which nothing is lost)
+00 'u'                                  nothing, 1                            a server runs, or ended without a farewell
 00 'v' name                             number, inline limit, store          a volume
 V 'c'                                   u64                                  the next slice id
 V 'd' ino                               bytes                                inline content, up to a tail of zeros that

@@ -21,8 +21,8 @@ from metaserver.volumes import Volume
 
 #: What an engine may hold back is bounded: by so many transactions, each of which gives out so many numbers.
 _MOST_LOST: Final = 1 << 16
-#: The note of a server on an engine that never loses what was acknowledged.
-_LOSES_NOTHING: Final = b"\1"
+#: The note that not only the engine may have lost something.
+_SPOILT: Final = b"\1"
 _SKIPPED_INODES: Final = _MOST_LOST
 _SKIPPED_SLICES: Final = _MOST_LOST * wire.MAX_FETCH
 
@@ -33,19 +33,19 @@ async def prepare(engine: Engine) -> bool:
     All of that is durable on return, as is what was written before.
     """
     note = await engine.read(lambda snapshot: snapshot.get(keys.unclean()))
-    if note is None:
-        new = _LOSES_NOTHING if engine.loses_nothing else b""
-        await engine.write(lambda txn: txn.put(keys.unclean(), new))
-    elif note != _LOSES_NOTHING:
+    lost = note is not None and (engine.puts_off or note == _SPOILT)
+    if lost:
         for volume in await engine.read(list_volumes):
             await engine.write(functools.partial(_skip, volume=volume))
+    if note != b"":
+        await engine.write(lambda txn: txn.put(keys.unclean(), b""))
     await engine.sync()
-    return note not in (None, _LOSES_NOTHING)
+    return lost
 
 
 async def spoil(engine: Engine) -> None:
     """Have the next server take the engine for one that may have lost something: what clients hold of it is void."""
-    await engine.write(lambda txn: txn.put(keys.unclean(), b""))
+    await engine.write(lambda txn: txn.put(keys.unclean(), _SPOILT))
     await engine.sync()
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 from metaserver import fencing, recovery
 from metaserver.coherence import Coherence
@@ -22,8 +22,8 @@ from metaserver.janitor import Janitor
 from metaserver.service import Service
 from metaserver.sessions import FEED_CHANGES, Sessions
 
-#: Seconds that requests in progress get to end when the server is closed.
-_CLOSE_S: Final = 5.0
+#: Seconds that requests in progress get to end when the server is closed, and then their replies to be taken.
+_CLOSE_S: Final = 2.0
 #: Seconds that the orphans of ended sessions get to be deleted then.
 _SETTLE_S: Final = 1.0
 #: Versions of the change feed begin with the server's epoch.
@@ -98,22 +98,29 @@ class Server:
         if self._cleaning is not None:
             await self.janitor.settle(_SETTLE_S)
         await self._stop_cleaning()
-        ends = [asyncio.create_task(connection.shut()) for connection in self.connections]
-        if ends and (late := (await asyncio.wait(ends, timeout=_CLOSE_S))[1]):
-            self._cut("the server is closing")
-            await asyncio.wait(late)
+        stopped = await _all_within(_CLOSE_S, [connection.stop() for connection in self.connections])
+        if not stopped or not await _all_within(_CLOSE_S, [connection.shut() for connection in self.connections]):
+            await self._cut("the server is closing")
         await recovery.finish(self._engine)
 
     async def drop(self) -> None:
         """End at once, and answer nothing more: the authority is another's."""
-        self._cut("another metaserver has the authority")
+        await self._cut("another metaserver has the authority")
         await self._stop_cleaning()
 
-    def _cut(self, reason: str) -> None:
-        for connection in list(self.connections):
+    async def _cut(self, reason: str) -> None:
+        cut = list(self.connections)
+        for connection in cut:
             connection.abandon(reason)
+        await asyncio.gather(*(connection.shut() for connection in cut))
 
     async def _stop_cleaning(self) -> None:
         if self._cleaning is not None:
             self._cleaning.cancel()
             await asyncio.wait({self._cleaning})
+
+
+async def _all_within(delay_s: float, works: list[Coroutine[Any, Any, None]]) -> bool:
+    """Do all of these; say whether they ended in time. Those that did not end when their connections are cut off."""
+    tasks = [asyncio.create_task(work) for work in works]
+    return not tasks or not (await asyncio.wait(tasks, timeout=delay_s))[1]

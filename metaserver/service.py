@@ -288,7 +288,7 @@ class Service:
             volume.identity,
             self._engine.is_lazy,
             session.alone,
-            self._engine.loses_nothing,
+            self._engine.puts_off,
         )
 
     async def _open_new(self, volume: Volume, client: str) -> Session:

@@ -22,7 +22,7 @@ settings.register_profile("bpfuse", deadline=None)  # a machine under load is no
 settings.load_profile("bpfuse")
 
 #: What tests may know of the environment that they are started in; nothing else comes to them.
-_KEPT: Final = re.compile("PATH|TMPDIR|PYTHONHASHSEED|BPFUSE_(LONG|SEED)|PYTEST.*")
+_KEPT: Final = re.compile("PATH|TMPDIR|PYTHONHASHSEED|BPFUSE_(LONG|SEED|CRASHES)|PYTEST.*")
 _REPORT = pytest.StashKey[pytest.TestReport]()
 
 

@@ -89,7 +89,7 @@ REPLIES: Final[list[wire.Reply]] = [
         [wire.SessionStatus(SESSION, "host:/mnt", "test", wire.SessionState.UNSTABLE, 1, 2, 3, 4, 5, 6)],
         [wire.Eviction(SESSION, "host:/mnt", "its lease had run out", 7)],
     ),
-    wire.SessionOpened(SESSION, 30_000, 5, "file:///blocks", 65536, False),
+    wire.SessionOpened(SESSION, 30_000, 5, "file:///blocks", 65536, False, SESSION, True, True, False),
     wire.Renewed(30_000, 6, [(1, b"name")], [1, 2], False),
     wire.Found(ATTRIBUTES, 4),
     wire.DirectoryPage(ATTRIBUTES, [ENTRY, wire.DirectoryEntry(b"b", 4, ATTRIBUTES)], True, True, True),

@@ -85,8 +85,8 @@ class Held(Engine):
         return self.engine.is_lazy
 
     @property
-    def loses_nothing(self) -> bool:
-        return self.engine.loses_nothing
+    def puts_off(self) -> bool:
+        return self.engine.puts_off
 
     @property
     def losses(self) -> int:

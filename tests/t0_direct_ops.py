@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Coroutine
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,8 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> Any:
             self.asked.append((name, *arguments))
+            if name == "may_post":
+                return 4096
             return True if name == "write_now" else _entry()
 
         return call
@@ -56,6 +59,7 @@ AT_ONCE: dict[Opcode, tuple[bytes, tuple[Any, ...], int]] = {
 LEAST = {
     Opcode.LOOKUP: (0, True), Opcode.GETATTR: (16, False), Opcode.SETATTR: (88, False), Opcode.MKDIR: (8, True),
     Opcode.UNLINK: (0, True), Opcode.RMDIR: (0, True), Opcode.WRITE: (40, False), Opcode.CREATE: (16, True),
+    Opcode.READ: (40, False), Opcode.FSYNC: (16, False),
 }  # fmt: skip
 
 
@@ -64,9 +68,17 @@ def test_what_is_at_hand_is_answered_at_once(opcode: Opcode) -> None:
     body, expected, length = AT_ONCE[opcode]
     operations = Recorder()
     answer = DirectOps(operations).handlers[opcode](asked(body))  # type: ignore[arg-type]
-    assert operations.asked == [expected]
+    assert operations.asked[0] == expected
     assert isinstance(answer, bytes)
     assert len(answer) == length
+
+
+def test_a_posted_write_has_no_answer_and_others_say_what_may_be_posted() -> None:
+    operations = Recorder()
+    handler = DirectOps(operations).handlers[Opcode.WRITE]  # type: ignore[arg-type]
+    assert handler(asked(struct.pack("=QQIIQII", 9, 8, 3, 0, 0, 0, 0) + b"abc")) == struct.pack("=II", 3, 4096)
+    assert handler(asked(struct.pack("=QQIIQII", 9, 8, 3, 0, 0, 0, 1) + b"abc")) is None
+    assert operations.asked == [("write_now", 9, 8, b"abc"), ("may_post", 9), ("take_posted", 9, 8, b"abc")]
 
 
 def test_every_opcode_is_covered() -> None:
@@ -99,7 +111,7 @@ def test_nothing_else_is_raised(opcode: Opcode, body: bytes) -> None:
         answer = DirectOps(Recorder()).handlers[opcode](asked(body))  # type: ignore[arg-type]
     except Malformed:
         return
-    if not isinstance(answer, bytes):
+    if isinstance(answer, Coroutine):
         answer.close()
 
 

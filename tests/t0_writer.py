@@ -19,7 +19,7 @@ from served import until
 from fuseclient.data.extents import Extents
 from fuseclient.data.objects import NoSpace, StoreError
 from fuseclient.data.uploads import ID_BLOCK, _SliceIds
-from fuseclient.data.writer import FLUSH_BYTES, STAGED, Writer
+from fuseclient.data.writer import CREDIT_BYTES, FLUSH_BYTES, STAGED, Writer
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
 
@@ -286,6 +286,33 @@ async def test_a_cut_gives_up_what_cannot_be_stored_beyond_it(caplog: pytest.Log
         rig.writer.cut(INO, 0)
     assert rig.writer.bytes == 0
     await rig.writer.flush(INO)
+
+
+async def test_what_is_posted_is_gathered_as_long_as_nothing_stands_in_the_way(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rig = Rig(total_bytes=2 * CREDIT_BYTES)
+    assert rig.writer.credit(INO + 1) == 0
+    assert rig.writer.credit(INO) == CREDIT_BYTES
+    rig.writer.write_posted(INO, 2, memoryview(b"posted"))
+    await rig.writer.append(INO, b"appended")
+    assert rig.writer.credit(INO) == 0
+    await rig.writer.flush(INO)
+    assert rig.writer.credit(INO) == CREDIT_BYTES
+    assert bytes(rig.server.content()) == b"\0\0postedappended"
+    rig.store.fail = NoSpace("it is full")
+    for offset in range(0, 2 * CREDIT_BYTES, FLUSH_BYTES):
+        rig.writer.write_posted(INO, offset, memoryview(bytes(FLUSH_BYTES)))
+    assert rig.writer.credit(INO) == 0
+    await until(lambda: "it is full" in caplog.text)
+    assert rig.writer.credit(INO) == 0
+    rig.writer.write_posted(INO, 0, memoryview(b"taken all the same"))
+    with pytest.raises(NoSpace):
+        await rig.writer.write(INO, 0, b"refused")
+    rig.store.fail = None
+    await rig.writer.flush(INO)
+    assert bytes(rig.server.content()[:18]) == b"taken all the same"
+    caplog.clear()
 
 
 async def test_several_objects_are_on_their_way_and_committed_in_order() -> None:

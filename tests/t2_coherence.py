@@ -318,16 +318,22 @@ async def test_who_did_not_come_back_before_a_second_restart_still_may(metaserve
     assert (await back.renew(0)).everything, "a worker that knows nothing drops all there is"
 
 
+@pytest.mark.parametrize("puts_off", [True, False])
 async def test_after_a_crash_what_was_cached_may_be_lost(
-    metaserver: Metaserver, monkeypatch: pytest.MonkeyPatch
+    metaserver: Metaserver, monkeypatch: pytest.MonkeyPatch, puts_off: bool
 ) -> None:
+    monkeypatch.setattr(type(metaserver.engine), "puts_off", puts_off)
     old = await holder(metaserver)
+    assert old.session.puts_off == puts_off
     await old.lookup(b"file")
     with monkeypatch.context() as context:
         context.setattr(recovery, "finish", _nothing)
         await _restart(metaserver)
     back = Holder(await metaserver.connect(), silent=True)
     assert (await back.open(VOLUME, old.session.session)).resumed
+    if not puts_off:
+        assert not back.told, "nothing can be lost"
+        return
     assert back.told[0].everything
     renewal = asyncio.create_task(back.renew(0))
     await back.attributes()
@@ -835,3 +841,16 @@ async def test_after_a_restart_others_wait_for_who_was_alone(tmp_path: Path, eng
         back.acknowledge()
         assert not (await opening).alone
         assert (await two.connection.call(wire.Lookup(ROOT, b"waited"), wire.Found)).attributes.ino
+
+
+async def test_an_end_in_order_waits_for_acknowledgements(metaserver: Metaserver) -> None:
+    """A change under way is answered before the server ends, though the one it waits for has nothing under way."""
+    one, two = await metaserver.client(), await holder(metaserver, silent=True)
+    await two.lookup(b"file")
+    making = asyncio.create_task(one.make(b"file"))
+    await until(lambda: two.told)
+    stopping = asyncio.create_task(metaserver.stop())
+    await until(lambda: not metaserver.front.accepts)
+    two.acknowledge()
+    await making
+    await stopping

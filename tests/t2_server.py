@@ -210,6 +210,9 @@ async def _every_request(client: Client) -> None:
     told = [page async for page in client.connection.follow(wire.FollowEvents(VOLUME, 0, False))]
     assert [event.version for page in told for event in page.events] == list(range(1, told[-1].version + 1))
     assert (await client.renew(client.session.version)).everything is False
+    status = await client.connection.call(wire.GetStatus(VOLUME), wire.Status)
+    assert client.session.session in [each.session for each in status.sessions]
+    assert await refused(call(wire.EvictSession(VOLUME, bytes(16)), wire.Done)) is ErrorCode.NOT_FOUND
     await call(wire.CloseSession(), wire.Done)
     assert await refused(client.attributes()) is ErrorCode.STALE_SESSION
 
@@ -291,11 +294,11 @@ async def test_a_volume_is_made_once_and_opened_if_it_exists(metaserver: Metaser
 
 async def test_a_session_is_needed(metaserver: Metaserver) -> None:
     connection = await metaserver.connect()
-    sessionless = (wire.Hello, wire.CreateVolume, wire.OpenSession, wire.FollowEvents)
+    alone = (wire.Hello, wire.CreateVolume, wire.OpenSession, wire.FollowEvents, wire.GetStatus, wire.EvictSession)
     for request in messages.REQUESTS:
         if isinstance(request, wire.FetchDirectory):
             assert await refused(anext(connection.stream(request))) is ErrorCode.INVALID
-        elif not isinstance(request, (*sessionless, wire.Acknowledge)):
+        elif not isinstance(request, (*alone, wire.Acknowledge)):
             assert await refused(connection.call(request, wire.Done)) is ErrorCode.INVALID
     assert await refused(connection.call(wire.Hello(wire.PROTOCOL_VERSION, "again"), wire.Welcome)) is ErrorCode.INVALID
     client = await metaserver.client()

@@ -24,6 +24,7 @@ SEEDS_OF_A_RULE = 30
 FAULTS = (
     "cut_a_connection", "partition", "one_way_partition", "freeze_a_worker", "kill_a_worker", "kill_a_client",
     "suspend_a_client", "jump_a_wall_clock", "restart_the_server", "fail_over", "freeze_the_server",
+    "kill_a_metaserver", "freeze_a_metaserver",
     "slow_the_network", "fill_the_engine", "confuse_the_engine", "break_the_store",
 )  # fmt: skip
 CONSEQUENCES = ("full", "lost commits", "store failures", "unknown outcomes")
@@ -94,7 +95,7 @@ def test_the_checker_notices_that_a_rule_is_off(rule: str) -> None:
     """It does in one of a few seeds, in which the faults come that the rule is for. Other rules have their stories."""
     for seed in range(SEEDS_OF_A_RULE):
         setup = replace(setup_of(seed), clients=3, programs=3, operations=60, accel=True, lazy=False, faults=True)
-        setup = replace(setup, kinds=RULES[rule].faults)
+        setup = replace(setup, kinds=RULES[rule].faults, standby=RULES[rule].standby)
         if run(seed, replace(setup, rule_off=rule)).complaints:
             assert not run(seed, setup).complaints, "with the rule on"
             return

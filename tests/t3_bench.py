@@ -23,6 +23,7 @@ MEASURED = {
     "coherence": {("visible", "bpfuse"), ("revalidate", "bpfuse"), ("break", "100 hold it")},
     "engines": {("create", "bpfuse lmdb"), ("lookup", "bpfuse etcd"), ("directory", "bpfuse etcd")},
     "cost": {("create, commit", "bpfuse"), ("unpack, interval", "bpfuse")},
+    "failover": {("failover", "bpfuse")},
 }
 
 

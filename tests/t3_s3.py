@@ -7,6 +7,7 @@ import errno
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import rig
@@ -68,6 +69,37 @@ async def test_wrong_credentials_are_one_line_without_a_secret(
         await open_store(server.url("denied", timeout=3)).put(1, b"x")
     assert "\n" not in str(refused.value)
     assert "another-secret" not in str(refused.value)
+
+
+async def test_credentials_are_in_a_file_that_nobody_else_reads(
+    server: weed.Weed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in weed.Weed.environment:
+        monkeypatch.delenv(name)
+    path = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+    lines = f"aws_access_key_id = {weed.KEY}\naws_secret_access_key = {weed.SECRET}\n"
+    wrong = {
+        "cannot be read: No such file": None,
+        "only its owner can read: chmod 600": f"[default]\n{lines}",
+        "not a file of credentials": lines,
+        r"no section \[default\]": f"[other]\n{lines}",
+        "no aws_secret_access_key in section": f"[default]\naws_access_key_id = {weed.KEY}\n",
+    }
+    for what, text in wrong.items():
+        if text is not None:
+            path.write_text(text)
+            path.chmod(0o640 if "chmod" in what else 0o600)
+        with pytest.raises(StoreError, match=what) as refused:
+            open_store(server.url("file"))
+        assert weed.SECRET not in str(refused.value)
+    for profile in ("default", "mine"):
+        path.write_text(f"[{profile}]\n{lines}")
+        monkeypatch.setenv("AWS_PROFILE", profile)
+        store = open_store(server.url("file"))
+        await store.put(1, b"content")
+        assert bytes(await store.read(1, 0, 7)) == b"content"
+    assert weed.SECRET not in repr(vars(store))
 
 
 async def test_a_server_that_hangs_is_given_up_in_time(server: weed.Weed) -> None:

@@ -219,6 +219,63 @@ def test_writes_lost_with_a_worker_are_reported_once(
         assert path.read_bytes() in (b"old", b"new")
 
 
+@contextlib.contextmanager
+def standing_still(worker: int) -> Iterator[None]:
+    """Have the worker stand still for the body."""
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(worker, signal.SIGCONT)
+
+
+def linked(path: Path, second: Path) -> os.stat_result:
+    """Give a file a second name, and return what is known by it."""
+    second.hardlink_to(path)
+    return second.stat()
+
+
+def test_a_posted_write_waits_for_nobody_and_is_seen_by_everything_after_it(mount: MountFactory, accel: str) -> None:
+    mounted = mount(accel, allowed=(WORKER_KILLED,))
+    path, second = mounted.path / "file", mounted.path / "second"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    other = os.open(mounted.path / "other", os.O_RDWR | os.O_CREAT, 0o644)
+    for each in (fd, other):
+        os.write(each, b"waits and is told that the next need not, ")
+    posted = figures.stats(mounted)["channel"]["posted"]
+    worker = mounted.process("worker").pid
+    size = 0
+    for look in (
+        lambda: path.stat().st_size,
+        lambda: os.fstat(fd).st_size,
+        lambda: next(entry for entry in os.scandir(mounted.path) if entry.name == "file").stat().st_size,
+        lambda: linked(path, second).st_size,
+        lambda: len(path.read_bytes()),
+        lambda: os.copy_file_range(fd, other, 1 << 20, 0, 0) and os.lseek(fd, 0, os.SEEK_CUR),
+    ):
+        if accel == "off":  # the kernel asks for an xattr before each write, and then it is the worker who answers
+            os.write(fd, b"more and more ")
+            size = os.lseek(fd, 0, os.SEEK_CUR)
+            looking, _ = background.start(look)
+        else:
+            with standing_still(worker):
+                os.write(fd, b"more and more ")
+                size = os.lseek(fd, 0, os.SEEK_CUR)
+                looking = background.until_blocked(look)
+        assert looking.result(rig.WAIT_S) == size
+    os.fsync(fd)
+    assert figures.stats(mounted)["channel"]["posted"] == posted + 6
+    assert len((mounted.path / "other").read_bytes()) == size
+    os.close(other)
+    os.write(fd, b"is gathered, and lost")
+    with killed_while_stopped(mounted):
+        if accel != "off":
+            os.write(fd, b"is not even looked at")
+    fails_with(lambda: os.fsync(fd), errno.EIO)
+    os.fsync(fd)
+    os.close(fd)
+
+
 def test_handles_outlive_their_worker(mount: MountFactory, accel: str) -> None:
     mounted = mount(accel, allowed=(WORKER_KILLED,))
     path, gone = mounted.path / "file", mounted.path / "gone"

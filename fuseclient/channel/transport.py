@@ -29,6 +29,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     forwarded: list[int]
     committed: int
     held: int
+    posted: int
     replayed: int
     refused: int
     interrupted: int

@@ -1,4 +1,4 @@
-"""Objects in an S3 bucket, by obstore, which takes the credentials from the environment.
+"""Objects in an S3 bucket, by obstore.
 
 A request that fails is repeated by obstore, with growing pauses, for as long as ObjectStore lets it. An object is made
 only if there is none of its name. Messages are shortened to their first line, and never hold a secret.
@@ -9,21 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 import obstore
 import obstore.exceptions
 import obstore.store
 
+from fuseclient.data import s3_credentials
 from fuseclient.data.object_format import Buffer
 from fuseclient.data.object_names import OWNER, Listed, listed, object_name
 from fuseclient.data.store_errors import NoSpace, ObjectExists, ObjectMissing, StoreError
 from fuseclient.data.store_url import StoreUrl
 
 _CONNECT_S: Final = 5.0
-_RETRIES: Final = 8
+#: No limit of its own: an access is tried again until its time is over.
+_RETRIES: Final = 10_000
 _LISTED_AT_ONCE: Final = 1000
-_SECRETS: Final = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _MESSAGE: Final = 300
 
 
@@ -34,10 +35,13 @@ class S3Backend:
         self._prefix = f"s3://{url.bucket}/{url.path}".rstrip("/")
         # One attempt may take a third of the time that is given for all.
         attempt = timedelta(seconds=url.timeout_s / 3)
+        credentials = s3_credentials.from_file()
+        self._secrets = s3_credentials.secrets(credentials)
+        config: Any = {**credentials, **({"endpoint": url.endpoint} if url.endpoint else {})}
         self._store = obstore.store.S3Store(
             url.bucket,
             prefix=url.path or None,
-            config={"endpoint": url.endpoint} if url.endpoint else {},
+            config=config,
             region=url.region or os.environ.get("AWS_REGION") or "us-east-1",
             client_options={
                 "timeout": attempt,
@@ -68,7 +72,7 @@ class S3Backend:
         except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError) as error:
             raise ObjectExists("it exists") from error
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise _error(error) from None
+            raise _error(error, self._secrets) from None
 
     async def read(self, slice_id: int, start: int, length: int) -> memoryview:
         """Return bytes of an object, fewer at its end. Raises ObjectMissing, StoreError."""
@@ -79,7 +83,7 @@ class S3Backend:
         except FileNotFoundError as error:
             raise ObjectMissing("it is missing") from error
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise _error(error) from None
+            raise _error(error, self._secrets) from None
 
     async def owner(self) -> bytes:
         """Return what :meth:`set_owner` was given last. Raises ObjectMissing, StoreError."""
@@ -88,14 +92,14 @@ class S3Backend:
         except FileNotFoundError as error:
             raise ObjectMissing("it is missing") from error
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise _error(error) from None
+            raise _error(error, self._secrets) from None
 
     async def set_owner(self, text: bytes) -> None:
         """Keep a short text beside the objects. Raises NoSpace, StoreError."""
         try:
             await obstore.put_async(self._store, OWNER, text, use_multipart=False)
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise _error(error) from None
+            raise _error(error, self._secrets) from None
 
     async def delete(self, slice_ids: Iterable[int]) -> None:
         """Delete objects; those that are not there are passed over. Raises StoreError."""
@@ -106,7 +110,7 @@ class S3Backend:
         except FileNotFoundError:
             return
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise _error(error) from None
+            raise _error(error, self._secrets) from None
 
     async def list(self) -> AsyncIterator[Sequence[Listed]]:
         """Yield all objects, some at a time. Raises StoreError."""
@@ -115,17 +119,15 @@ class S3Backend:
                 found = (listed(each["path"], each["size"], each["last_modified"].timestamp()) for each in page)
                 yield [each for each in found if each is not None]
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise _error(error) from None
+            raise _error(error, self._secrets) from None
 
     def close(self) -> None:
         """There is nothing to be ended."""
 
 
-def _error(error: Exception) -> StoreError:
+def _error(error: Exception, secrets: Iterable[str]) -> StoreError:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    for name in _SECRETS:
-        secret = os.environ.get(name)
-        if secret:
-            text = text.replace(secret, "***")
+    for secret in secrets:
+        text = text.replace(secret, "***")
     full = "507" in text or "no space" in text.lower() or "QuotaExceeded" in text
     return NoSpace(text[:_MESSAGE]) if full else StoreError(text[:_MESSAGE])

@@ -3,7 +3,7 @@
 ``file:///directory`` and ``s3://bucket/prefix``, both with options behind a question mark: ``compression`` (none,
 lz4 or zstd: of objects stored from now on), ``timeout`` (seconds that one access may take), ``concurrency`` (accesses
 at once, of each kind); for S3 also ``endpoint`` (a URL; without it, AWS) and ``region``. Credentials are no part of
-a URL, which anybody may see: the environment has them.
+a URL, which anybody may see (s3_credentials.py).
 """
 
 from __future__ import annotations

@@ -28,6 +28,9 @@ A failure in the background is told by the next write, too. Nothing more is take
 goes on is refused with the same error. Only when the last handle is closed in spite of the error is the data given
 up, and the log says so.
 
+Posted writes are answered before they come here: :meth:`Writer.credit` has promised to take them. They are gathered
+whatever stands in the way, which the next one that waits is told of, or a flush, as of what else is gathered.
+
 What others change is known by breaks: what they say of a file makes its attributes ``stale``, and only attributes that
 were asked for after the last of them make it known again.
 """
@@ -62,6 +65,8 @@ FLUSH_EXTENTS: Final = 256
 STAGED: Final = 8
 #: All files together, in bytes; beyond it writers wait.
 TOTAL_BYTES: Final = 64 * 1024 * 1024
+#: What may be posted to one file before a write waits again, in bytes; to as many files as the channel remembers.
+CREDIT_BYTES: Final = 2 * 1024 * 1024
 #: What has waited this long, in seconds, is flushed.
 FLUSH_AGE_S: Final = 5.0
 _ATTEMPTS: Final = 16
@@ -98,6 +103,8 @@ class _File:
     staged: deque[Upload] = field(default_factory=deque)
     #: What is not yet committed was appended.
     appended: bool = False
+    #: Writes to its end that are being waited for.
+    appending: int = 0
     #: When the newest byte not yet committed was written, in ns since 1970.
     written_ns: int = 0
     #: Of a failure in the background that nobody was told of yet.
@@ -295,7 +302,12 @@ class Writer:
 
     async def append(self, ino: int, data: bytes) -> None:
         """Gather a write to the end of a file, wherever that is when it is committed; raises as :meth:`write`."""
-        await self._write(self._files[ino], None, data)
+        file = self._files[ino]
+        file.appending += 1
+        try:
+            await self._write(file, None, data)
+        finally:
+            file.appending -= 1
 
     async def _write(self, file: _File, offset: int | None, data: bytes) -> None:
         _raise_error(file)
@@ -317,6 +329,23 @@ class Writer:
         file.appended = False
         self._take(file, offset, data)
         return True
+
+    def credit(self, ino: int) -> int:
+        """Return how many bytes may be posted to a file, until something is appended to it or a handle of it closed."""
+        file = self._files.get(ino)
+        if file is None or file.error is not None or file.loss is not None or file.appending:
+            return 0
+        if (file.appended and _uncommitted(file)) or _has_enough_staged(file) or not self._has_memory(CREDIT_BYTES):
+            return 0
+        return CREDIT_BYTES
+
+    def write_posted(self, ino: int, offset: int, data: memoryview) -> None:
+        """Gather a write that :meth:`credit` allowed, and that was answered."""
+        file = self._files[ino]
+        if file.appended and _uncommitted(file):
+            raise RuntimeError(f"a write to inode {ino} was posted although something is appended")
+        file.appended = False
+        self._take(file, offset, data)
 
     def _take(self, file: _File, offset: int, data: bytes | memoryview) -> None:
         self._touch(file)

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple, cast
 
 from pyfuse3 import RequestContext
 
+from fuseclient import levels
 from fuseclient.worker.extra_messages import Malformed, Opcode, encode_attributes, encode_entry, encode_opened
 from fuseclient.worker.operations import Operations
 from metaserver import wire
@@ -25,7 +26,10 @@ from metaserver import wire
 _GETATTR: Final = struct.Struct("=IIQ")
 _SETATTR: Final = struct.Struct("=IIQQQqqqIIIIIIII")
 _MKDIR: Final = struct.Struct("=II")
+_READ: Final = struct.Struct("=QQIIQII")
 _WRITE: Final = struct.Struct("=QQIIQII")
+_FSYNC: Final = struct.Struct("=QII")
+_DATA_ONLY: Final = 1 << 0
 _WRITTEN: Final = struct.Struct("=II")
 _CREATE: Final = struct.Struct("=IIII")
 
@@ -35,8 +39,8 @@ _MODE_BITS: Final = 0o7777
 _SECOND_NS: Final = 1_000_000_000
 _INT64: Final = 1 << 63
 
-#: What a request comes to: the body of its reply, or what is to be awaited for it.
-Answer = bytes | Coroutine[Any, Any, bytes]
+#: What a request comes to: the body of its reply, or what is to be awaited for it; None: it was answered before.
+Answer = bytes | Coroutine[Any, Any, bytes] | None
 
 
 class Asked(NamedTuple):
@@ -69,7 +73,9 @@ class DirectOps:
             Opcode.MKDIR: self._mkdir,
             Opcode.UNLINK: self._unlink,
             Opcode.RMDIR: self._rmdir,
+            Opcode.READ: self._read,
             Opcode.WRITE: self._write,
+            Opcode.FSYNC: self._fsync,
             Opcode.CREATE: self._create,
         }
 
@@ -111,16 +117,29 @@ class DirectOps:
         return _nothing(self._operations.rmdir(asked.nodeid, _name(asked.body, 0), asked.context))
 
     def _write(self, asked: Asked) -> Answer:
-        fh, offset, size, *_ = _fields(_WRITE, asked.body, longer=True)
+        fh, offset, size, _, _, _, posted = _fields(_WRITE, asked.body, longer=True)
         data = asked.body[_WRITE.size :]
         if len(data) != size:
             raise Malformed(f"a write of {len(data)} bytes that says {size}")
+        if posted:
+            levels.at_once(posted)
+            self._operations.take_posted(fh, offset, data)
+            return None
         if self._operations.write_now(fh, offset, data):
-            return _WRITTEN.pack(size, 0)
+            return _WRITTEN.pack(size, self._operations.may_post(fh))
         return self._written(fh, offset, bytes(data))
 
     async def _written(self, fh: int, offset: int, data: bytes) -> bytes:
-        return _WRITTEN.pack(await self._operations.write(fh, offset, data), 0)
+        written = await self._operations.write(fh, offset, data)
+        return _WRITTEN.pack(written, self._operations.may_post(fh))
+
+    def _read(self, asked: Asked) -> Answer:
+        fh, offset, size, *_ = _fields(_READ, asked.body)
+        return self._operations.read(fh, offset, size)
+
+    def _fsync(self, asked: Asked) -> Answer:
+        fh, flags, _ = _fields(_FSYNC, asked.body)
+        return _nothing(self._operations.fsync(fh, bool(flags & _DATA_ONLY)))
 
     def _create(self, asked: Asked) -> Answer:
         flags, mode, *_ = _fields(_CREATE, asked.body, longer=True)

@@ -65,8 +65,10 @@ class Opcode(enum.IntEnum):
     UNLINK = 10
     RMDIR = 11
     OPEN = 14
+    READ = 15
     WRITE = 16
     RELEASE = 18
+    FSYNC = 20
     SETXATTR = 21
     FLUSH = 25
     GETLK = 31

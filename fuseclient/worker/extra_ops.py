@@ -56,6 +56,8 @@ _LOCK_ERRORS: Final = {
     LockOutcome.FULL: errno.ENOLCK,
     LockOutcome.CANCELLED: errno.EINTR,
 }
+#: Requests that are taken before others have their turn.
+_A_TURN: Final = 32
 #: What a reply to COPY_FILE_RANGE can say, in bytes, in whole pages.
 _COUNT_32: Final = (1 << 32) - 4096
 
@@ -78,6 +80,7 @@ class ExtraOps:
         self._tasks: set[asyncio.Task[None]] = set()
         #: Requests in hand, by their unique; the event is set when one is interrupted.
         self._running: dict[int, asyncio.Event] = {}
+        operations.catch_up = self._catch_up
 
     def start(self) -> None:
         """Take requests from now on."""
@@ -90,6 +93,7 @@ class ExtraOps:
         self._loop.remove_reader(self._socket)
         for interrupted in self._running.values():
             interrupted.set()
+        self._catch_up()
         while self._tasks:
             await asyncio.wait(self._tasks)
         if self._unsent:
@@ -97,21 +101,33 @@ class ExtraOps:
         self._socket.close()
 
     def _on_readable(self) -> None:
+        for _ in range(_A_TURN):
+            if not self._receive():
+                return
+
+    def _catch_up(self) -> None:
+        """Take all that was sent up to now, if the socket is not closed: there may be writes that were answered."""
+        while self._socket.fileno() >= 0 and self._receive():
+            pass
+
+    def _receive(self) -> bool:
+        """Take a request; say whether there was one."""
         try:
             length = self._socket.recv_into(self._buffer, 0, socket.MSG_TRUNC)
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except OSError:
             length = 0
         if not length:
             self._loop.remove_reader(self._socket)
-            return
+            return False
         try:
             self._take(self._view[:length], cut_off=length > len(self._buffer))
         except messages.Malformed as error:
             _log.error("the channel sent what cannot be: %s", error)
             if error.unique:
                 self._send(messages.encode_error(error.unique, errno.EIO))
+        return True
 
     def _take(self, message: memoryview, *, cut_off: bool) -> None:
         if cut_off:
@@ -153,7 +169,7 @@ class ExtraOps:
             if isinstance(answer, bytes):
                 levels.at_once()
                 self._send(messages.encode(header.unique, answer))
-            else:
+            elif answer is not None:
                 self._start(self._answer(header, answer, handler.__name__, errno.ESTALE))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:

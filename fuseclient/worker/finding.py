@@ -43,12 +43,14 @@ class _Search:
 
     def __init__(self) -> None:
         self.why = ""
+        #: One has answered, so there is, or will be, an authority.
+        self._standby = False
         self._asked: dict[str, asyncio.Task[Connection]] = {}
 
     async def ask(self, places: Iterable[str]) -> Connection | None:
-        """Ask once, and return the connection to who has the authority; ``None``: there are only standbys.
+        """Ask once, and return the connection to who has the authority; ``None``: there are standbys only, or were.
 
-        If nobody answers, raises what the last one met.
+        If nobody has answered, raises what the last one met.
         """
         try:
             return await self._ask(places)
@@ -66,7 +68,6 @@ class _Search:
     async def _ask(self, places: Iterable[str]) -> Connection | None:
         known: set[str] = set()
         failure: Disconnected | Refused | None = None
-        standby = False
         self._add(known, *places)
         while self._asked:
             await asyncio.wait(self._asked.values(), return_when=asyncio.FIRST_COMPLETED)
@@ -78,13 +79,13 @@ class _Search:
                 continue
             if connection.welcome.server_epoch:
                 return connection
-            standby = True
+            self._standby = True
             elsewhere = connection.welcome.elsewhere
             connection.abort()
             self.why = f"{place} is a standby; the authority is {f'at {elsewhere}' if elsewhere else 'not known yet'}"
             if _may_follow(place, elsewhere):
                 self._add(known, elsewhere)
-        if failure is not None and not standby:
+        if failure is not None and not self._standby:
             raise failure
         return None
 

@@ -113,6 +113,8 @@ class Operations(pyfuse3.Operations):
         self._may_remember = parts.may_remember
         self._xattrs = Xattrs(parts.session, parts.feeder, parts.cache)
         self._opens_nothing = parts.opens_nothing
+        #: Takes what was sent on the other socket (extra_ops.py) before the request at hand, writes above all.
+        self.catch_up: Callable[[], None] = lambda: None
         #: Writing handles of earlier workers that are used here, and those of them whose loss was reported.
         self._adopted: set[int] = set()
         self._reported: set[int] = set()
@@ -175,6 +177,7 @@ class Operations(pyfuse3.Operations):
     @answered
     async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         _check_name(new_name)
+        self.catch_up()
         async with self._changing((new_parent_inode, new_name), inodes=(inode,)) as token:
             changed = await self._session.call(wire.Link(inode, new_parent_inode, new_name), wire.Changed)
             fresh = self._named(token, new_parent_inode, new_name, changed)
@@ -423,6 +426,7 @@ class Operations(pyfuse3.Operations):
     @answered
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         ino = handles.decode(fh).ino
+        self.catch_up()
         self._feeder.listed.add(ino)
         for position in range(start_id, DOTS):
             if not pyfuse3.readdir_reply(token, b"." * (position + 1), dot_entry(ino), position + 1):
@@ -562,6 +566,17 @@ class Operations(pyfuse3.Operations):
         if fh & handles.APPENDS or self._is_earlier_writer(fh) or self._passthrough.has(ino):
             return False
         return self._locks.may_write(ino) and self._writer.write_now(ino, off, data)
+
+    def may_post(self, fh: int) -> int:
+        """Return how many bytes may be written through a handle without waiting for a word of it."""
+        ino = handles.decode(fh).ino
+        if fh & handles.APPENDS or self._is_earlier_writer(fh) or self._passthrough.has(ino):
+            return 0
+        return self._writer.credit(ino) if self._locks.may_write(ino) else 0
+
+    def take_posted(self, fh: int, off: int, data: memoryview) -> None:
+        """Take a write that was answered already, because :meth:`may_post` said so."""
+        self._writer.write_posted(handles.decode(fh).ino, off, data)
 
     async def absorb(self, ino: int) -> None:
         """Have what was written through mappings of a passthrough file come to the writer."""

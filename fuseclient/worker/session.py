@@ -11,8 +11,8 @@ The lease is what makes caches right, so the order of things is the point of thi
   before the new session's deadline is announced;
 * over each connection ``on_connected`` tells what the metaserver must know before the lease is renewed (locks), and
   ``check_change`` may refuse a change when it is about to be sent, for what happened since it was asked for;
-* a session that is resumed at another run of the metaserver goes on, but what that had acknowledged lazily may be lost:
-  ``on_restarted`` is called.
+* a session that is resumed at another run of the metaserver goes on, but what that had acknowledged lazily may be lost,
+  unless its engine puts nothing off: ``on_restarted`` is called.
 
 One task renews and reconnects. Calls run in their callers' tasks. Reads wait while the session is open on no
 connection, and not for the lease, because a lease may have to wait for them: the kernel holds the pages that it reads,
@@ -50,6 +50,8 @@ _BACKOFF_S: Final = (0.02, 1.0)
 #: Seconds that the opening of the first session may take: it waits for one lease, of 30 s as a rule, if the only other
 #: client is gone without a farewell.
 _FIRST_S: Final = 45.0
+#: Seconds that calls wait beyond a lease if there are several metaservers: one takes over from another that hangs.
+_TAKEOVER_S: Final = 10.0
 #: Seconds that the farewell may take.
 _CLOSE_S: Final = 1.0
 
@@ -211,7 +213,8 @@ class Session:
     async def call(self, request: wire.Request, reply_type: type[_Reply]) -> _Reply:
         """Send a request and return its reply.
 
-        Waits for a connection, and a change for a lease, for at most a lease's length, then raises :exc:`Disconnected`.
+        Waits for a connection, and a change for a lease, for at most a lease's length and what a takeover may take,
+        then raises :exc:`Disconnected`.
         A change whose reply was lost is sent again; if its session is lost meanwhile :exc:`Disconnected` is raised too,
         and the change may or may not have been made. Raises :exc:`Refused` as the metaserver does; STALE_SESSION comes
         through only for a change that was under way when the session was lost, and was not made.
@@ -227,7 +230,7 @@ class Session:
         lost: Disconnected | None = None
         stale: Refused | None = None
         loop = asyncio.get_running_loop()
-        give_up = loop.time() + self._lease_s
+        give_up = loop.time() + self._patience_s
         session = self.id
         while True:
             connection = await self._usable(give_up, self._ready)
@@ -245,7 +248,7 @@ class Session:
                 if loop.time() >= give_up:
                     raise lost or error from error
             except Disconnected as error:
-                lost, give_up = error, loop.time() + self._lease_s
+                lost, give_up = error, loop.time() + self._patience_s
             except Refused as error:
                 if error.code is not wire.ErrorCode.STALE_SESSION or loop.time() >= give_up:
                     raise
@@ -255,7 +258,7 @@ class Session:
                     self._mend()
 
     async def _repeatable(self, request: wire.Request, reply_type: type[_Reply]) -> _Reply:
-        give_up = asyncio.get_running_loop().time() + self._lease_s
+        give_up = asyncio.get_running_loop().time() + self._patience_s
         while True:
             connection = await self._usable(give_up, self._bound)
             try:
@@ -267,7 +270,7 @@ class Session:
     async def stream(self, request: wire.FetchDirectory) -> AsyncGenerator[wire.DirectoryPage, None]:
         """Yield the pages of a directory fetch. Raises as :meth:`call` does; not repeated after the first page."""
         reach(Level.METASERVER)
-        give_up = asyncio.get_running_loop().time() + self._lease_s
+        give_up = asyncio.get_running_loop().time() + self._patience_s
         begun = False
         while True:
             connection = await self._usable(give_up, self._bound)
@@ -286,6 +289,11 @@ class Session:
         self._poked.set()
 
     # Calls
+
+    @property
+    def _patience_s(self) -> float:
+        """Seconds that a call waits for a connection."""
+        return self._lease_s + _TAKEOVER_S * ("," in self._address)
 
     def _usable_now(self, awaited: asyncio.Event) -> Connection | None:
         connection = self._connection
@@ -306,7 +314,7 @@ class Session:
                 async with asyncio.timeout_at(give_up):
                     await awaited.wait()
             except TimeoutError:
-                raise NotSent(f"no connection to {self._address} for {self._lease_s:g} s") from None
+                raise NotSent(f"no connection to {self._address} for {self._patience_s:g} s") from None
         return connection
 
     def _mend(self) -> None:
@@ -363,7 +371,7 @@ class Session:
         self.alone = opened.alone and not joined.is_set()
         if not opened.resumed:
             self._replace(opened)
-        elif self._epoch not in (None, connection.welcome.server_epoch) and not opened.loses_nothing:
+        elif self._epoch not in (None, connection.welcome.server_epoch) and opened.puts_off:
             self._on_restarted()
         await self._on_connected(connection, opened.resumed)
         if not opened.resumed:

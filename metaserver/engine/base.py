@@ -161,9 +161,9 @@ class Engine(abc.ABC):
         return False
 
     @property
-    def loses_nothing(self) -> bool:
-        """Whether all that was ever acknowledged is durable, lazy writes too: no crash of this process undoes it."""
-        return False
+    def puts_off(self) -> bool:
+        """Whether a lazy write can return before it is durable; if not, no crash takes back what was acknowledged."""
+        return self.is_lazy
 
     @property
     def losses(self) -> int:

@@ -339,6 +339,10 @@ class LmdbEngine(Engine):
         return self._lazy
 
     @property
+    def puts_off(self) -> bool:
+        return True
+
+    @property
     def losses(self) -> int:
         return self._losses
 

@@ -154,10 +154,6 @@ class RemoteEngine(Engine):
             self._memos.discard(memo)
         return await self.scan(body)
 
-    @property
-    def loses_nothing(self) -> bool:
-        return True
-
     async def read_durable(self, body: Callable[[Snapshot], T]) -> T:
         return await self.read(body)
 

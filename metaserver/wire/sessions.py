@@ -110,8 +110,8 @@ class SessionOpened(Message, tag=67):
     lazy: bool = False
     #: No other client has a session on the volume, nor gets one before a Break says ``joined``.
     alone: bool = False
-    #: What was acknowledged is durable, even what was asked for as lazy: no crash of the metaserver undoes it.
-    loses_nothing: bool = False
+    #: The metaserver may lose, when it crashes, changes that were asked for as lazy and not synced since.
+    puts_off: bool = True
 
 
 class Renewed(Message, tag=68):

@@ -35,6 +35,8 @@ static const char *directory;
 
 /* What files with the number BACKED are opened with; 0: as all others. */
 enum { BACKED = 33, OPEN_PASSTHROUGH = 1 << 7 };
+/* The bytes that may be posted after each write that is answered. */
+enum { GRANT = 100 };
 static atomic_uint backing;
 
 /* A forced unmount aborts the connection; without it a thread that waits for a reply could not be killed. */
@@ -58,6 +60,7 @@ struct worker {
 	uint32_t fatal;                  /* dies with the first request of this opcode in its hands */
 	uint32_t endless;                /* answers requests of this opcode when they are interrupted */
 	bool nonsense;                   /* answers with what is not a reply */
+	atomic_uint posted, messages;    /* writes for which nobody waits, and in how many they came */
 	atomic_uint_fast64_t unanswered; /* the unique of a request that waits to be interrupted */
 	pthread_t thread;
 };
@@ -77,6 +80,7 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 	const struct fuse_read_in *read = body;
 	const struct fuse_copy_file_range_in *copy = body;
 	const struct fuse_lseek_in *seek = body;
+	const struct fuse_write_in *write = body;
 	struct fuse_entry_out *entry = out;
 	struct fuse_attr_out *attr = out;
 
@@ -109,6 +113,9 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 			return 0;
 		memset(out, (int)in->nodeid, SIZE);
 		return read->size < SIZE - read->offset ? (int)read->size : (int)(SIZE - read->offset);
+	case FUSE_WRITE:
+		*(struct fuse_write_out *)out = (struct fuse_write_out){ .size = write->size, .padding = GRANT };
+		return sizeof(struct fuse_write_out);
 	case FUSE_LSEEK:
 		((struct fuse_lseek_out *)out)->offset = seek->whence == SEEK_HOLE ? SIZE : seek->offset;
 		return sizeof(struct fuse_lseek_out);
@@ -134,10 +141,10 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 static bool is_extra(uint32_t opcode)
 {
 	static const uint32_t extra[] = {
-		FUSE_LOOKUP,          FUSE_GETATTR,       FUSE_SETATTR, FUSE_MKDIR,   FUSE_UNLINK,    FUSE_RMDIR,
-		FUSE_WRITE,           FUSE_CREATE,        FUSE_FLUSH,   FUSE_RELEASE, FUSE_GETLK,     FUSE_SETLK,
-		FUSE_SETLKW,          FUSE_OPEN,          FUSE_LSEEK,   FUSE_TMPFILE, FUSE_FALLOCATE, FUSE_SETXATTR,
-		FUSE_COPY_FILE_RANGE, COPY_FILE_RANGE_64,
+		FUSE_LOOKUP,    FUSE_GETATTR,  FUSE_SETATTR,         FUSE_MKDIR,         FUSE_UNLINK, FUSE_RMDIR,
+		FUSE_READ,      FUSE_FSYNC,    FUSE_WRITE,           FUSE_CREATE,        FUSE_FLUSH,  FUSE_RELEASE,
+		FUSE_GETLK,     FUSE_SETLK,    FUSE_SETLKW,          FUSE_OPEN,          FUSE_LSEEK,  FUSE_TMPFILE,
+		FUSE_FALLOCATE, FUSE_SETXATTR, FUSE_COPY_FILE_RANGE, COPY_FILE_RANGE_64,
 	};
 
 	for (size_t i = 0; i < sizeof(extra) / sizeof(extra[0]); i++)
@@ -189,6 +196,11 @@ static bool worker_serve(struct worker *worker, int socket, char *request, char 
 		return true;
 	if (in->opcode != FUSE_INIT && (in->opcode == worker->fatal || worker->answers-- <= 0))
 		return false;
+	if (in->opcode == FUSE_WRITE && ((const struct fuse_write_in *)(in + 1))->padding) {
+		atomic_fetch_add(&worker->posted, ((const struct fuse_write_in *)(in + 1))->padding);
+		atomic_fetch_add(&worker->messages, 1);
+		return true;
+	}
 	if (in->opcode == worker->endless) {
 		atomic_store(&worker->unanswered, in->unique);
 		return true;
@@ -549,6 +561,64 @@ static void test_interrupted_extra(struct bpfuse_channel *channel, struct worker
 	printf("ok: a worker was told of an interrupt over the second socket\n");
 }
 
+/* The writes that are posted by a number of writes of `size` bytes. */
+static unsigned posted_by(struct bpfuse_channel *channel, int descriptor, int count, size_t size)
+{
+	struct bpfuse_channel_figures before, after;
+	const char bytes[GRANT + 1] = { 0 };
+
+	bpfuse_channel_figures(channel, &before);
+	for (int i = 0; i < count; i++)
+		CHECK(pwrite(descriptor, bytes, size, i) == (ssize_t)size);
+	bpfuse_channel_figures(channel, &after);
+	CHECK(after.forwarded[FUSE_WRITE] - before.forwarded[FUSE_WRITE] == (unsigned)count);
+	return (unsigned)(after.posted - before.posted);
+}
+
+/* Writes are posted as far as they are granted, and until something ends that. */
+static void test_posted(struct bpfuse_channel *channel, struct worker *worker)
+{
+	struct bpfuse_channel_figures figures;
+	char path[200];
+	uint64_t releases, stale;
+	int one, other;
+
+	bpfuse_channel_figures(channel, &figures);
+	stale = figures.stale_replies;
+	snprintf(path, sizeof(path), "%s/f4", directory);
+	one = open(path, O_WRONLY);
+	other = open(path, O_WRONLY);
+	CHECK(one >= 0 && other >= 0);
+	CHECK(posted_by(channel, one, 1, 10) == 0);   /* the first waits, */
+	CHECK(posted_by(channel, one, 10, 10) == 10); /* what it is granted does not, */
+	CHECK(posted_by(channel, other, 2, 51) == 1); /* nor is another handle another file; */
+	CHECK(posted_by(channel, one, 1, 51) == 0);   /* a write is posted whole, or waits. */
+	CHECK(posted_by(channel, one, 2, GRANT + 1) == 0);
+	CHECK(pwrite(one, "", 1, (off_t)1 << 56) == 1);
+	CHECK(posted_by(channel, one, 1, 1) == 1);
+	CHECK(!fcntl(other, F_SETFL, O_APPEND)); /* Whoever appends, waits, and so does the next. */
+	CHECK(posted_by(channel, other, 1, 1) == 0 && posted_by(channel, one, 2, 1) == 1);
+	CHECK(posted_by(channel, one, 10, 1) == 10); /* What follows each other goes together, soon enough. */
+	bpfuse_channel_figures(channel, &figures);
+	while (atomic_load(&worker->posted) < figures.posted)
+		sched_yield();
+	CHECK(atomic_load(&worker->messages) < atomic_load(&worker->posted));
+	releases = figures.forwarded[FUSE_RELEASE];
+	CHECK(!close(other)); /* A handle that is released ends the grant, */
+	while (figures.forwarded[FUSE_RELEASE] == releases)
+		bpfuse_channel_figures(channel, &figures);
+	CHECK(posted_by(channel, one, 1, 1) == 0);
+	bpfuse_channel_figures(channel, &figures);
+	CHECK(atomic_load(&worker->posted) == figures.posted && figures.stale_replies == stale);
+	shutdown(worker->fuse, SHUT_RDWR);
+	worker_join(worker);
+	worker_start(worker, channel, immortal);
+	wait_ready(channel);
+	CHECK(posted_by(channel, one, 2, 1) == 1); /* and so does the end of the worker. */
+	CHECK(!close(one));
+	printf("ok: writes that nobody waits for\n");
+}
+
 static void on_alarm(int number)
 {
 	(void)number;
@@ -583,6 +653,7 @@ int main(int argc, char **argv)
 	test_backing(&worker);
 	test_extra(channel, &worker);
 	test_interrupted_extra(channel, &worker);
+	test_posted(channel, &worker);
 	CHECK(!umount(directory));
 	bpfuse_channel_close(channel);
 	worker_join(&worker);

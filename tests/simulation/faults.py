@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from simulation.world import World
+    from simulation.world import ServerProcess, World
 
 _HOUR_NS: Final = 3600 * 10**9
 
@@ -40,16 +40,19 @@ class Faults:
                 (1, self.jump_a_wall_clock),
             ),
             self._do(
+                *self._of_servers(),
                 (4, self.nothing),
-                (3, self.restart_the_server),
-                (1, self.fail_over),
-                (1, self.freeze_the_server),
                 (1, self.slow_the_network),
                 (1, self.fill_the_engine),
                 (1, self.confuse_the_engine),
                 (1, self.break_the_store),
             ),
         )
+
+    def _of_servers(self) -> list[tuple[int, Callable[[], Awaitable[None]]]]:
+        if self._world.setup.standby:
+            return [(4, self.kill_a_metaserver), (4, self.freeze_a_metaserver)]
+        return [(3, self.restart_the_server), (1, self.fail_over), (1, self.freeze_the_server)]
 
     async def _do(self, *kinds: tuple[int, Callable[[], Awaitable[None]]]) -> None:
         wanted = self._world.setup.kinds
@@ -126,6 +129,26 @@ class Faults:
         old.node.frozen = False
         await self._for_a_while(1.0)
         self._world.kill_server(old)
+
+    def _a_metaserver(self) -> ServerProcess:
+        """Return, of two, mostly the one that serves."""
+        servers = self._world.servers.values()
+        return self._world.server if self._rng.random() < 0.75 else self._rng.choice(list(servers))
+
+    async def kill_a_metaserver(self) -> None:
+        """One of two is killed; it is started again, before or after the other one has taken over."""
+        process = self._a_metaserver()
+        self._world.kill_server(process)
+        await self._for_a_while(1.5)
+        self._world.start_server(process.address)
+
+    async def freeze_a_metaserver(self) -> None:
+        """One of two hangs, and goes on when the other one has perhaps taken over."""
+        process = self._a_metaserver()
+        process.node.frozen = True
+        await self._for_a_while()
+        process.node.frozen = False
+        await self._for_a_while(0.5)
 
     async def freeze_the_server(self) -> None:
         node = self._world.server.node

@@ -31,6 +31,8 @@ class Rule(NamedTuple):
 
     replaced: tuple[tuple[Any, str, Any], ...]
     faults: tuple[str, ...] = ()
+    #: It is for two metaservers.
+    standby: bool = False
 
 
 RULES: Final[dict[str, Rule]] = {
@@ -44,6 +46,7 @@ RULES: Final[dict[str, Rule]] = {
     "renewal after acknowledgement": Rule(((Breaks, "settled", _at_once),)),
     "epoch": Rule(((Maps, "bump_epoch", _nothing),)),
     "fencing": Rule(((Tenure, "check", _nothing), (fencing, "check_session", _nothing)), ("fail_over",)),
+    "epoch of the authority": Rule(((Tenure, "check", _nothing),), ("freeze_a_metaserver",), standby=True),
     "grace": Rule(((Grace, "over", _at_once),), ("restart_the_server", "partition", "freeze_a_worker")),
     "remembered outcomes": Rule(((fencing, "outcome", _nothing),), ("cut_a_connection", "restart_the_server")),
     "one connection": Rule(((Change, "is_current", True),), ("kill_a_worker",)),

@@ -261,6 +261,10 @@ class WitnessedEngine(MemoryEngine):
         return self._lazy
 
     @property
+    def puts_off(self) -> bool:
+        return True
+
+    @property
     def losses(self) -> int:
         return self._losses
 

@@ -20,9 +20,11 @@ from served import Given
 from fuseclient.worker import mount as worker_mount
 from fuseclient.worker import rpc
 from metaserver import listener, wire
+from metaserver.engine import Candidate
 from metaserver.front import Front
 from metaserver.server import Server
 from simulation import checker, kernel
+from simulation.authority import Authority, LeasedCandidate
 from simulation.client import Client
 from simulation.clocks import simulated
 from simulation.faults import Faults
@@ -35,8 +37,9 @@ from simulation.storage import ObjectsInMemory, Witness, WitnessedEngine
 from simulation.tree import check_tree
 
 VOLUME: Final = "volume"
-HOST: Final = ("server", 1)
-ADDRESS: Final = f"tcp:{HOST[0]}:{HOST[1]}"
+ADDRESS: Final = "tcp:server:1"
+#: Where there is another metaserver, if there are two.
+SECOND: Final = "tcp:second:1"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Setup:
     accel: bool = True
     #: The engine acknowledges before it is durable.
     lazy: bool = False
+    #: There are two metaservers, one of which stands by.
+    standby: bool = False
     #: The kinds of faults that there are; empty: all.
     kinds: tuple[str, ...] = ()
     #: A rule of :mod:`simulation.rules` that does not hold.
@@ -69,6 +74,7 @@ def setup_of(seed: int) -> Setup:
         faults=rng.random() < 0.85,
         accel=rng.random() < 0.8,
         lazy=rng.random() < 0.25,
+        standby=rng.random() < 0.25,
     )
 
 
@@ -93,8 +99,9 @@ class Verdict:
 class ServerProcess:
     """A metaserver and its node."""
 
-    def __init__(self) -> None:
-        self.node = Node("server", boot_offset_ns=123_456_789_000)
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.node = Node(address.split(":")[1], boot_offset_ns=123_456_789_000)
         self.server: Server | None = None
 
 
@@ -113,7 +120,9 @@ class World:
         self.history = History(loop)
         self.faults = Faults(self, random.Random(rng.random()))
         self.clients: list[Client] = []
-        self.server: ServerProcess
+        self.authority = Authority(loop, self.engine)
+        #: By address, the last one that was started there.
+        self.servers: dict[str, ServerProcess] = {}
         self.rng = random.Random(rng.random())
         self._tokens = itertools.count(1000)
         self._programs: list[tuple[Client, asyncio.Task[None]]] = []
@@ -131,24 +140,36 @@ class World:
 
     # The server
 
-    def start_server(self) -> None:
-        """Start a server on what the one before left."""
-        self.server = ServerProcess()
-        self.loop.spawn(self.server.node, self._serve(self.server), "server")
+    @property
+    def addresses(self) -> str:
+        """The metaservers, as clients are given them."""
+        return f"{ADDRESS},{SECOND}" if self.setup.standby else ADDRESS
+
+    @property
+    def server(self) -> ServerProcess:
+        """The metaserver that serves, or would if it were not in trouble."""
+        ruling = [each for each in self.servers.values() if each.node is self.witness.ruler]
+        return ruling[0] if self.setup.standby and ruling else self.servers[ADDRESS]
+
+    def start_server(self, address: str = ADDRESS) -> None:
+        """Start a server on what the one before left; of two, one that serves when the other does no more."""
+        process = self.servers[address] = ServerProcess(address)
+        self.loop.spawn(process.node, self._serve(process), "server")
+
+    def _candidate(self, address: str) -> Candidate:
+        return LeasedCandidate(address, self.authority) if self.setup.standby else Given(address, self.engine)
 
     async def _serve(self, process: ServerProcess) -> None:
-        front = Front(
-            lambda address: Given(address, self.engine), lambda engine: Server(engine, lease_s=self.setup.lease_s)
-        )
-        await front.start(ADDRESS, insecure=True)
+        front = Front(self._candidate, lambda engine: Server(engine, lease_s=self.setup.lease_s))
+        await front.start(process.address, insecure=True)
         process.server = front.server
 
     def kill_server(self, process: ServerProcess | None = None) -> None:
-        """Kill a server; the last one started, unless told otherwise. The engine's process ends with that one."""
-        node = (process or self.server).node
+        """Kill a server; the one that serves, unless told otherwise. The engine's process ends with that one."""
+        node, serving = (process or self.server).node, self.server.node
         self.loop.kill(node)
         self.network.died(node)
-        if node is self.server.node:
+        if node is serving:
             self.engine.crash()
 
     # Clients
@@ -157,7 +178,7 @@ class World:
         """Boot all clients."""
         for index in range(self.setup.clients):
             rng = random.Random(self.rng.random())
-            client = Client(self.loop, rng, index, ADDRESS, VOLUME, self.setup.accel)
+            client = Client(self.loop, rng, index, self.addresses, VOLUME, self.setup.accel)
             client.on_ready = self.history.worker_ready
             self.clients.append(client)
 
@@ -210,6 +231,8 @@ class World:
         """Start a server with a volume and the shared directories in it, and the clients."""
         self.start_server()
         await asyncio.sleep(0.1)
+        if self.setup.standby:
+            self.start_server(SECOND)
         connection = await rpc.connect(ADDRESS)
         await connection.call(wire.CreateVolume(VOLUME, "file:///blocks", self.setup.inline_limit), wire.Done)
         await connection.call(wire.OpenSession(VOLUME, "setup", None), wire.SessionOpened)
@@ -317,21 +340,20 @@ def running(seed: int, setup: Setup) -> Iterator[World]:
 def _in_place_of_the_machine(world: World) -> Iterator[None]:
     """Sockets, the object store and pyfuse3's one free function are models; logging is silent."""
     network = world.network
-    place = wire.parse_address(ADDRESS)
 
     async def create_connection(factory: Callable[[], Any], host: str, port: int) -> Any:
         return await network.connect(factory, (host, port))
 
     async def create_server(factory: Callable[[], Any], sock: Any) -> _Listening:
-        network.listen(HOST, factory)
-        return _Listening(network)
+        network.listen(tuple(sock), factory)
+        return _Listening(network, tuple(sock))
 
     level = logging.root.manager.disable
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (world.loop, "create_connection", create_connection),
             (world.loop, "create_server", create_server),
-            (listener, "listen", lambda address, insecure: place),
+            (listener, "listen", lambda address, insecure: address),
             (listener, "address_of", str),
             (listener, "remove_socket", lambda sock: None),
             (worker_mount, "open_store", lambda url: world.objects),
@@ -348,14 +370,12 @@ def _in_place_of_the_machine(world: World) -> Iterator[None]:
 class _Listening:
     """What stands for :class:`asyncio.Server`."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, address: tuple[str, int]) -> None:
         self._network = network
-
-    def is_serving(self) -> bool:
-        return True
+        self._address = address
 
     def close(self) -> None:
-        self._network.ignore(HOST)
+        self._network.ignore(self._address)
 
 
 def run(seed: int, setup: Setup = Setup()) -> Verdict:

@@ -20,6 +20,8 @@
 
 #include "channel_internal.h"
 
+#define APPENDS (1ULL << BPFUSE_FH_APPENDS_BIT)
+
 enum {
 	INIT_TOKEN = 2, /* below every pending's token, which have a generation of 1 or more */
 	WORKER_PROTOCOL_MINOR = 38,
@@ -79,9 +81,9 @@ static void mark_append(const struct request *request)
 
 	if (request->header.opcode != FUSE_WRITE || request->parts[1].iov_len < sizeof(*in))
 		return;
-	in->fh &= ~(1ULL << BPFUSE_FH_APPENDS_BIT);
+	in->fh &= ~APPENDS;
 	if (in->flags & O_APPEND && !(in->write_flags & FUSE_WRITE_CACHE))
-		in->fh |= 1ULL << BPFUSE_FH_APPENDS_BIT;
+		in->fh |= APPENDS;
 }
 
 static enum lane lane_of(uint32_t opcode)
@@ -93,7 +95,9 @@ static enum lane lane_of(uint32_t opcode)
 	case FUSE_MKDIR:
 	case FUSE_UNLINK:
 	case FUSE_RMDIR:
+	case FUSE_READ:
 	case FUSE_WRITE:
+	case FUSE_FSYNC:
 	case FUSE_CREATE:
 	case FUSE_FLUSH:   /* pyfuse3 does not tell of the owners of locks */
 	case FUSE_RELEASE: /* the same */
@@ -148,11 +152,70 @@ static void fill_handle(struct request *request)
 	memcpy(request->parts[1].iov_base, &handle, sizeof(handle));
 }
 
-/* Sends a pending to the worker; with the lock held. Returns 0, or -EAGAIN if it has to wait. */
-static int pending_send(struct bpfuse_channel *channel, struct pending *pending)
+/*
+ * Prepares a write, or a release, for what posting.c is about. Returns the write if nobody is to wait for it.
+ * The bytes may be sent again later, so they are to say each time whether that is so.
+ */
+static struct fuse_write_in *post(struct bpfuse_channel *channel, struct pending *pending, struct request *request,
+				  bool may_post)
 {
+	struct fuse_write_in *in = request->parts[1].iov_base;
+
+	if (pending->opcode == FUSE_RELEASE && request->parts[1].iov_len >= sizeof(in->fh))
+		posting_end(channel, in->fh);
+	if (pending->opcode != FUSE_WRITE || request->parts[1].iov_len < sizeof(*in))
+		return NULL;
+	pending->handle = in->fh;
+	in->padding = 0;
+	if (in->fh & APPENDS) {
+		posting_end(channel, in->fh);
+		channel->appends += !pending->appends;
+		pending->appends = true;
+	} else if (may_post && posting_covers(channel, in)) {
+		in->padding = 1;
+		return in;
+	}
+	return NULL;
+}
+
+/* Returns the bytes of a small write, wherever they lie; NULL: it is not small, or not what it says. */
+static const void *small_data(const struct request *request, const struct fuse_write_in *in)
+{
+	size_t behind = request->parts[1].iov_len - sizeof(*in);
+	bool apart = request->count > 2 && request->parts[2].iov_len;
+
+	if (in->size > BPFUSE_MAX_WRITE / 4 || in->size != (apart ? request->parts[2].iov_len : behind))
+		return NULL;
+	return apart ? request->parts[2].iov_base : (const void *)(in + 1);
+}
+
+/* Sends a message that may be a posted write, or gathers it. Returns 0 or -EAGAIN. */
+static int message_send(struct bpfuse_channel *channel, enum lane lane, struct request *request,
+			const struct fuse_write_in *posted)
+{
+	struct msghdr message = { .msg_iov = request->parts, .msg_iovlen = (size_t)request->count };
+	const void *data = posted ? small_data(request, posted) : NULL;
+
+	if (data)
+		return posting_gather(channel, &request->header, posted, data);
+	if (posting_flush(channel))
+		return -EAGAIN;
+	request->parts[0] = (struct iovec){ &request->header, sizeof(request->header) };
+	/* A worker that died is noticed where its socket is read; until then its requests wait. */
+	if (sendmsg(channel->worker.sockets[lane], &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
+		return -EAGAIN;
+	return 0;
+}
+
+/*
+ * Sends a pending to the worker; with the lock held. Returns 0, -EAGAIN if it has to wait, or of a write that is posted,
+ * and is no pending any more, its size.
+ */
+static int pending_send(struct bpfuse_channel *channel, struct pending *pending, bool may_post)
+{
+	struct fuse_write_in *posted;
+	int result = 0;
 	struct request request = { .count = 0 };
-	struct msghdr message = { .msg_iov = request.parts };
 
 	if (!channel->worker.ready)
 		return -EAGAIN;
@@ -162,29 +225,39 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending)
 		request_of_copy(&request, pending);
 	fill_handle(&request);
 	mark_append(&request);
+	posted = post(channel, pending, &request, may_post);
 	if (pending->origin.kind != PENDING_ONE_WAY)
 		request.header.unique = pending_token(pending);
 	if (pending->tried)
 		request.header.opcode = FUSE_SETLK;
-	request.parts[0] = (struct iovec){ &request.header, sizeof(request.header) };
-	message.msg_iovlen = (size_t)request.count;
-	/* A worker that died is noticed where its socket is read; until then its requests wait. */
-	if (sendmsg(channel->worker.sockets[pending->lane], &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
+	if (message_send(channel, pending->lane, &request, posted))
 		return -EAGAIN;
 	channel->figures.forwarded[pending->opcode % BPFUSE_OPCODES]++;
 	pending->state = PENDING_SENT;
-	if (pending->origin.kind == PENDING_ONE_WAY)
+	if (posted) {
+		posting_spend(channel, posted);
+		result = (int)posted->size;
+	}
+	if (posted || pending->origin.kind == PENDING_ONE_WAY)
 		pending_finish(channel, pending);
-	return 0;
+	return result;
 }
 
-static void pending_forward(struct bpfuse_channel *channel, struct pending *pending)
+/* Sends a pending or has it wait. Returns 0, or the size of a write that was posted and is to be answered. */
+static int pending_forward(struct bpfuse_channel *channel, struct pending *pending)
 {
-	if (!channel->held_head && !pending_send(channel, pending))
-		return;
+	int sent = channel->held_head ? -EAGAIN : pending_send(channel, pending, true);
+
+	if (sent > 0 && channel->gathering.in.size && !channel->gathering.watched) {
+		channel->gathering.watched = true;
+		bridge_wake(channel);
+	}
+	if (sent >= 0)
+		return sent;
 	pending_hold(channel, pending);
 	if (channel->worker.ready)
 		bridge_wake(channel);
+	return 0;
 }
 
 static void flush_held(struct bpfuse_channel *channel)
@@ -195,7 +268,7 @@ static void flush_held(struct bpfuse_channel *channel)
 
 		/* Off the list first: once sent, a pending may be on the list of free copies. */
 		pending_unhold(channel, pending);
-		if (!pending_send(channel, pending))
+		if (!pending_send(channel, pending, false))
 			continue;
 		pending->next = channel->held_head;
 		if (!channel->held_head)
@@ -313,6 +386,7 @@ static void worker_lost(struct bpfuse_channel *channel)
 	pthread_mutex_lock(&channel->lock);
 	close_sockets(channel->worker.sockets);
 	channel->worker.ready = false;
+	posting_end_all(channel);
 	for (uint32_t i = 0; i < channel->pending_count; i++) {
 		struct pending *pending = channel->pendings[i];
 
@@ -391,6 +465,18 @@ static void worker_initialised(struct bpfuse_channel *channel, const struct fuse
 	channel_signal(channel);
 }
 
+/* A write was answered: its reply may grant that more are posted, which is not for the kernel to see. */
+static void take_grant(struct bpfuse_channel *channel, const struct pending *pending, struct fuse_out_header *header)
+{
+	struct fuse_write_out *out = (void *)(header + 1);
+
+	if (pending->opcode != FUSE_WRITE || header->error || header->len != sizeof(*header) + sizeof(*out))
+		return;
+	if (!pending->appends)
+		posting_grant(channel, pending->handle, out->padding);
+	out->padding = 0;
+}
+
 static void reply_receive(struct bpfuse_channel *channel, enum lane lane, size_t length)
 {
 	struct fuse_out_header *header = (void *)channel->reply_buffer;
@@ -410,6 +496,8 @@ static void reply_receive(struct bpfuse_channel *channel, enum lane lane, size_t
 		/* A wait that was only tried did not fail because it was not to wait. */
 		if (pending->tried && header->error == -EAGAIN)
 			header->error = -ENOLCK;
+		if (whole)
+			take_grant(channel, pending, header);
 		pending_finish(channel, pending);
 	}
 	channel->figures.malformed_replies += !whole;
@@ -469,8 +557,8 @@ static bool interrupted_early(const struct bpfuse_channel *channel, const struct
 }
 
 /*
- * Called by a queue's owner for a request that BPF left untouched. Returns 0, or with what the owner is to refuse it:
- * -EIO for one whose sizes are impossible, -EINTR.
+ * Called by a queue's owner for a request that BPF left untouched. Returns 0; or with what the owner is to refuse it:
+ * -EIO for one whose sizes are impossible, -EINTR; or the size of a write, for which it is to thank at once.
  */
 int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index)
 {
@@ -478,22 +566,22 @@ int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index)
 	const struct fuse_in_header *header = (void *)entry->uring.in_out;
 	struct pending *pending = channel->pendings[index];
 	struct request request;
-	int error = request_of_entry(&request, entry);
+	int result = request_of_entry(&request, entry);
 
 	pthread_mutex_lock(&channel->lock);
 	pending->origin.unique = header->unique;
 	pending->opcode = header->opcode;
 	pending->lane = lane_of(header->opcode);
-	if (error)
+	if (result)
 		channel->figures.malformed_requests++;
 	else if (interrupted_early(channel, header))
-		error = -EINTR;
+		result = -EINTR;
 	else if (header->opcode == FUSE_SETLKW)
 		wait_begin(channel, pending);
-	if (!error)
-		pending_forward(channel, pending);
+	if (!result)
+		result = pending_forward(channel, pending);
 	pthread_mutex_unlock(&channel->lock);
-	return error;
+	return result;
 }
 
 static void forward_copy(struct bpfuse_channel *channel, enum pending_kind kind, enum lane lane, const void *message,
@@ -502,6 +590,7 @@ static void forward_copy(struct bpfuse_channel *channel, enum pending_kind kind,
 	const struct fuse_in_header *header = message;
 	struct pending *pending = NULL;
 	uint64_t unique = header->unique;
+	int posted = 0;
 
 	pthread_mutex_lock(&channel->lock);
 	pending = pending_copy(channel, kind, message, length);
@@ -509,11 +598,16 @@ static void forward_copy(struct bpfuse_channel *channel, enum pending_kind kind,
 		pending->origin.unique = unique;
 		pending->opcode = header->opcode;
 		pending->lane = lane;
-		pending_forward(channel, pending);
+		posted = pending_forward(channel, pending);
 	} else if (kind == PENDING_ONE_WAY) {
 		channel->figures.dropped++;
 	}
 	pthread_mutex_unlock(&channel->lock);
+	if (posted) {
+		struct written_reply reply = written(unique, posted);
+
+		device_write(channel, &reply, sizeof(reply));
+	}
 	if (!pending && kind == PENDING_COPY)
 		reply_error(channel, (struct origin){ .kind = PENDING_COPY, .unique = unique }, -ENOMEM);
 }
@@ -556,16 +650,26 @@ static void bridge_turn(struct bpfuse_channel *channel)
 {
 	struct pollfd ready[LANES + 1];
 	uint64_t count;
+	int timeout_ms;
 
 	for (int lane = 0; lane < LANES; lane++)
 		ready[lane] = (struct pollfd){ .fd = channel->worker.sockets[lane], .events = POLLIN };
 	ready[LANES] = (struct pollfd){ .fd = channel->wake, .events = POLLIN };
 	pthread_mutex_lock(&channel->lock);
 	if (channel->held_head && channel->worker.ready)
-		ready[channel->held_head->lane].events |= POLLOUT;
+		ready[channel->gathering.in.size ? LANE_EXTRA : channel->held_head->lane].events |= POLLOUT;
+	channel->gathering.watched = channel->gathering.in.size;
+	timeout_ms = channel->gathering.watched ? GATHER_MS : -1;
 	pthread_mutex_unlock(&channel->lock);
-	if (poll(ready, LANES + 1, -1) < 0)
+	if (poll(ready, LANES + 1, timeout_ms) < 0)
 		return;
+	if (timeout_ms > 0) {
+		pthread_mutex_lock(&channel->lock);
+		/* What cannot be sent is looked at again. */
+		if (posting_is_due(channel))
+			posting_flush(channel);
+		pthread_mutex_unlock(&channel->lock);
+	}
 	if (ready[LANES].revents && read(channel->wake, &count, sizeof(count)) > 0) {
 		worker_take_up(channel);
 		answer_interrupted(channel);

@@ -29,6 +29,8 @@ enum {
 	MAX_QUEUES = 4096,
 	MAX_COPIES = 1 << 16, /* requests and one-way messages held in copies at one time */
 	EARLY_INTERRUPTS = 64,
+	GATHER_MS = 5, /* posted writes are gathered for so long at most */
+	POSTINGS = 32, /* files of which writes are posted at one time */
 };
 
 enum pending_state { PENDING_IDLE, PENDING_HELD, PENDING_SENT };
@@ -57,6 +59,8 @@ struct pending {
 	uint32_t opcode;
 	bool interrupted;     /* when it is held: to be answered EINTR */
 	struct queue *waits;  /* of a wait for a lock: the queue in which it keeps an entry */
+	uint64_t handle;      /* of a WRITE, as the worker knows it */
+	bool appends;         /* a WRITE to the end of the file, which was sent and is not answered */
 	bool tried;           /* a wait for a lock that the worker only tries: there is no entry to wait in */
 	atomic_bool replied;  /* the bridge has put the reply in the ring entry */
 	struct pending *next; /* in the held or the free list */
@@ -76,6 +80,35 @@ struct queue {
 	uint32_t live;    /* entries the kernel may still complete */
 	uint32_t waiting; /* entries that wait for a lock; under the channel's lock */
 };
+
+/* What the worker takes of a file without a word. A key of 0: of none. */
+struct posting {
+	uint64_t key;
+	uint32_t credit; /* bytes */
+};
+
+/* Small posted writes that follow each other, to be sent as one. A size of 0: there are none. */
+struct gathering {
+	struct fuse_in_header header;
+	struct fuse_write_in in; /* `padding` counts the writes */
+	uint8_t *bytes;          /* room for BPFUSE_MAX_WRITE */
+	uint64_t since_ms;       /* on CLOCK_MONOTONIC */
+	bool watched;            /* the bridge looks after it by itself in time */
+};
+
+/* The whole reply to a write. */
+struct written_reply {
+	struct fuse_out_header header;
+	struct fuse_write_out out;
+};
+
+static inline struct written_reply written(uint64_t unique, int size)
+{
+	return (struct written_reply){
+		.header = { .len = sizeof(struct written_reply), .unique = unique },
+		.out = { .size = (uint32_t)size },
+	};
+}
 
 struct worker_link {
 	int sockets[LANES]; /* -1: none; there are both or neither */
@@ -106,6 +139,9 @@ struct bpfuse_channel {
 	struct pending *free_copies;
 	struct pending *held_head, **held_tail;
 	uint32_t held_count;
+	struct posting postings[POSTINGS];
+	struct gathering gathering;
+	uint32_t next_posting, appends;        /* WRITEs to the end of a file that are sent and not answered */
 	struct bpfuse_channel_figures figures; /* under lock, but for `committed` */
 	atomic_ullong committed;
 
@@ -140,6 +176,17 @@ uint64_t pending_token(const struct pending *pending);
 void pending_hold(struct bpfuse_channel *channel, struct pending *pending);
 void pending_unhold(struct bpfuse_channel *channel, struct pending *pending);
 void pending_finish(struct bpfuse_channel *channel, struct pending *pending);
+
+/* posting.c: all with the lock held */
+bool posting_covers(struct bpfuse_channel *channel, const struct fuse_write_in *in);
+void posting_spend(struct bpfuse_channel *channel, const struct fuse_write_in *in);
+int posting_gather(struct bpfuse_channel *channel, const struct fuse_in_header *header, const struct fuse_write_in *in,
+		   const void *data);
+int posting_flush(struct bpfuse_channel *channel);
+bool posting_is_due(const struct bpfuse_channel *channel);
+void posting_end(struct bpfuse_channel *channel, uint64_t handle);
+void posting_end_all(struct bpfuse_channel *channel);
+void posting_grant(struct bpfuse_channel *channel, uint64_t handle, uint32_t credit);
 
 /* bridge.c */
 void *bridge_run(void *channel);

@@ -194,7 +194,8 @@ static int channel_allocate(struct bpfuse_channel *channel)
 	pthread_cond_init(&channel->queue_reported, NULL);
 	channel->reply_buffer = malloc(MESSAGE_MAX);
 	channel->device_buffer = malloc(MESSAGE_MAX);
-	if (!channel->reply_buffer || !channel->device_buffer)
+	channel->gathering.bytes = malloc(BPFUSE_MAX_WRITE);
+	if (!channel->reply_buffer || !channel->device_buffer || !channel->gathering.bytes)
 		return -ENOMEM;
 	channel->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	channel->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -374,6 +375,7 @@ void bpfuse_channel_close(struct bpfuse_channel *channel)
 	close_descriptor(channel->wake);
 	free(channel->reply_buffer);
 	free(channel->device_buffer);
+	free(channel->gathering.bytes);
 	pthread_cond_destroy(&channel->notifier_ended);
 	pthread_cond_destroy(&channel->queue_reported);
 	pthread_mutex_destroy(&channel->lock);

@@ -178,6 +178,19 @@ static void queue_refuse(struct queue *queue, uint32_t index, int error)
 	queue_commit(queue, index);
 }
 
+/* Answers a write: all of it was taken. */
+static void queue_written(struct queue *queue, uint32_t index, int size)
+{
+	struct bpfuse_entry *entry = &queue->channel->entries[index];
+	const struct fuse_in_header *in = (void *)entry->uring.in_out;
+	struct written_reply reply = written(in->unique, size);
+
+	memcpy(entry->uring.in_out, &reply.header, sizeof(reply.header));
+	memcpy(entry->payload, &reply.out, sizeof(reply.out));
+	entry->uring.payload_size = sizeof(reply.out);
+	queue_commit(queue, index);
+}
+
 static void queue_complete(struct queue *queue, const struct io_uring_cqe *cqe)
 {
 	uint32_t index = (uint32_t)cqe->user_data, magic = (uint32_t)(cqe->user_data >> 32);
@@ -199,10 +212,12 @@ static void queue_complete(struct queue *queue, const struct io_uring_cqe *cqe)
 	} else if (queue->channel->entries[index].answered) {
 		queue_commit(queue, index);
 	} else {
-		int error = bridge_forward_entry(queue->channel, index);
+		int result = bridge_forward_entry(queue->channel, index);
 
-		if (error)
-			queue_refuse(queue, index, error);
+		if (result < 0)
+			queue_refuse(queue, index, result);
+		else if (result > 0)
+			queue_written(queue, index, result);
 	}
 }
 

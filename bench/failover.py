@@ -1,0 +1,162 @@
+"""How long a failover takes: the authority of two metaservers is killed, 20 times, under a writer.
+
+A sample is the longest that a program waited for one change (a file made, written and closed) around a kill, so it has
+all that there is in between: the takeover, the clients' way to it, and their coming back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from bench.peers.base import free_ports
+from bench.results import Figure, Result, Samples
+from bench.systems import bpfuse
+from fuseclient.observe import status
+
+_KILLS: Final = 20
+_LEASE_S: Final = 30.0
+#: What a pause may be beyond a lease, in seconds.
+_BEYOND_S: Final = 5.0
+#: Changes that are made at the next authority before the next kill.
+_CHANGES: Final = 20
+#: Seconds that anything here may take.
+_LONGEST_S: Final = 90.0
+
+
+def run(directory: Path, rounds: int, *, small: bool) -> Result:
+    """Kill as often as it takes, whatever ``rounds`` says; all files lie in ``directory``."""
+    kills = 2 if small else _KILLS
+    samples = Samples()
+    with _metaservers(directory) as servers:
+        url = f"bpfuse://{','.join(servers)}/failover"
+        bpfuse("format", url, "--store", f"file://{directory}/blocks")
+        with _mounted(url, directory / "mnt") as point, _Writer(point) as writer:
+            for _ in range(kills):
+                samples.add("failover", "bpfuse", _pause(url, servers, writer))
+    setting = {"kills": kills, "lease_s": int(_LEASE_S), "closes that told of a loss": writer.told}
+    return Result("failover", kills, setting, samples, _figures(samples.seconds["failover", "bpfuse"]))
+
+
+def _figures(pauses: list[float]) -> list[Figure]:
+    """Return the distribution; the longest pause has a limit."""
+    ordered = sorted(pauses)
+    parts = {"least": ordered[0], "median": statistics.median(ordered), "90 %": ordered[(len(ordered) * 9 - 1) // 10]}
+    figures = [Figure("failover", name, "", value, "s") for name, value in parts.items()]
+    return [*figures, Figure("failover", "longest", "", ordered[-1], "s", _LEASE_S + _BEYOND_S)]
+
+
+class _Metaserver:
+    """One of them, as a process that can be started again."""
+
+    def __init__(self, place: str, directory: Path) -> None:
+        self._command = [sys.executable, "-P", "-m", "metaserver", "--engine", f"lmdb://{directory}/engine"]
+        self._command += ["--listen", f"tcp:{place}", "--lease-s", str(_LEASE_S)]
+        self._log = directory / "metaserver.log"
+        self.start()
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(self._command, stderr=log)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.wait(_LONGEST_S)
+
+
+@contextlib.contextmanager
+def _metaservers(directory: Path) -> Iterator[dict[str, _Metaserver]]:
+    """Give two metaservers on one engine, by host and port."""
+    places = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    servers = {place: _Metaserver(place, directory) for place in places}
+    try:
+        yield servers
+    finally:
+        for each in servers.values():
+            each.end()
+
+
+@contextlib.contextmanager
+def _mounted(url: str, point: Path) -> Iterator[Path]:
+    point.mkdir()
+    bpfuse("mount", url, point)
+    try:
+        yield point
+    finally:
+        bpfuse("umount", point)
+
+
+def _pause(url: str, servers: dict[str, _Metaserver], writer: _Writer) -> float:
+    """Kill the authority; return the longest change until some were made at the next one."""
+    _wait(lambda: _online(url) == len(servers))
+    serving = str(status.read(url)["authority"]).removeprefix("tcp:")
+    writer.make(_CHANGES)
+    writer.take_longest()
+    servers[serving].kill()
+    writer.make(_CHANGES)
+    servers[serving].start()
+    return writer.take_longest()
+
+
+def _online(url: str) -> int:
+    return sum(each["state"] == "online" for each in status.read(url)["metaservers"])
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _LONGEST_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError("the failover does not end")
+        time.sleep(0.02)
+
+
+class _Writer:
+    """A thread that makes files, one after the other."""
+
+    def __init__(self, point: Path) -> None:
+        self._point = point
+        self._made = 0
+        self._longest_s = 0.0
+        self._ended = threading.Event()
+        #: Changes that failed: LMDB had put a new file off for a moment, and its close said that it was lost.
+        self.told = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> _Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(_LONGEST_S)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            began = time.monotonic()
+            try:
+                (self._point / f"file{self._made % 1000}").write_bytes(b"content")
+            except OSError:
+                self.told += 1
+            self._longest_s = max(self._longest_s, time.monotonic() - began)
+            self._made += 1
+
+    def make(self, count: int) -> None:
+        """Return when so many more changes were made."""
+        until = self._made + count
+        _wait(lambda: self._made >= until)
+
+    def take_longest(self) -> float:
+        """Return the seconds that the longest change took, and forget it."""
+        longest_s, self._longest_s = self._longest_s, 0.0
+        return longest_s

@@ -37,7 +37,8 @@ _USUAL: Final = tuple(each.name for each in workloads.USUAL)
 _ROUNDS: Final = 5
 _QUICK_ROUNDS: Final = 2
 _QUICK: Final = Scale(files=200, images=100, file_bytes=16 << 20, quick=True)
-_QUICK_SYSTEMS: Final = ["ext4", "bpfuse", "bpfuse off", "juicefs"]
+_QUICK_SYSTEMS: Final = ["ext4", "bpfuse", "juicefs"]
+_QUICK_WORKLOADS: Final = ("small", "fio", "pytorch", "trees", "metadata")
 
 
 def main(
@@ -73,7 +74,7 @@ def main(
     met = True
     for part in [each for each in parts or () if each in PARTS]:
         met &= _part(part, rounds, small, directory, console)
-    chosen = [each for each in parts or _USUAL if each in _WORKLOADS]
+    chosen = [each for each in parts or (_QUICK_WORKLOADS if quick else _USUAL) if each in _WORKLOADS]
     if chosen:
         scale = Scale(files=20, images=20, file_bytes=1 << 20, quick=True) if small else _QUICK if quick else Scale()
         scale = _scaled(scale, files, images)

@@ -87,14 +87,16 @@ def check(options: MountOptions) -> tuple[MountOptions, tuple[str, ...]]:
     if missing := features.missing_for_mount(found):
         raise UserError(f"this cannot be mounted here: {features.describe(missing)}; {missing[0].remedy}")
     mountpoint = _check_mountpoint(options.mountpoint)
-    url = _check_volume(options.url, mountpoint)
+    url, may_only_read, notices = _check_volume(options.url, mountpoint)
     if options.durability != "commit" and not isinstance(parse_volume(url), Embedded):
         raise UserError("--durability is for embedded volumes; of others, it is an option of their metaserver")
     _check_cache_directory(options.cache_directory, mountpoint)
-    accel, notices = _check_acceleration(options.accel, found)
+    accel, more = _check_acceleration(options.accel, found)
     if not _CACHE_MIN <= options.kernel_cache_bytes <= _CACHE_MAX:
         raise UserError(f"the kernel cache is from 1M to 64G, not {options.kernel_cache_bytes} bytes")
-    return msgspec.structs.replace(options, mountpoint=mountpoint, url=url, accel=accel), notices
+    read_only = options.read_only or may_only_read
+    options = msgspec.structs.replace(options, mountpoint=mountpoint, url=url, accel=accel, read_only=read_only)
+    return options, notices + more
 
 
 def default_log_file(mountpoint: str) -> str:
@@ -136,13 +138,19 @@ def _check_mountpoint(path: str) -> str:
     return mountpoint
 
 
-def _check_volume(url: str, mountpoint: str) -> str:
+def _check_volume(url: str, mountpoint: str) -> tuple[str, bool, tuple[str, ...]]:
+    """Return the URL of a volume that can be mounted, whether it can be read only, and notices."""
     volume = parse_volume(url)
     if isinstance(volume, Embedded):
         _check_embedded(volume, mountpoint)
-    else:
-        servers.check_volume(volume)
-    return volume.url
+        return volume.url, False, ()
+    notices: tuple[str, ...] = ()
+    if volume.credentials.insecure:
+        notices += (f"--insecure: whoever is on the way to {volume.places} can see and change all that is said",)
+    may_only_read = servers.check_volume(volume).read_only
+    if may_only_read:
+        notices += ("mounted read-only: the metaserver lets this identity change nothing",)
+    return volume.full_url, may_only_read, notices
 
 
 def _check_embedded(volume: Embedded, mountpoint: str) -> None:

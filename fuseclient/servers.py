@@ -34,10 +34,10 @@ def create_volume(address: str, request: wire.CreateVolume) -> bytes:
 
     async def body(connection: rpc.Connection) -> bytes:
         await connection.call(request, wire.Done)
-        return await _look_at(connection, request.name)
+        return (await _look_at(connection, request.name)).volume
 
     try:
-        return _talk(address, body)
+        return talk(address, body)
     except rpc.Refused as refused:
         if refused.code is wire.ErrorCode.VOLUME_EXISTS:
             raise _exists(address, request.name) from None
@@ -47,7 +47,7 @@ def create_volume(address: str, request: wire.CreateVolume) -> bytes:
 def must_be_new(volume: Remote) -> None:
     """Raise :exc:`UserError` if the volume's metaserver does not answer, or has it already."""
     try:
-        _talk(volume.address, lambda connection: _look_at(connection, volume.name))
+        talk(volume.address, lambda connection: _look_at(connection, volume.name))
     except rpc.Refused as refused:
         if refused.code is wire.ErrorCode.NO_SUCH_VOLUME:
             return
@@ -59,18 +59,18 @@ def _exists(address: str, name: str) -> UserError:
     return UserError(f"the metaserver at {address} has a volume {name!r} already")
 
 
-async def _look_at(connection: rpc.Connection, name: str) -> bytes:
-    """Return a volume's identity."""
+async def _look_at(connection: rpc.Connection, name: str) -> wire.SessionOpened:
+    """Return what a metaserver tells of a volume."""
     client = f"{socket.gethostname()} check"
     opened = await connection.call(wire.OpenSession(name, client), wire.SessionOpened)
     await connection.call(wire.CloseSession(), wire.Done)
-    return opened.volume
+    return opened
 
 
-def check_volume(volume: Remote) -> None:
-    """Raise :exc:`UserError` unless the volume's metaserver answers and has it."""
+def check_volume(volume: Remote) -> wire.SessionOpened:
+    """Return what a volume's metaserver tells of it; raise :exc:`UserError` if it does not answer or has it not."""
     try:
-        _talk(volume.address, lambda connection: _look_at(connection, volume.name))
+        return talk(volume.address, lambda connection: _look_at(connection, volume.name))
     except rpc.Refused as refused:
         if refused.code is wire.ErrorCode.NO_SUCH_VOLUME:
             raise UserError(
@@ -109,7 +109,7 @@ def read_line(descriptor: int, timeout_s: float) -> bytes | None:
     return bytes(received[:-1])
 
 
-def _talk(address: str, body: Callable[[rpc.Connection], Awaitable[_T]]) -> _T:
+def talk(address: str, body: Callable[[rpc.Connection], Awaitable[_T]]) -> _T:
     """Run ``body`` on a connection of its own; raise :exc:`UserError` if there is none, or it is lost."""
 
     async def connected() -> _T:

@@ -1,5 +1,7 @@
 """Where a volume is: its URL as the user writes it, checked, as a typed value.
 
+The query of the second form tells where the credentials are (see credentials.py).
+
 ``file:///dir`` is an embedded volume: its metadata and blocks lie in one directory, and whoever uses it starts a
 metaserver of its own on it. ``bpfuse://host:port/name`` is a volume of a running metaserver. The path of a file URL
 is taken literally, as a shell would: nothing in it is percent-decoded. The URLs of engines and stores, which travel
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+from fuseclient.credentials import NO_CREDENTIALS, Credentials
 from fuseclient.data.store_errors import StoreError
 from fuseclient.data.store_url import FORMS as STORE_FORMS
 from fuseclient.data.store_url import parse_store_url
@@ -76,10 +79,17 @@ class Remote:
     #: Host and port of each.
     hosts: tuple[tuple[str, int], ...]
     name: str
+    credentials: Credentials = NO_CREDENTIALS
 
     @property
     def url(self) -> str:
+        """The volume, as it is shown; see :attr:`full_url`."""
         return f"bpfuse://{self.places}/{self.name}"
+
+    @property
+    def full_url(self) -> str:
+        """What :func:`parse_volume` makes this of, with where the credentials are."""
+        return f"{self.url}{self.credentials.suffix}"
 
     @property
     def places(self) -> str:
@@ -89,7 +99,7 @@ class Remote:
     @property
     def address(self) -> str:
         """The metaservers, in the form that a connection is made to."""
-        return ",".join(f"tcp:{host}:{port}" for host, port in self.hosts)
+        return ",".join(f"tcp:{host}:{port}" for host, port in self.hosts) + self.credentials.suffix
 
 
 Volume = Embedded | Remote
@@ -135,6 +145,7 @@ def _absolute_path(url: str) -> str:
 
 
 def _parse_remote(url: str) -> Remote:
+    url, _, query = url.partition("?")
     places, _, volume = url.removeprefix("bpfuse://").partition("/")
     hosts = tuple(_parse_place(url, place) for place in places.split(","))
     if not volume:
@@ -143,7 +154,10 @@ def _parse_remote(url: str) -> Remote:
         raise UserError(
             f"{volume!r} cannot be a volume's name: up to 63 of a-z, 0-9, '_', '.', '-', a letter or digit first"
         )
-    return Remote(hosts, volume)
+    try:
+        return Remote(hosts, volume, Credentials.parse(query))
+    except ValueError as error:
+        raise UserError(f"{url}: {error}") from None
 
 
 def _parse_place(url: str, place: str) -> tuple[str, int]:

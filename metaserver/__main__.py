@@ -93,7 +93,14 @@ def parse(arguments: list[str]) -> process.Options:
     """Return the options of a server; a mistake prints one line and exits with 2."""
     parser = _Parser(prog="metaserver", description="Serve bpfuse volumes.", allow_abbrev=False)
     parser.add_argument("--engine", required=True, metavar="URL", help="lmdb:///directory or another engine's URL")
-    parser.add_argument("--listen", required=True, type=_address, metavar="ADDRESS", help="unix:/path or tcp:host:port")
+    parser.add_argument(
+        "--listen",
+        required=True,
+        type=_address,
+        action="append",
+        metavar="ADDRESS",
+        help="unix:/path or tcp:host:port; may be repeated",
+    )
     parser.add_argument("--lease-s", type=_lease, default=30.0, metavar="SECONDS", help="lease length (default: 30)")
     parser.add_argument(
         "--durability",
@@ -104,6 +111,18 @@ def parse(arguments: list[str]) -> process.Options:
     parser.add_argument("--ready-fd", type=_descriptor, metavar="FD", help='gets "ready ADDRESS" and a newline')
     parser.add_argument("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO")
     parser.add_argument("--insecure", action="store_true", help="allow plaintext TCP that other machines can reach")
+    parser.add_argument("--tls-cert", metavar="FILE", help="TLS on TCP, with this certificate (PEM)")
+    parser.add_argument("--tls-key", metavar="FILE", help="its key (PEM), mode 0600")
+    parser.add_argument("--tls-client-ca", metavar="FILE", help="whose certificates clients may be known by (PEM)")
+    parser.add_argument(
+        "--require-identity", action="store_true", help="who is on this machine has to show who he is, too"
+    )
+    parser.add_argument(
+        "--squash",
+        choices=[each.name.lower() for each in wire.Squash],
+        default="auto",
+        help="whose rights those have who come over plaintext from elsewhere (default: anybody's but root's)",
+    )
     parser.add_argument("--die-with-parent", action="store_true", help="end when the starting process ends")
     parser.add_argument("--no-janitor", dest="janitor", action="store_false", help="clear up nothing by itself")
     parser.add_argument(

@@ -1,7 +1,10 @@
 """One client's connection: frames in, requests started, replies out, and the limits that keep a client in its place.
 
-* The first frame is a Hello and comes in time, or the connection ends.
-* At most ``in_flight`` requests of a connection run at once. What a client sends beyond that stays in its socket.
+* The first frame is a Hello and comes in time, or the connection ends. Nothing else is looked at until it is known who
+  the client is (see gate.py).
+* At most ``in_flight`` requests of a connection run at once, and ``identity_in_flight`` of all those of one identity.
+  What a client sends beyond that stays in its socket.
+* Who has no session and asks for nothing is cut off after ``idle_s``.
 * Replies are not buffered without end: while the client does not take them no request is started and no page of a
   stream is read, and after ``stall_s`` of that it is cut off.
 * Breaks go out as they come, whatever else is waiting, and acknowledgements are taken in as they come: neither is a
@@ -24,6 +27,8 @@ from typing import Final, NamedTuple, Protocol, cast
 
 from metaserver import wire
 from metaserver.errors import Conflict, EngineClosed, EngineFull, EngineUnavailable, Fenced, Refused, Unknown
+from metaserver.gate import Account, Gate, Unguarded
+from metaserver.identities import Shown
 from metaserver.sessions import Session
 
 _log = logging.getLogger(__name__)
@@ -49,6 +54,14 @@ class Limits(NamedTuple):
     #: Directory fetches that may run at once, of those in flight.
     streams: int = 4
     connections: int = 4096
+    #: Connections that have not said yet who they are.
+    half_open: int = 1024
+    #: Connections, requests at once, and sessions of one identity.
+    identity_connections: int = 256
+    identity_in_flight: int = 1024
+    identity_sessions: int = 256
+    #: Seconds that a connection without a session may ask for nothing.
+    idle_s: float = 120.0
     #: Bytes of replies that may wait for a client before it counts as slow.
     unsent_bytes: int = 1024 * 1024
 
@@ -59,9 +72,13 @@ class Caller:
     ``push`` sends a frame over the connection; the session has it while it is bound.
     """
 
+    #: Whose connection it is. Set before anything is asked for.
+    account: Account
+
     def __init__(self, push: Callable[[bytes], None]) -> None:
         self._session: Session | None = None
         self._push = push
+        self._told_by: Callable[[bytes], None] = push
         self.incarnation = 0
 
     def must_be_free(self) -> None:
@@ -73,19 +90,33 @@ class Caller:
         """The session belongs to this connection now, and to no earlier one; it gets the breaks that it missed."""
         self._session = session
         self.incarnation = session.incarnation
-        session.push = self._push
+        guard, push = session.guard, self._push
+        if guard is not None:
+            push = lambda frame: self._push(guard.frame_outward(frame))  # noqa: E731
+        session.push = self._told_by = push
         for breaking in session.pending.values():
-            self._push(breaking.frame)
+            push(breaking.frame)
 
     def gone(self) -> None:
         """The connection is lost."""
-        if self._session is not None and self._session.push == self._push:
+        if self._session is not None and self._session.push == self._told_by:
             self._session.push = None
 
     def bound(self) -> Session | None:
-        """Return the session if it belongs to this connection, live or not."""
+        """Return the session if it belongs to this connection, whether its lease has run out or not."""
         session = self._session
         return session if session is not None and session.incarnation == self.incarnation else None
+
+    def must_be_admin(self) -> None:
+        """Raise :exc:`Refused` (ACCESS_DENIED) unless the client may make volumes and identities."""
+        if not self.account.identity.admin:
+            raise Refused(wire.ErrorCode.ACCESS_DENIED, "the identity is not the one of an administrator")
+
+    def must_see(self, volume: str) -> None:
+        """Raise :exc:`Refused` (NO_SUCH_VOLUME) if the client's identity has no part in a volume."""
+        volumes = self.account.identity.volumes
+        if volumes is not None and volume not in volumes:
+            raise Refused(wire.ErrorCode.NO_SUCH_VOLUME, f"there is no volume {volume!r}")
 
     def session(self) -> Session:
         """Return the live session; raise :exc:`Refused`: INVALID if none was opened, else STALE_SESSION."""
@@ -113,7 +144,7 @@ class Service(Protocol):
 
     def pages(self, caller: Caller, request: wire.FetchDirectory) -> AsyncIterator[Answer]: ...
 
-    def events(self, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]: ...
+    def events(self, caller: Caller, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]: ...
 
     def acknowledge(self, caller: Caller, request: wire.Acknowledge) -> None: ...
 
@@ -125,8 +156,9 @@ class _Gone(Exception):
 class Connection(asyncio.Protocol):
     """The protocol object of one accepted socket; ``connections`` holds all those of its server."""
 
-    def __init__(self, service: Service, limits: Limits, connections: set[Connection]) -> None:
+    def __init__(self, service: Service, gate: Gate | Unguarded, limits: Limits, connections: set[Connection]) -> None:
         self._service = service
+        self._gate = gate
         self._limits = limits
         self._connections = connections
         self._loop = asyncio.get_running_loop()
@@ -136,7 +168,12 @@ class Connection(asyncio.Protocol):
         self._streams = asyncio.Semaphore(limits.streams)
         self._followers: set[asyncio.Task[None]] = set()
         self._transport: asyncio.Transport | None = None
-        self._greeted = False
+        self._account: Account | None = None
+        #: It is being found out who the client is.
+        self._deciding: asyncio.Task[None] | None = None
+        #: When the certificate ends that was shown, in seconds since 1970; 0: never.
+        self._until_s = 0.0
+        self._active_s = 0.0
         self._closing = False
         self._stopping = False
         self._reading = True
@@ -156,8 +193,8 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=self._limits.unsent_bytes)
         self._connections.add(self)
-        if len(self._connections) > self._limits.connections:
-            self.cut("there are too many connections")
+        self._gate.halves.enter(self)
+        if self._closing:
             return
         _keep_alive(self._transport)
         self._cut_after(self._limits.hello_s, "no handshake came in time")
@@ -165,6 +202,12 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._closing = True
         self._transport = None
+        self._gate.halves.leave(self)
+        if self._deciding is not None:
+            self._deciding.cancel()
+        if self._account is not None:
+            self._gate.closed(self._account, self)
+            self._account.waiting.pop(self._pump, None)
         self._caller.gone()
         self._stop_timer()
         self._writable.set()
@@ -201,16 +244,28 @@ class Connection(asyncio.Protocol):
     def _may_start(self) -> bool:
         if self._stopping:
             return not self._closing
-        return not self._closing and len(self._tasks) < self._limits.in_flight and self._writable.is_set()
+        if self._closing or self._deciding is not None or not self._writable.is_set():
+            return False
+        return len(self._tasks) < self._limits.in_flight and self._has_room()
+
+    def _has_room(self) -> bool:
+        """Whether the identity may have another request under way; if not, this connection goes on when it may."""
+        account = self._account
+        if account is None or not account.is_named or account.in_flight < self._limits.identity_in_flight:
+            return True
+        account.waiting[self._pump] = None
+        return False
 
     def _received(self, frame: wire.Frame) -> None:
-        if not self._greeted:
+        account = self._account
+        if account is None:
             self._greet(frame.id, frame.request)
             return
         if isinstance(frame.request, wire.Acknowledge):
             self._service.acknowledge(self._caller, frame.request)
         if self._stopping or isinstance(frame.request, wire.Acknowledge):
             return
+        account.in_flight += 1
         task = self._loop.create_task(self._run(frame))
         self._tasks.add(task)
         task.add_done_callback(self._finished)
@@ -225,10 +280,51 @@ class Connection(asyncio.Protocol):
             message = f"protocol version {request.version}; this metaserver speaks {wire.PROTOCOL_VERSION}"
             self._give_up(request_id, wire.ErrorCode.UNSUPPORTED, message)
             return
-        self._greeted = True
+        assert self._transport is not None
+        shown = self._gate.shown(self._transport, request.token)
+        if shown is not None:
+            self._until_s = shown[1]
+            self._deciding = self._loop.create_task(self._decide(request_id, self._transport, shown[0]))
+            return
+        try:
+            self._admit(request_id, self._gate.without_identity(self._transport))
+        except Refused as refused:
+            self._turn_away(request_id, refused)
+
+    async def _decide(self, request_id: int, transport: asyncio.Transport, shown: Shown) -> None:
+        """Find out who a client is; the time for the handshake still runs."""
+        try:
+            account = await self._gate.with_identity(transport, shown)
+            self._deciding = None
+            self._admit(request_id, account)
+            self._pump()
+        except Refused as refused:
+            self._turn_away(request_id, refused)
+        except tuple(_ENGINE_CODES) as error:
+            _log.error("%s: %s", self, error)
+            self._give_up(request_id, _ENGINE_CODES[type(error)], str(error))
+        except Exception:
+            _log.exception("%s: finding out who it is failed", self)
+            self._give_up(request_id, wire.ErrorCode.INTERNAL, "an internal error, see the metaserver's log")
+
+    def _admit(self, request_id: int, account: Account) -> None:
+        limits = self._limits
+        if self._closing:
+            return
+        has_many = account.is_named and len(account.connections) >= limits.identity_connections
+        if has_many or self._gate.admitted >= limits.connections:
+            raise Refused(wire.ErrorCode.BUSY, "there are too many connections")
+        self._gate.halves.leave(self)
+        self._gate.opened(account, self)
+        self._account = self._caller.account = account
+        self._active_s = self._loop.time()
         self._stop_timer()
         self._splitter.limit = wire.MAX_REQUEST
         self._send(request_id, self._service.welcome())
+
+    def _turn_away(self, request_id: int, refused: Refused) -> None:
+        _log.warning("%s is turned away: %s", self, refused)
+        self._give_up(request_id, refused.code, refused.message)
 
     async def _run(self, frame: wire.Frame) -> None:
         """Answer one request: the place where every exception ends."""
@@ -261,7 +357,7 @@ class Connection(asyncio.Protocol):
         """Stream events, to the end or until the connection's; unlike a change it may be broken off at any time."""
         if len(self._followers) > 1:
             raise Refused(wire.ErrorCode.BUSY, "events are followed on this connection already")
-        async with contextlib.aclosing(self._service.events(request)) as pages:
+        async with contextlib.aclosing(self._service.events(self._caller, request)) as pages:
             async for page in pages:
                 self._send(request_id, page)
                 await self._taken()
@@ -278,6 +374,9 @@ class Connection(asyncio.Protocol):
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._active_s = self._loop.time()
+        if self._account is not None:
+            self._account.finished()
         if not self._closing:
             self._pump()
         self._release()
@@ -327,6 +426,17 @@ class Connection(asyncio.Protocol):
         self._closing = True
         if self._transport is not None:
             self._transport.abort()
+
+    def end_overdue(self, now_s: float) -> None:
+        """End the connection if it is idle, or what it has shown has ended; ``now_s`` is the time since 1970."""
+        if self._account is None or self._closing:
+            return
+        if self._until_s and now_s >= self._until_s:
+            self.cut("its certificate has expired")
+        elif not self._tasks and self._loop.time() - self._active_s > self._limits.idle_s:
+            session = self._caller.bound()
+            if session is None or not session.is_live:
+                self.cut("it is idle")
 
     def abandon(self, reason: str) -> None:
         """End the connection, and the requests that wait for others, without an answer: the server ends."""

@@ -27,13 +27,15 @@ _OUTCOME: Final = struct.Struct(">Q")
 class SessionRecord(NamedTuple):
     """A session that was not ended. The lease is the length, in nanoseconds, that it was given.
 
-    ``alone``: it may have made changes that it keeps to itself until another session is opened.
+    ``alone``: it may have made changes that it keeps to itself until another session is opened. ``owner``: the identity
+    that it belongs to (see gate.py).
     """
 
     id: bytes
     volume: int
     lease_ns: int
     alone: bool = False
+    owner: bytes = b""
 
 
 def take_over(txn: Transaction) -> int:
@@ -72,12 +74,17 @@ def check_session(snapshot: Snapshot, session: bytes) -> None:
 def list_sessions(snapshot: Snapshot) -> list[SessionRecord]:
     """Return the sessions that were not ended."""
     rows = snapshot.range(*keys.sessions())
-    return [SessionRecord(keys.session_id(key), *_RECORD.unpack(value)) for key, value in rows]
+    return [_session(key, value) for key, value in rows]
+
+
+def _session(key: bytes, value: bytes) -> SessionRecord:
+    volume, lease_ns, alone = _RECORD.unpack_from(value)
+    return SessionRecord(keys.session_id(key), volume, lease_ns, alone, value[_RECORD.size :])
 
 
 def put_session(txn: Transaction, record: SessionRecord) -> None:
     """Store a session."""
-    txn.put(keys.session(record.id), _RECORD.pack(record.volume, record.lease_ns, record.alone))
+    txn.put(keys.session(record.id), _RECORD.pack(record.volume, record.lease_ns, record.alone) + record.owner)
 
 
 def delete_session(txn: Transaction, session: bytes) -> None:

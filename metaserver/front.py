@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 from collections.abc import Callable
 from typing import Final
 
@@ -19,8 +20,10 @@ from metaserver.connection import Connection, Limits
 from metaserver.engine.authority import Candidate
 from metaserver.engine.base import Engine
 from metaserver.errors import EngineBusy, EngineError
+from metaserver.gate import Access, Halves, Unguarded
 from metaserver.server import Server
 from metaserver.standby import Standby
+from metaserver.tls import Tls, Unlocking
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +31,8 @@ _log = logging.getLogger(__name__)
 _LOOK_S: Final = 0.2
 #: Seconds before a metaserver that has lost the authority, or could not use it, stands for it again.
 _PAUSE_S: Final = 0.5
+#: Seconds before connections are accepted again after that has failed.
+_AGAIN_S: Final = 0.1
 #: Hosts that mean every address of this machine.
 _ANY: Final = ("0.0.0.0", "::")
 
@@ -42,40 +47,57 @@ class Front:
         new_candidate: Callable[[str], Candidate],
         new_server: Callable[[Engine], Server],
         limits: Limits = Limits(),  # noqa: B008 - immutable
+        access: Access = Access(),  # noqa: B008
     ) -> None:
         self._new_candidate = new_candidate
         self._new_server = new_server
         self._limits = limits
+        self._access = access
+        #: Connections until TLS is agreed on.
+        self.halves = Halves(limits.half_open)
+        self._unguarded = Unguarded(limits.half_open)
+        self._sockets: list[socket.socket] = []
+        #: Where it listens.
+        self.addresses: list[str] = []
         #: Of the term that runs: the candidacy, its end, and the server once it has the authority.
         self._standing: Candidate
         self._lost: asyncio.Event
         self.server: Server | None = None
         self._standby: Standby
         self._told: set[Connection] = set()
-        self._listening: asyncio.Server | None = None
+        self._listening: list[asyncio.Server] = []
+        #: Tasks that accept connections of TLS, and tasks of those until it is agreed on.
+        self._accepting: list[asyncio.Task[None]] = []
+        self._unlocking: set[asyncio.Task[None]] = set()
         self._terms: asyncio.Task[None] | None = None
 
-    async def start(
-        self, address: str, *, advertise: str | None = None, insecure: bool = False, alone: bool = False
-    ) -> str:
-        """Listen on an address and return the one it came to be (a TCP port of 0 is chosen by the kernel).
+    async def start(self, *addresses: str, advertise: str | None = None, alone: bool = False) -> str:
+        """Listen on addresses and return what the first came to be (a TCP port of 0 is chosen by the kernel).
 
-        ``advertise`` is what clients are told instead. ``alone``: raise :exc:`EngineBusy` rather than stand by. Raises
-        :exc:`ValueError` for what is not an address, :exc:`~metaserver.listener.ListenError` for one that cannot be
-        listened on, and :exc:`EngineUnusable`.
+        Clients are told the first that is TCP; ``advertise`` is what they are told instead. ``alone``: raise
+        :exc:`EngineBusy` rather than stand by. Raises :exc:`ValueError` for what is not an address,
+        :exc:`~metaserver.listener.ListenError` for one that cannot be listened on, and :exc:`EngineUnusable`.
         """
-        self._socket = listener.listen(wire.parse_address(address), insecure)
-        address = self._address = listener.address_of(self._socket)
-        self._advertised = _reachable(address) if advertise is None else advertise
+        places = [wire.parse_address(address) for address in addresses]
+        may_be_reached = self._access.insecure or self._access.tls is not None
         try:
+            for place in places:
+                self._sockets.append(listener.listen(place, may_be_reached))
+            self.addresses = [listener.address_of(sock) for sock in self._sockets]
+            self._advertised = _reachable(self.addresses) if advertise is None else advertise
             await self._begin(alone)
         except BaseException:
-            listener.remove_socket(self._socket)
-            self._socket.close()
+            for sock in self._sockets:
+                listener.remove_socket(sock)
+                sock.close()
             raise
-        self._listening = await asyncio.get_running_loop().create_server(self._accept, sock=self._socket)
+        for place, sock in zip(places, self._sockets, strict=True):
+            if self._access.tls is not None and isinstance(place, wire.TcpAddress):
+                self._accepting.append(asyncio.create_task(self._accept_tls(sock, self._access.tls)))
+            else:
+                self._listening.append(await asyncio.get_running_loop().create_server(self._accept, sock=sock))
         self._terms = asyncio.create_task(self._run(), name="authority")
-        return address
+        return self.addresses[0]
 
     async def _begin(self, alone: bool) -> None:
         self._stand()
@@ -96,11 +118,20 @@ class Front:
 
     async def close(self) -> None:
         """Accept nothing more; end in order if this one serves: the next one does at once. Twice does no harm."""
-        if self._listening is None or self._terms is None:
+        if not self._sockets or self._terms is None:
             return
-        listener.remove_socket(self._socket)
-        self._listening.close()
-        self._listening = None
+        for sock in self._sockets:
+            listener.remove_socket(sock)
+        for listening in self._listening:
+            listening.close()
+        for task in self._accepting:
+            task.cancel()
+        if self._accepting:
+            await asyncio.wait(self._accepting)
+        for sock in self._sockets:
+            sock.close()
+        self._sockets.clear()
+        self.halves.close("the metaserver ends")
         self._terms.cancel()
         await asyncio.wait({self._terms})
         self._cut_told("the metaserver ends")
@@ -114,7 +145,32 @@ class Front:
     def _accept(self) -> Connection:
         if self.server is not None:
             return self.server.accept()
-        return Connection(self._standby, self._limits, self._told)
+        return Connection(self._standby, self._unguarded, self._limits, self._told)
+
+    async def _accept_tls(self, sock: socket.socket, tls: Tls) -> None:
+        """Accept connections, until cancelled."""
+        loop = asyncio.get_running_loop()
+        sock.setblocking(False)
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(sock)
+            except OSError as error:
+                _log.error("a connection cannot be accepted: %s", error)
+                await asyncio.sleep(_AGAIN_S)
+                continue
+            task = asyncio.create_task(self._unlock(Unlocking(accepted, tls.context, self._limits.hello_s)))
+            self._unlocking.add(task)
+            task.add_done_callback(self._unlocking.discard)
+
+    async def _unlock(self, unlocking: Unlocking) -> None:
+        self.halves.enter(unlocking)
+        server = self.server
+        try:
+            connection = await unlocking.run(self._accept)
+        finally:
+            self.halves.leave(unlocking)
+        if connection is not None and self.server is not server:
+            connection.cut("it has become, or ceased to be, the authority meanwhile")
 
     def _cut_told(self, reason: str) -> None:
         for connection in list(self._told):
@@ -159,7 +215,7 @@ class Front:
             await server.drop()
             raise
         self.server = server
-        _log.info("%s has the authority, epoch %d", self._address, server.tenure.epoch)
+        _log.info("%s has the authority, epoch %d", self.addresses[0], server.tenure.epoch)
         self._cut_told("this metaserver has the authority now")
 
     def _lose(self, lost: asyncio.Event, why: str) -> None:
@@ -186,7 +242,10 @@ class Front:
             _log.warning("it cannot be found out who has the authority: %s", error)
 
 
-def _reachable(address: str) -> str:
-    """Return the address of a socket as clients may be told it; nothing if it says only "any"."""
-    place = wire.parse_address(address)
-    return "" if isinstance(place, wire.TcpAddress) and place.host in _ANY else address
+def _reachable(addresses: list[str]) -> str:
+    """Return the first address of TCP, or else the first, as clients may be told it; nothing if it says only "any"."""
+    places = [wire.parse_address(address) for address in addresses]
+    for place in places:
+        if isinstance(place, wire.TcpAddress):
+            return "" if place.host in _ANY else str(place)
+    return addresses[0]

@@ -133,8 +133,7 @@ class Edit:
         ino = shard.next * keys.SHARDS + number
         shard.next += 1
         shard.inodes += 1
-        up = parent.ino if stat.S_ISDIR(mode) else 0
-        inode = Inode.made(ino, mode, uid, gid, rdev, self.context.now_ns, up)
+        inode = Inode.made(ino, mode, uid, gid, rdev, self.context.now_ns, parent.ino)
         if stat.S_ISREG(mode):
             inode.flags = InodeFlag.INLINE
         self._inodes[ino] = self._touched[ino] = inode
@@ -169,9 +168,11 @@ class Edit:
         self.txn.delete(keys.entry(self.volume.id, directory.ino, name))
         self.txn.delete(keys.listing(self.volume.id, directory.ino, entry.cookie))
 
-    def unlink(self, inode: Inode) -> None:
-        """Take a link from an inode that has just lost an entry; with the last one it becomes an orphan."""
+    def unlink(self, inode: Inode, directory: Inode) -> None:
+        """Take a link from an inode that has just lost its entry in a directory; with the last one it is an orphan."""
         self.touch(inode)
+        if inode.parent == directory.ino and not stat.S_ISDIR(inode.mode):
+            inode.parent = 0
         inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
         if inode.nlink == 0:
             self.hold(inode)

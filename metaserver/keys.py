@@ -6,10 +6,11 @@ Numbers are big-endian, so that they sort. ``V`` stands for ``01`` and the volum
 key                                     value                                what it is
 ======================================  ===================================  ===========================================
 00 'e'                                  u64                                  the server's epoch (see fencing.py)
+00 'i' name                             Known (see identities.py)             an identity
 00 'n'                                  u64                                  the next volume's number
 00 'o' session slot                     sequence, reply                      the last outcome of a session's slot
-00 's' session                          volume, lease                        a session that was not ended
-00 'u'                                  nothing, 1                            a server runs, or ended without a farewell
+00 's' session                          volume, lease, alone, owner          a session that was not ended
+00 'u'                                  nothing, 1                           a server runs, or ended without a farewell
 00 'v' name                             number, inline limit, store          a volume
 V 'c'                                   u64                                  the next slice id
 V 'd' ino                               bytes                                inline content, up to a tail of zeros that
@@ -111,6 +112,18 @@ def volumes() -> Range:
 
 def volume_name(key: bytes) -> str:
     return key[2:].decode()
+
+
+# Identities
+
+
+def identity(name: str) -> bytes:
+    return b"\0i" + name.encode()
+
+
+def identities(after: str = "") -> Range:
+    """All identities, or those whose name sorts after ``after``."""
+    return b"\0i" + after.encode() + (b"\0" if after else b""), b"\0j"
 
 
 # Servers and sessions

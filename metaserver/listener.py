@@ -1,7 +1,7 @@
 """The socket a metaserver listens on: who may reach it, and what is left of a dead server's.
 
 A unix socket is made for its owner only. A socket file that nobody listens on is a dead server's and is replaced; one
-that somebody listens on is not. TCP is plaintext, so anything but the loopback device has to be asked for.
+that somebody listens on is not. What other machines can reach has TLS, or has to be asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 
 from metaserver import wire
 
-_BACKLOG: Final = 128
+_BACKLOG: Final = 1024
 #: Seconds to find out whether a socket file has a live server.
 _PROBE_S: Final = 2.0
 
@@ -25,12 +25,12 @@ class ListenError(Exception):
     """The address cannot be listened on. The text is one line for the user."""
 
 
-def listen(address: wire.UnixAddress | wire.TcpAddress, insecure: bool) -> socket.socket:
-    """Return a listening socket; raise :exc:`ListenError`. ``insecure`` allows plaintext TCP off this machine."""
+def listen(address: wire.UnixAddress | wire.TcpAddress, may_be_reached: bool) -> socket.socket:
+    """Return a socket; raise :exc:`ListenError`, also for TCP off this machine unless it ``may_be_reached``."""
     try:
         if isinstance(address, wire.UnixAddress):
             return _listen_unix(address.path)
-        return _listen_tcp(address, insecure)
+        return _listen_tcp(address, may_be_reached)
     except OSError as error:
         raise ListenError(f"cannot listen on {address}: {error.strerror or error}") from None
 
@@ -78,13 +78,13 @@ def _remove_stale(path: str) -> None:
     os.unlink(path)
 
 
-def _listen_tcp(address: wire.TcpAddress, insecure: bool) -> socket.socket:
+def _listen_tcp(address: wire.TcpAddress, may_be_reached: bool) -> socket.socket:
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, kind, protocol, _, where = found[0]
-    if not insecure and not ipaddress.ip_address(where[0]).is_loopback:
+    if not may_be_reached and not ipaddress.ip_address(where[0]).is_loopback:
         raise ListenError(
-            f"{address} can be reached from other machines and the protocol is not encrypted;"
-            " listen on 127.0.0.1 or a unix socket, or give --insecure"
+            f"{address} can be reached from other machines, and nothing would be encrypted; give --tls-cert and"
+            " --tls-key, listen on 127.0.0.1 or a unix socket, or give --insecure"
         )
     sock = socket.socket(family, kind, protocol)
     try:

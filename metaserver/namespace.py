@@ -129,7 +129,7 @@ def make_temporary(txn: Transaction, context: Context, request: wire.MakeTempora
     parent = edit.directory(request.parent)
     mode, gid = _inherited(parent, request)
     inode = edit.make(parent, b"", mode, request.uid, gid, 0)
-    inode.nlink = 0
+    inode.nlink = inode.parent = 0
     inode.flags |= InodeFlag.NAMELESS
     edit.hold(inode)
     return edit.changed(inode)
@@ -158,6 +158,7 @@ def link(txn: Transaction, context: Context, request: wire.Link) -> wire.Changed
         raise Refused(ErrorCode.TOO_MANY_LINKS, f"inode {inode.ino} has {inode.nlink} links")
     edit.touch(inode)
     inode.nlink += 1
+    inode.parent = parent.ino
     cookie = edit.enter(parent, request.name, inode.ino)
     return edit.changed(inode, parent, cookie=cookie)
 
@@ -172,7 +173,7 @@ def remove(txn: Transaction, context: Context, request: wire.Remove) -> wire.Cha
     _check_removable(edit, inode, request.directory)
     edit.leave(parent, request.name, entry)
     parent.nlink -= stat.S_ISDIR(inode.mode)
-    edit.unlink(inode)
+    edit.unlink(inode, parent)
     return edit.changed(inode, parent)
 
 

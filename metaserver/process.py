@@ -17,8 +17,11 @@ import uvloop
 from metaserver.engine import candidate
 from metaserver.errors import EngineBusy, EngineUnusable
 from metaserver.front import Front
+from metaserver.gate import Access
 from metaserver.listener import ListenError
 from metaserver.server import Server
+from metaserver.tls import BadCertificate, Files, Tls
+from metaserver.wire import Squash
 
 _log = logging.getLogger(__name__)
 
@@ -27,10 +30,13 @@ _PR_SET_PDEATHSIG: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a metaserver is started with. ``ready_fd`` is told the address, ``lease_s`` is in seconds."""
+    """What a metaserver is started with. ``ready_fd`` is told the first address, ``lease_s`` is in seconds.
+
+    The paths are of PEM files; ``squash`` is a :class:`Squash`, by name.
+    """
 
     engine: str
-    listen: str
+    listen: list[str]
     lease_s: float
     durability: str
     ready_fd: int | None
@@ -42,6 +48,20 @@ class Options:
     #: Refuse to start, rather than stand by, while another metaserver has the engine.
     alone: bool = False
     advertise: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    require_identity: bool = False
+    squash: str = "auto"
+
+    def access(self) -> Access:
+        """Return how clients may come; raise :exc:`BadCertificate`."""
+        tls = None
+        if self.tls_cert is not None and self.tls_key is not None:
+            tls = Tls(Files(self.tls_cert, self.tls_key, self.tls_client_ca))
+        elif self.tls_cert or self.tls_key or self.tls_client_ca:
+            raise BadCertificate("TLS takes both --tls-cert and --tls-key")
+        return Access(tls, self.insecure and tls is None, self.require_identity, Squash[self.squash.upper()])
 
 
 def run(options: Options) -> int:
@@ -52,7 +72,7 @@ def run(options: Options) -> int:
     _allow_many_files()
     try:
         uvloop.run(_serve(options))
-    except (ListenError, EngineBusy, EngineUnusable) as error:
+    except (ListenError, EngineBusy, EngineUnusable, BadCertificate) as error:
         print(f"metaserver: {error}", file=sys.stderr)
         _say(options.ready_fd, f"error {error}")
         return 2
@@ -61,17 +81,23 @@ def run(options: Options) -> int:
 
 async def _serve(options: Options) -> None:
     stop = asyncio.Event()
+    access = options.access()
+    if access.tls is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, access.tls.reload)
+    if access.insecure:
+        _log.warning("--insecure: whoever can reach this metaserver can use it, and whoever is on the way can see it")
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     front = Front(
         lambda address: candidate(options.engine, address, options.durability),
-        lambda engine: Server(engine, lease_s=options.lease_s, grace=options.grace, janitor=options.janitor),
+        lambda engine: Server(
+            engine, lease_s=options.lease_s, grace=options.grace, janitor=options.janitor, access=access
+        ),
+        access=access,
     )
-    address = await front.start(
-        options.listen, advertise=options.advertise, insecure=options.insecure, alone=options.alone
-    )
+    address = await front.start(*options.listen, advertise=options.advertise, alone=options.alone)
     try:
-        _log.info("listening on %s", address)
+        _log.info("listening on %s%s", ", ".join(front.addresses), " (TLS)" if access.tls is not None else "")
         _say(options.ready_fd, f"ready {address}")
         await stop.wait()
         _log.info("ending")

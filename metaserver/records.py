@@ -6,6 +6,7 @@ Fixed big-endian layouts: an inode takes 88 bytes, a slice 32. The layout of an 
 
 from __future__ import annotations
 
+import stat
 import struct
 from collections.abc import Iterable
 from typing import Final, NamedTuple
@@ -42,13 +43,14 @@ class Inode(msgspec.Struct, gc=False):
     flags: int
     version: int
     stored: int
-    #: The directory that a directory is in; 0 for all else.
+    #: The directory that a directory is in, or that a file has a name in; 0: there is none, or it is not known.
     parent: int
 
     @classmethod
     def made(cls, ino: int, mode: int, uid: int, gid: int, rdev: int, now_ns: int, parent: int = 0) -> Inode:
-        """Return a new inode of version 1 with one link, or the two of an empty directory if it has a parent."""
-        return cls(ino, mode, 2 if parent else 1, uid, gid, rdev, 0, now_ns, now_ns, now_ns, 0, 1, 0, parent)
+        """Return a new inode of version 1 with one link, or the two of an empty directory."""
+        links = 2 if stat.S_ISDIR(mode) else 1
+        return cls(ino, mode, links, uid, gid, rdev, 0, now_ns, now_ns, now_ns, 0, 1, 0, parent)
 
     @classmethod
     def unpack(cls, ino: int, value: bytes) -> Inode:

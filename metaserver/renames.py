@@ -49,7 +49,7 @@ def _move(edit: Edit, request: wire.Rename, source: Entry, target: Entry | None)
     _moved(edit, moved, old, new)
     for inode in replaced:
         new.nlink -= stat.S_ISDIR(inode.mode)
-        edit.unlink(inode)
+        edit.unlink(inode, new)
     return edit.changed(moved, old, new, *replaced, cookie=cookie)
 
 
@@ -71,7 +71,7 @@ def _moved(edit: Edit, inode: Inode, old: Inode, new: Inode) -> None:
     if stat.S_ISDIR(inode.mode):
         old.nlink -= 1
         new.nlink += 1
-        inode.parent = new.ino
+    inode.parent = new.ino
 
 
 def _check_no_loop(edit: Edit, moved: Inode, into: Inode) -> None:

@@ -17,6 +17,7 @@ from metaserver.connection import Connection, Limits
 from metaserver.engine.base import Engine
 from metaserver.fenced_engine import FencedEngine
 from metaserver.fencing import Tenure
+from metaserver.gate import Access, Gate
 from metaserver.grace import Grace
 from metaserver.janitor import Janitor
 from metaserver.service import Service
@@ -28,6 +29,8 @@ _CLOSE_S: Final = 2.0
 _SETTLE_S: Final = 1.0
 #: Versions of the change feed begin with the server's epoch.
 _EPOCH_SHIFT: Final = 32
+#: Seconds between two looks for connections that are idle, and identities that have expired.
+_WATCH_S: Final = 1.0
 
 
 def boottime_ns() -> int:
@@ -49,6 +52,7 @@ class Server:
         *,
         lease_s: float = 30.0,
         limits: Limits = Limits(),  # noqa: B008 - immutable
+        access: Access = Access(),  # noqa: B008
         feed_changes: int = FEED_CHANGES,
         grace: bool = True,
         janitor: bool = True,
@@ -62,10 +66,15 @@ class Server:
         self.janitor = Janitor(self._engine, self.sessions, wall)
         self.coherence = self.janitor.coherence = Coherence(self.sessions, self.janitor.evict)
         self.connections: set[Connection] = set()
-        self._service = Service(self._engine, self.tenure, self.sessions, self.coherence, self.janitor, wall)
+        self.gate = Gate(self._engine, access, limits.half_open, wall)
+        self._service = Service(
+            self._engine, self.tenure, self.sessions, self.coherence, self.janitor, self.gate, limits, wall
+        )
         self._limits = limits
+        self._wall = wall
         self._has_janitor = janitor
-        self._cleaning: asyncio.Task[None] | None = None
+        #: The janitor's, and the one that ends what is overdue.
+        self._tasks: list[asyncio.Task[None]] = []
 
     def on_fenced(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called, on the event loop, each time that another server is found to have taken over."""
@@ -74,8 +83,18 @@ class Server:
     async def begin(self) -> None:
         """Take the engine over; connections may be accepted then. What an earlier run left is cleared up meanwhile."""
         await self.take_over()
+        self._tasks.append(asyncio.create_task(self._watch(), name="watch"))
         if self._has_janitor:
-            self._cleaning = asyncio.create_task(self.janitor.run(), name="janitor")
+            self._tasks.append(asyncio.create_task(self.janitor.run(), name="janitor"))
+
+    async def _watch(self) -> None:
+        """End what has expired and what is idle, until cancelled."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            self.gate.end_expired()
+            now_s = self._wall() / 1e9
+            for connection in list(self.connections):
+                connection.end_overdue(now_s)
 
     async def take_over(self) -> None:
         """Take the engine over from any earlier server, and begin the grace of its sessions."""
@@ -88,16 +107,17 @@ class Server:
 
     def accept(self) -> Connection:
         """Return the protocol object of a connection that was just made."""
-        return Connection(self._service, self._limits, self.connections)
+        return Connection(self._service, self.gate, self._limits, self.connections)
 
     async def end(self) -> None:
         """Answer what is in progress, close every connection, and leave the engine as one that ends in order does.
 
         No connection may be accepted any more.
         """
-        if self._cleaning is not None:
+        if self._has_janitor:
             await self.janitor.settle(_SETTLE_S)
-        await self._stop_cleaning()
+        await self._stop_tasks()
+        self.gate.halves.close("the server is closing")
         stopped = await _all_within(_CLOSE_S, [connection.stop() for connection in self.connections])
         if not stopped or not await _all_within(_CLOSE_S, [connection.shut() for connection in self.connections]):
             await self._cut("the server is closing")
@@ -106,7 +126,7 @@ class Server:
     async def drop(self) -> None:
         """End at once, and answer nothing more: the authority is another's."""
         await self._cut("another metaserver has the authority")
-        await self._stop_cleaning()
+        await self._stop_tasks()
 
     async def _cut(self, reason: str) -> None:
         cut = list(self.connections)
@@ -114,10 +134,11 @@ class Server:
             connection.abandon(reason)
         await asyncio.gather(*(connection.shut() for connection in cut))
 
-    async def _stop_cleaning(self) -> None:
-        if self._cleaning is not None:
-            self._cleaning.cancel()
-            await asyncio.wait({self._cleaning})
+    async def _stop_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
 
 async def _all_within(delay_s: float, works: list[Coroutine[Any, Any, None]]) -> bool:

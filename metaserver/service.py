@@ -7,31 +7,44 @@ holds what it touches (see coherence.py). A committed change is in the volume's 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from importlib import metadata
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
-from metaserver import events, fencing, namespace, wire
+import msgspec
+
+from metaserver import events, fencing, identities, namespace, wire
 from metaserver.coherence import Change, Coherence, Grant, Held, grant_of, own_grants
-from metaserver.connection import Answer, Caller, failure
-from metaserver.engine.base import Transaction
+from metaserver.connection import Answer, Caller, Limits, failure
+from metaserver.engine.base import Snapshot, Transaction
 from metaserver.errors import Refused, Unknown
 from metaserver.fenced_engine import FencedEngine
 from metaserver.fencing import SessionRecord, Slot, Tenure
 from metaserver.following import Followers
+from metaserver.gate import Account, Gate
 from metaserver.grace import Grace
+from metaserver.guard import Guard, root_of
 from metaserver.janitor import Janitor
 from metaserver.locking import Locking, LockRequest
 from metaserver.namespace import Context
-from metaserver.sessions import Session, Sessions, changed_inodes, changed_names
+from metaserver.sessions import Session, Sessions, changed_inodes, changed_names, must_own
 from metaserver.status import Overview
 from metaserver.volumes import Volume
+
+_T = TypeVar("_T")
 
 #: What a metaserver calls itself.
 SOFTWARE: Final = f"bpfuse-metaserver {metadata.version('bpfuse')}"
 #: Times that a commit whose outcome is unknown is looked for.
 _RESOLUTIONS: Final = 3
+
+
+def _outward(guard: Guard, answer: Answer) -> Answer:
+    """Return an answer as a guarded session is to see it."""
+    notice = None if answer.notice is None else cast(wire.Break, guard.outward(answer.notice))
+    return Answer(guard.outward(answer.reply), notice)
 
 
 class _Outcome(NamedTuple):
@@ -56,6 +69,8 @@ class Service:
         sessions: Sessions,
         coherence: Coherence,
         janitor: Janitor,
+        gate: Gate,
+        limits: Limits,
         wall: Callable[[], int] = time.time_ns,
     ) -> None:
         self._engine = engine
@@ -63,6 +78,9 @@ class Service:
         self._sessions = sessions
         self._coherence = coherence
         self._janitor = janitor
+        self._gate = gate
+        self._limits = limits
+        gate.on_end = lambda account: self._revoke_sessions(account.owner)
         self._locking = Locking(sessions, lambda: self.grace)
         self._losses = engine.losses
         self._wall = wall
@@ -82,6 +100,15 @@ class Service:
     async def answer(self, caller: Caller, frame: wire.Frame) -> Answer:
         """Answer any request that is not streamed, nor a Hello; raise :exc:`~metaserver.errors.Refused`."""
         self._notice_losses()
+        session = caller.bound()
+        if session is None or (guard := session.guard) is None:
+            return await self._answer(caller, frame)
+        request = guard.inward(frame.request)
+        if isinstance(request, LockRequest):
+            await self._check(session, request)
+        return _outward(guard, await self._answer(caller, msgspec.structs.replace(frame, request=request)))
+
+    async def _answer(self, caller: Caller, frame: wire.Frame) -> Answer:
         request = frame.request
         if isinstance(request, wire.OpenFile):
             return await self._open_file(caller, request)
@@ -106,10 +133,15 @@ class Service:
         if isinstance(request, wire.CloseSession):
             return await self._close_session(caller)
         if isinstance(request, wire.CreateVolume):
+            caller.must_be_admin()
             return await self._create_volume(request)
+        if isinstance(request, wire.CreateIdentity | wire.RevokeIdentity | wire.ListIdentities):
+            caller.must_be_admin()
+            return await self._manage_identities(request)
         if isinstance(request, wire.GetStatus):
-            return await self._status(request)
+            return await self._status(caller, request)
         if isinstance(request, wire.EvictSession):
+            caller.must_be_admin()
             self._overview.evict(await self._volume(request.volume), request.session)
             return wire.Done()
         raise Refused(wire.ErrorCode.INVALID, f"a {type(request).__name__} has no place here")
@@ -119,15 +151,22 @@ class Service:
     async def pages(self, caller: Caller, request: wire.FetchDirectory) -> AsyncIterator[Answer]:
         """Yield the pages of a directory fetch, all of one snapshot."""
         session = caller.session()
+        guard = session.guard
+        if guard is not None:
+            request = cast(wire.FetchDirectory, guard.inward(request))
         since = self._coherence.version(session.volume)
         verb = namespace.READS[wire.FetchDirectory]
         pages: list[wire.DirectoryPage] = await self._look(session, verb, request)
         pages.reverse()
         while pages:
-            yield self._granted(session, since, request, pages.pop())
+            answer = self._granted(session, since, request, pages.pop())
+            yield answer if guard is None else _outward(guard, answer)
 
-    def events(self, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]:
-        """Yield the pages of a stream of events."""
+    def events(self, caller: Caller, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]:
+        """Yield the pages of a stream of events; raise :exc:`~metaserver.errors.Refused`."""
+        caller.must_see(request.volume)
+        if caller.account.identity.subtree.strip(b"/"):
+            raise Refused(wire.ErrorCode.ACCESS_DENIED, "events tell of more than the identity's part of the volume")
         return self._followers.pages(request)
 
     async def _read(self, caller: Caller, verb: Callable[..., Any], request: wire.Request) -> Answer:
@@ -143,6 +182,8 @@ class Service:
 
     async def _open_file(self, caller: Caller, request: wire.OpenFile) -> Answer:
         session = caller.session()
+        if session.guard is not None:
+            await self._check(session, request)
         if request.writing:
             await self._coherence.open_for_writing(session, caller.incarnation, request.ino)
         await self._coherence.before_opening(session, request.ino)
@@ -152,8 +193,23 @@ class Service:
         return answer
 
     async def _look(self, session: Session, verb: Callable[..., Any], request: wire.Request) -> Any:
-        context = Context(session.volume, session.id, self._wall())
-        return await self._engine.read(lambda snapshot: verb(snapshot, context, request))
+        context, guard = Context(session.volume, session.id, self._wall()), session.guard
+        if guard is None:
+            return await self._engine.read(lambda snapshot: verb(snapshot, context, request))
+
+        def body(snapshot: Snapshot) -> Any:
+            guard.check(snapshot, context, request)
+            reply = verb(snapshot, context, request)
+            guard.tells(snapshot, context, request, reply)
+            return reply
+
+        return await self._engine.read(body)
+
+    async def _check(self, session: Session, request: wire.Request) -> None:
+        """Raise :exc:`~metaserver.errors.Refused` for what a session may not do."""
+        context, guard = Context(session.volume, session.id, self._wall()), session.guard
+        if guard is not None:
+            await self._engine.read(lambda snapshot: guard.check(snapshot, context, request))
 
     def _granted(self, session: Session, since: int, request: wire.Request, reply: wire.Reply) -> Answer:
         self._notice_losses()
@@ -201,7 +257,11 @@ class Service:
             if before is not None:
                 return _Outcome(before, True)
             context = Context(session.volume, session.id, now_ns, change.openers)
+            if session.guard is not None:
+                session.guard.check(txn, context, frame.request)
             reply: wire.Reply = verb(txn, context, frame.request)
+            if session.guard is not None:
+                session.guard.tells(txn, context, frame.request, reply)
             change.check(changed_inodes(frame.request, reply))
             events.record(txn, context, session.client, frame.request, reply)
             fencing.remember(txn, slot, reply)
@@ -268,14 +328,20 @@ class Service:
         return wire.Done()
 
     async def _open_session(self, caller: Caller, request: wire.OpenSession) -> wire.SessionOpened:
+        caller.must_see(request.volume)
         volume = await self._volume(request.volume)
         caller.must_be_free()
-        session = self._sessions.resume(volume, request.resume) or await self._reclaim(volume, request)
+        owner = caller.account.owner
+        session = self._sessions.resume(volume, request.resume, owner) or await self._reclaim(volume, request, owner)
         resumed = session is not None
         if session is None:
-            session = await self._open_new(volume, request.client)
+            self._must_have_room(caller.account)
+            session = await self._open_new(volume, request.client, owner)
+        session.is_revoked = caller.account.is_revoked
         caller.must_be_free()
-        self._coherence.has_open(session, request.writing)
+        await self._set_guard(caller.account, session)
+        caller.must_be_free()
+        self._coherence.has_open(session, await self._reached(session, request.writing))
         session.software = request.software
         caller.bind(session)
         return wire.SessionOpened(
@@ -289,16 +355,45 @@ class Service:
             self._engine.is_lazy,
             session.alone,
             self._engine.puts_off,
+            caller.account.identity.read_only,
         )
 
-    async def _open_new(self, volume: Volume, client: str) -> Session:
+    async def _set_guard(self, account: Account, session: Session) -> None:
+        """Set the bounds of a session that is opened, or is used by another connection."""
+        identity, before = account.identity, session.guard
+        is_confined = bool(identity.subtree.strip(b"/"))
+        if not (is_confined or identity.read_only or account.squash is not wire.Squash.NONE):
+            session.guard = None
+            return
+        root = wire.ROOT_INO
+        if is_confined and before is None:
+            root = await self._engine.read(lambda snapshot: root_of(snapshot, session.volume, identity.subtree))
+        guard = Guard(identity, account.squash, root)
+        if before is not None:
+            guard.go_on_from(before)
+        session.guard = guard
+
+    async def _reached(self, session: Session, inos: list[int]) -> list[int]:
+        """Return those of these inodes that a session may reach."""
+        context, guard = Context(session.volume, session.id, self._wall()), session.guard
+        if guard is None or not guard.is_confined:
+            return inos
+        return await self._engine.read(lambda snapshot: [ino for ino in inos if guard.reaches(snapshot, context, ino)])
+
+    def _must_have_room(self, account: Account) -> None:
+        if not account.is_named:
+            return
+        if sum(each.owner == account.owner for each in self._sessions.all()) >= self._limits.identity_sessions:
+            raise Refused(wire.ErrorCode.BUSY, f"{account.identity.name} has {self._limits.identity_sessions} sessions")
+
+    async def _open_new(self, volume: Volume, client: str, owner: bytes) -> Session:
         if self.grace.misses_one_alone(volume.id):
             await self.grace.over()
         while alone := self._coherence.alone(volume):
             await self._coherence.breaks.wait(self._coherence.part(alone))
             for each in alone:
                 await self._record(each, is_new=False)
-        session = self._sessions.open(volume, client)
+        session = self._sessions.open(volume, client, owner)
         session.alone = session.was_alone = self._sessions.of_volume(volume) == [session] and self.grace.is_over
         session.losses = self._engine.losses
         try:
@@ -308,12 +403,13 @@ class Service:
             raise
         return session
 
-    async def _reclaim(self, volume: Volume, request: wire.OpenSession) -> Session | None:
+    async def _reclaim(self, volume: Volume, request: wire.OpenSession, owner: bytes) -> Session | None:
         """Return a session of an earlier run whose client comes back in time."""
         record = self.grace.missing(request.resume) if request.resume is not None else None
         if record is None or record.volume != volume.id:
             return None
-        session = self._sessions.reclaim(record.id, volume, request.client)
+        must_own(owner, record.owner)
+        session = self._sessions.reclaim(record.id, volume, request.client, owner)
         session.losses = self._engine.losses
         self._coherence.reclaimed(session)
         session.was_alone = record.alone
@@ -327,7 +423,7 @@ class Service:
 
     async def _record(self, session: Session, *, is_new: bool = True) -> None:
         """Store a session, durably: as long as it may use its caches, a later run of the server must know of it."""
-        record = SessionRecord(session.id, session.volume.id, self._sessions.lease_ns, session.was_alone)
+        record = SessionRecord(session.id, session.volume.id, self._sessions.lease_ns, session.was_alone, session.owner)
 
         def body(txn: Transaction) -> None:
             if is_new or fencing.is_recorded(txn, session.id):
@@ -335,16 +431,24 @@ class Service:
 
         await self._write_durably(body)
 
-    async def _write_durably(self, body: Callable[[Transaction], object]) -> None:
-        await self._engine.write(body)
+    async def _write_durably(self, body: Callable[[Transaction], _T]) -> _T:
+        outcome = await self._engine.write(body)
         await self._engine.sync()
+        return outcome
 
     async def _volume(self, name: str) -> Volume:
         return await self._engine.read(lambda snapshot: namespace.open_volume(snapshot, name))
 
-    async def _status(self, request: wire.GetStatus) -> wire.Status:
-        volume = await self._volume(request.volume) if request.volume is not None else None
-        return self._overview.status(SOFTWARE, self.grace, volume)
+    async def _status(self, caller: Caller, request: wire.GetStatus) -> wire.Status:
+        if request.volume is None:
+            return self._overview.status(SOFTWARE, self.grace, None)
+        caller.must_see(request.volume)
+        status = self._overview.status(SOFTWARE, self.grace, await self._volume(request.volume))
+        if caller.account.identity.admin:
+            return status
+        own = {each.id for each in self._sessions.all() if each.owner == caller.account.owner}
+        sessions = [each for each in status.sessions if each.session in own]
+        return msgspec.structs.replace(status, sessions=sessions, evicted=[])
 
     async def _close_session(self, caller: Caller) -> wire.Done:
         await self._janitor.end(caller.session())
@@ -353,3 +457,25 @@ class Service:
     async def _create_volume(self, request: wire.CreateVolume) -> wire.Done:
         await self._write_durably(lambda txn: namespace.create_volume(txn, request, self._wall()))
         return wire.Done()
+
+    # Identities
+
+    async def _manage_identities(
+        self, request: wire.CreateIdentity | wire.RevokeIdentity | wire.ListIdentities
+    ) -> wire.Reply:
+        if isinstance(request, wire.ListIdentities):
+            return wire.Identities(await self._engine.read(lambda snapshot: identities.listed(snapshot, request.after)))
+        if isinstance(request, wire.CreateIdentity):
+            serial = os.urandom(8)
+            await self._write_durably(lambda txn: identities.create(txn, request, serial))
+        else:
+            revoked = await self._write_durably(lambda txn: identities.revoke(txn, request.name))
+            self._gate.revoked(request.name)
+            self._revoke_sessions(revoked.serial)
+        return wire.Done()
+
+    def _revoke_sessions(self, owner: bytes) -> None:
+        """Do nothing more for an identity's sessions. They hold up others until their lease has run out, at most."""
+        for session in self._sessions.all():
+            if session.owner == owner:
+                session.is_revoked = True

@@ -27,6 +27,7 @@ from metaserver.volumes import Volume
 
 if TYPE_CHECKING:
     from metaserver.breaks import Breaking
+    from metaserver.guard import Guard
 
 #: Changes that a volume's feed remembers.
 FEED_CHANGES: Final = 65536
@@ -96,10 +97,18 @@ def _fits(names: Iterable[Name], inodes: dict[int, None]) -> bool:
 class Session:
     """A client's lease on a volume."""
 
-    def __init__(self, session_id: bytes, volume: Volume, client: str, clock: Callable[[], int]) -> None:
+    def __init__(
+        self, session_id: bytes, volume: Volume, client: str, clock: Callable[[], int], owner: bytes = b""
+    ) -> None:
         self.id = session_id
         self.volume = volume
         self.client = client
+        #: The identity that it belongs to (see gate.py).
+        self.owner = owner
+        #: That was revoked or has expired. What the client had cached it may use until its lease has run out.
+        self.is_revoked = False
+        #: What of the volume it may reach and change; ``None``: all.
+        self.guard: Guard | None = None
         self.incarnation = 0
         self.deadline_ns = 0
         self.ended = False
@@ -143,6 +152,8 @@ class Session:
             raise Refused(wire.ErrorCode.STALE_SESSION, "the session was evicted")
         if not self.is_live:
             raise Refused(wire.ErrorCode.STALE_SESSION, "the session's lease has run out")
+        if self.is_revoked:
+            raise Refused(wire.ErrorCode.NOT_AUTHENTICATED, "the session's identity was revoked")
 
 
 class Sessions:
@@ -184,13 +195,13 @@ class Sessions:
         """Return the sessions on one volume; see :meth:`all`."""
         return [session for session in self._sessions.values() if session.volume.id == volume.id]
 
-    def open(self, volume: Volume, client: str) -> Session:
+    def open(self, volume: Volume, client: str, owner: bytes = b"") -> Session:
         """Return a new session with a full lease; raise :exc:`~metaserver.errors.Refused` (BUSY)."""
-        return self._add(Session(secrets.token_bytes(16), volume, client, self.clock))
+        return self._add(Session(secrets.token_bytes(16), volume, client, self.clock, owner))
 
-    def reclaim(self, session_id: bytes, volume: Volume, client: str) -> Session:
+    def reclaim(self, session_id: bytes, volume: Volume, client: str, owner: bytes = b"") -> Session:
         """Return a session of an earlier run of the server, with a full lease; raises as :meth:`open` does."""
-        session = Session(session_id, volume, client, self.clock)
+        session = Session(session_id, volume, client, self.clock, owner)
         session.reclaimed = True
         return self._add(session)
 
@@ -202,11 +213,16 @@ class Sessions:
         session.deadline_ns = self.clock() + self.lease_ns
         return session
 
-    def resume(self, volume: Volume, session_id: bytes | None) -> Session | None:
-        """Return the live session of this id as a new incarnation, or ``None``. The lease is not extended."""
+    def resume(self, volume: Volume, session_id: bytes | None, owner: bytes = b"") -> Session | None:
+        """Return the live session of this id as a new incarnation, or ``None``. The lease is not extended.
+
+        Raises :exc:`~metaserver.errors.Refused` (ACCESS_DENIED) if it is another identity's.
+        """
         session = self._sessions.get(session_id) if session_id is not None else None
         if session is None or session.volume.id != volume.id or not session.is_live or session.evicted:
             return None
+        must_own(owner, session.owner)
+        session.check()
         session.earlier.add(session.incarnation)
         session.incarnation = next(self._incarnations)
         return session
@@ -247,6 +263,12 @@ class Sessions:
     def committed(self, volume: Volume, author: int, names: Iterable[Name], inodes: Iterable[int]) -> None:
         """Put a committed change into the volume's feed, before the reply goes out."""
         self.feed(volume).append(Change(author, tuple(names), tuple(inodes)))
+
+
+def must_own(owner: bytes, of_session: bytes) -> None:
+    """Raise :exc:`~metaserver.errors.Refused` (ACCESS_DENIED) unless a session belongs to this identity."""
+    if owner != of_session:
+        raise Refused(wire.ErrorCode.ACCESS_DENIED, "the session belongs to another identity")
 
 
 def changed_names(request: wire.Request) -> tuple[Name, ...]:

@@ -33,7 +33,7 @@ class Standby:
     def pages(self, caller: Caller, request: wire.FetchDirectory) -> AsyncIterator[Answer]:
         raise self._refusal()
 
-    def events(self, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]:
+    def events(self, caller: Caller, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]:
         raise self._refusal()
 
     def acknowledge(self, caller: Caller, request: wire.Acknowledge) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -14,9 +15,13 @@ from typing import Final, Protocol
 import databases as database_servers
 import pytest
 import rig
+from certificates import Authority, Pair
 from hypothesis import settings
 from namespaces import Files, new_engine
 from xdist.scheduler import LoadScopeScheduling
+
+from metaserver.tls import Files as TlsFiles
+from metaserver.tls import Tls
 
 settings.register_profile("bpfuse", deadline=None)  # a machine under load is no failure
 settings.load_profile("bpfuse")
@@ -27,13 +32,15 @@ _REPORT = pytest.StashKey[pytest.TestReport]()
 
 
 def pytest_configure() -> None:
-    """Have tests find the same on every machine: nothing of a ``make`` above, of the user's locale, home or umask."""
+    """Have tests find the same on every machine, whatever make, shell, locale, home and umask they are started in."""
     for name in [name for name in os.environ if not _KEPT.fullmatch(name)]:
         del os.environ[name]
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     os.environ.update(HOME=tempfile.gettempdir(), LC_ALL="C.UTF-8", TZ="UTC")
     time.tzset()
     os.umask(0o022)
+    # A shell has what it runs in the background ignore it, and all that is started below would.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _ByModuleAndMode(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
@@ -167,3 +174,18 @@ def mount(sandbox: rig.Sandbox, request: pytest.FixtureRequest) -> Iterator[Moun
         if report is not None and report.failed:
             for each in mounted:
                 print(f"--- log of {each.path}\n{each.read_log()}")
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def server_pair(authority: Authority) -> Pair:
+    return authority.sign("server")
+
+
+@pytest.fixture
+def tls(authority: Authority, server_pair: Pair) -> Tls:
+    return Tls(TlsFiles(*server_pair, authority.path))

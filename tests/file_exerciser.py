@@ -12,6 +12,7 @@ import mmap
 import os
 import random
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,8 @@ class OneFile:
         kinds: list[tuple[Callable[[], None], int]] = [
             (self._write, 10),
             (self._append, 2),
+            (self._splice, 2),
+            (self._send, 2),
             (self._read, 10),
             (self._map_read, 4),
             (self._map_write, 5),
@@ -137,6 +140,35 @@ class OneFile:
         os.write(fd, data)
         os.close(fd)
         self.model += data
+
+    def _splice(self) -> None:
+        """Write pages of a pipe."""
+        offset = self._offset(self._most)
+        data = self._bytes(min(self._length(), 60_000, self._most - offset))
+        self.log.append(f"splice({len(data)} bytes, {offset})")
+        out, into = os.pipe()
+        try:
+            os.write(into, data)
+            done = 0
+            while done < len(data):
+                done += os.splice(out, self._fd(), len(data) - done, offset_dst=offset + done)
+        finally:
+            os.close(out)
+            os.close(into)
+        if data:
+            self._put(offset, data)
+
+    def _send(self) -> None:
+        """Read by sendfile(2) into a file elsewhere."""
+        offset, length = self._range(self._most)
+        self.log.append(f"sendfile({length}, {offset})")
+        with tempfile.TemporaryFile() as file:
+            while length and (count := os.sendfile(file.fileno(), self._fd(), offset, length)):
+                offset, length = offset + count, length - count
+            size = file.tell()
+            self._compare(offset - size, size, os.pread(file.fileno(), size, 0), "sendfile")
+        if length and offset < len(self.model):
+            self._fail(f"sendfile ended at {offset}")
 
     def _read(self) -> None:
         offset, length = self._range(self._most)
@@ -248,7 +280,7 @@ class OneFile:
     def _reopen(self) -> None:
         index = self._random.randrange(len(self._fds))
         os.close(self._fds[index])
-        flags = self._random.choice((0, 0, 0, os.O_SYNC, os.O_DSYNC))
+        flags = self._random.choice((0, 0, 0, os.O_SYNC, os.O_DSYNC, os.O_DIRECT))
         self._fds[index] = os.open(self._path, os.O_RDWR | flags)
         self.log.append(f"reopened {index} with {flags:o}")
 
@@ -339,6 +371,32 @@ class OneTree:
                     raise AssertionError(f"{path} holds what nobody wrote")
         finally:
             os.close(fd)
+
+    def do_nameless(self, path: str, _: str) -> None:
+        fd = os.open(os.path.dirname(path), os.O_TMPFILE | os.O_RDWR, 0o644)
+        try:
+            os.write(fd, bytes(self._size()))
+            check(LIBC.linkat(-100, f"/proc/self/fd/{fd}".encode(), -100, path.encode(), 0x400))
+        finally:
+            os.close(fd)
+
+    def do_hold(self, path: str, other: str) -> None:
+        """Write to what has been unlinked, perhaps by others, or replaced."""
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+        try:
+            os.replace(other, path)
+            os.write(fd, bytes(self._size()))
+            os.fchmod(fd, 0o700)
+            if any(os.pread(fd, 10_000, 0)):
+                raise AssertionError(f"{path}, unlinked, holds what nobody wrote")
+        finally:
+            os.close(fd)
+
+    def do_chown(self, path: str, _: str) -> None:
+        os.chown(path, 1000, 1000, follow_symlinks=False)
+
+    def do_rename_new(self, path: str, other: str) -> None:
+        check(LIBC.renameat2(-100, path.encode(), -100, other.encode(), 1))
 
     def do_mkdir(self, path: str, _: str) -> None:
         os.mkdir(path)

@@ -28,10 +28,17 @@ EVENT: Final = wire.Event(
 LOCK: Final = wire.Lock(5, -(2**63), True, 0, 2**63 - 1, True, 2**32 - 1)
 SESSION: Final = bytes(range(16))
 
+IDENTITY: Final = wire.Identity(
+    "name@host", True, ["volume"], b"/\xff/tree", True, wire.Squash.ALL, 1000, 1000, 2**63 - 1, True
+)
+
 REQUESTS: Final[list[wire.Request]] = [
+    wire.Hello(1, "test", "name:secret"),
+    wire.CreateIdentity(IDENTITY, bytes(32)),
+    wire.RevokeIdentity("name"),
+    wire.ListIdentities("name"),
     wire.GetStatus("volume"),
     wire.EvictSession("volume", SESSION),
-    wire.Hello(1, "test"),
     wire.CreateVolume("volume", "file:///blocks", 65536, 1000, 3600, 2**62),
     wire.OpenSession("volume", "client", SESSION, [5], "test 1"),
     wire.Renew(9),
@@ -101,6 +108,7 @@ REPLIES: Final[list[wire.Reply]] = [
     wire.SliceIds([1, 2**63 - 1]),
     wire.Statistics(1, 2, 3, 4),
     wire.Sought(4096, True),
+    wire.Identities([IDENTITY]),
     wire.EventPage(7, [EVENT, wire.Event(8, 0, wire.Operation.REPAIR)], True, SESSION),
     wire.SlicesInspected([1], [2], [3]),
     wire.LockIs(LOCK),

@@ -23,6 +23,8 @@ _SEEK: Final = "lseek takes positions up to 2^63 - 1, as on XFS; files are 2^56 
 LIMITS: Final[tuple[Limit, ...]] = (
     Limit("chown_by_others", "2745 *", _SETGID),
     Limit("setuid_goes_with_writing", "* of 2767 by *", _SETGID),
+    Limit("capable_users", "* 6700 with override: then", _SETGID),
+    Limit("flags_of_one_call", "* RWF_DONTCACHE", "the kernel's FUSE takes no RWF_DONTCACHE (EOPNOTSUPP)"),
     Limit(
         "far_times", "year 2400: set", "times are kept from 1677 to 2262, to the nanosecond; others become the nearest"
     ),

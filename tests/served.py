@@ -15,6 +15,7 @@ from metaserver import wire
 from metaserver.connection import Limits
 from metaserver.engine import Candidate, Engine, Snapshot, Transaction, open_engine
 from metaserver.front import Front
+from metaserver.gate import Access
 from metaserver.server import Server
 from metaserver.sessions import FEED_CHANGES
 
@@ -125,11 +126,23 @@ class Metaserver:
         self.options = options
         self.address = f"unix:{directory}/{next(_numbers)}.sock"
         self.server: Server
+        #: Where it listens beside ``address``.
+        self.tcp: str
         self._clients: list[rpc.Connection | Raw] = []
 
     async def start(self, address: str | None = None, **options: Any) -> None:
-        self.front = Front(lambda place: Given(place, self.engine), lambda engine: Server(engine, **self.options))
-        self.address = await self.front.start(address or self.address, **options)
+        await self.start_on(address or self.address, **options)
+
+    async def start_on(self, *addresses: str, **options: Any) -> None:
+        """Start on one or two addresses; ``address`` and ``tcp`` are what they came to be."""
+        self.front = Front(
+            lambda place: Given(place, self.engine),
+            lambda engine: Server(engine, **self.options),
+            self.options.get("limits", Limits()),
+            self.options.get("access", Access()),
+        )
+        self.address = await self.front.start(*addresses, **options)
+        self.tcp = self.front.addresses[-1]
         assert self.front.server is not None
         self.server = self.front.server
 
@@ -137,7 +150,10 @@ class Metaserver:
         await self.front.close()
 
     async def connect(self) -> rpc.Connection:
-        connection = await rpc.connect(self.address)
+        return await self.connect_to(self.address)
+
+    async def connect_to(self, address: str) -> rpc.Connection:
+        connection = await rpc.connect(address)
         self._clients.append(connection)
         return connection
 
@@ -179,11 +195,13 @@ async def serving(
     lease_s: float = 30.0,
     limits: Limits | None = None,
     feed_changes: int = FEED_CHANGES,
+    **options: Any,
 ) -> AsyncIterator[Metaserver]:
     """A running metaserver; ``engine`` is a URL or "lmdb" for one in ``directory``."""
     url = f"lmdb://{directory}/meta" if engine == "lmdb" else engine
     opened = open_engine(url)
-    metaserver = Metaserver(opened, directory, lease_s=lease_s, limits=limits or Limits(), feed_changes=feed_changes)
+    options |= {"lease_s": lease_s, "limits": limits or Limits(), "feed_changes": feed_changes}
+    metaserver = Metaserver(opened, directory, **options)
     await metaserver.start(address)
     try:
         yield metaserver

@@ -19,6 +19,7 @@ from typing import Final
 import rig
 
 from fuseclient import servers
+from fuseclient.credentials import is_loopback
 
 #: Seconds; short, so that what waits for a lease does not wait long.
 LEASE_S: Final = 2.0
@@ -61,16 +62,20 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"bpfuse://{self._host}:{self.port}/{VOLUME}"
+        return f"bpfuse://{self._host}:{self.port}/{VOLUME}{self._query}"
 
     @property
     def address(self) -> str:
-        return f"tcp:{self._host}:{self.port}"
+        return f"tcp:{self._host}:{self.port}{self._query}"
+
+    @property
+    def _query(self) -> str:
+        return "" if is_loopback(self._host) else "?insecure"
 
     def start(self) -> None:
         """Start it, and return when it listens."""
         reading, writing = os.pipe()
-        command = [*self._prefix, sys.executable, "-P", "-m", "metaserver", "serve", "--insecure"]
+        command = [*self._prefix, sys.executable, "-P", "-m", "metaserver", "serve", "--insecure", "--squash", "none"]
         command += ["--engine", self.engine, "--listen", f"tcp:{self._host}:{self.port}"]
         command += ["--lease-s", str(self.lease_s), "--ready-fd", str(writing)]
         with self.log.open("ab") as log, open(reading, "rb", buffering=0) as ready:

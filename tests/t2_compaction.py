@@ -7,6 +7,7 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from one_file import Store
@@ -17,7 +18,7 @@ from fuseclient.data.layouts import visible
 from fuseclient.data.objects import StoreError
 from fuseclient.data.uploads import CHUNK
 from fuseclient.data.writer import Writer
-from fuseclient.worker.rpc import Refused
+from fuseclient.worker.rpc import Connection, Disconnected, Refused
 from metaserver import wire
 
 
@@ -191,6 +192,35 @@ async def test_it_works_in_the_background(rig: Rig) -> None:
     await until(lambda: rig.compactor.figures()["chunks"] >= 1 and not rig.compactor.figures()["waiting"])
     task.cancel()
     await asyncio.wait({task})
+    assert await rig.content() == rig.model
+
+
+class LosesAnswers:
+    """A connection on which compactions are made, and their answers lost."""
+
+    def __init__(self, connection: Connection, instead: BaseException) -> None:
+        self._connection = connection
+        self._instead = instead
+
+    async def call(self, request: wire.Request, reply_type: type[Any]) -> Any:
+        reply = await self._connection.call(request, reply_type)
+        if isinstance(request, wire.CompactSlices):
+            raise self._instead
+        return reply
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [asyncio.CancelledError(), Disconnected("cut off"), Refused(wire.ErrorCode.INTERNAL, "who knows")],
+    ids=["cancelled", "cut off", "unknown"],
+)
+async def test_objects_that_may_be_in_use_stay(rig: Rig, instead: BaseException) -> None:
+    await scribble(rig, 7)
+    compactor = Compactor(LosesAnswers(rig.client.connection, instead), rig.store)
+    with pytest.raises(type(instead)):
+        await compactor.compact(rig.ino, 0)
+    await compactor._uploads.settle()
+    assert len(await rig.slices()) < 60, "it was made"
     assert await rig.content() == rig.model
 
 

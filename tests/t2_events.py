@@ -374,7 +374,8 @@ async def test_a_follower_that_comes_too_late_is_told_so(
     for number in range(7):
         await client.make(b"%d" % number)
     volume = await metaserver.engine.read(lambda snapshot: namespace.open_volume(snapshot, VOLUME))
-    slow = metaserver.server._service.events(wire.FollowEvents(VOLUME, 0, True))
+    connected = next(iter(metaserver.server.connections))
+    slow = metaserver.server._service.events(connected._caller, wire.FollowEvents(VOLUME, 0, True))
     assert [event.version for event in (await anext(slow)).events] == [1, 2, 3, 4, 5]
     for number in range(30):
         await client.make(b"more-%d" % number)

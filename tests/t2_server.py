@@ -28,6 +28,7 @@ from fuseclient.worker.session import Session
 from metaserver import wire
 from metaserver.connection import Limits
 from metaserver.errors import Conflict, EngineFull, Unknown
+from metaserver.gate import Access
 from metaserver.listener import ListenError
 from metaserver.wire import ErrorCode
 
@@ -104,7 +105,7 @@ async def test_a_client_gives_up_a_server_that_does_not_greet(tmp_path: Path) ->
 async def test_there_is_a_most_of_connections(tmp_path: Path) -> None:
     async with serving(tmp_path, limits=Limits(connections=2)) as metaserver:
         one, _ = await metaserver.connect(), await metaserver.connect()
-        with pytest.raises(rpc.Disconnected):
+        with pytest.raises(rpc.Refused, match="too many connections"):
             await metaserver.connect()
         one.abort()
         await until(lambda: len(metaserver.server.connections) == 1)
@@ -150,7 +151,8 @@ async def test_addresses_that_cannot_be_listened_on(tmp_path: Path) -> None:
 
 async def test_plaintext_off_this_machine_has_to_be_asked_for(metaserver: Metaserver) -> None:
     await metaserver.stop()
-    await metaserver.start("tcp:0.0.0.0:0", insecure=True)
+    metaserver.options["access"] = Access(insecure=True)
+    await metaserver.start("tcp:0.0.0.0:0")
     (await rpc.connect(metaserver.address.replace("0.0.0.0", "127.0.0.1"))).abort()
 
 
@@ -209,6 +211,9 @@ async def _every_request(client: Client) -> None:
     assert [entry.name for page in pages for entry in page.entries] == [b"symlink"]
     told = [page async for page in client.connection.follow(wire.FollowEvents(VOLUME, 0, False))]
     assert [event.version for page in told for event in page.events] == list(range(1, told[-1].version + 1))
+    await call(wire.CreateIdentity(wire.Identity("somebody"), bytes(32)), wire.Done)
+    assert [each.name for each in (await call(wire.ListIdentities(), wire.Identities)).identities] == ["somebody"]
+    await call(wire.RevokeIdentity("somebody"), wire.Done)
     assert (await client.renew(client.session.version)).everything is False
     status = await client.connection.call(wire.GetStatus(VOLUME), wire.Status)
     assert client.session.session in [each.session for each in status.sessions]
@@ -295,10 +300,11 @@ async def test_a_volume_is_made_once_and_opened_if_it_exists(metaserver: Metaser
 async def test_a_session_is_needed(metaserver: Metaserver) -> None:
     connection = await metaserver.connect()
     alone = (wire.Hello, wire.CreateVolume, wire.OpenSession, wire.FollowEvents, wire.GetStatus, wire.EvictSession)
+    operators = (wire.CreateIdentity, wire.RevokeIdentity, wire.ListIdentities)
     for request in messages.REQUESTS:
         if isinstance(request, wire.FetchDirectory):
             assert await refused(anext(connection.stream(request))) is ErrorCode.INVALID
-        elif not isinstance(request, (*alone, wire.Acknowledge)):
+        elif not isinstance(request, (*alone, *operators, wire.Acknowledge)):
             assert await refused(connection.call(request, wire.Done)) is ErrorCode.INVALID
     assert await refused(connection.call(wire.Hello(wire.PROTOCOL_VERSION, "again"), wire.Welcome)) is ErrorCode.INVALID
     client = await metaserver.client()

@@ -45,7 +45,7 @@ class Seeds:
         """Return those that failed of a part, which begins with the seed ``first``."""
         if first not in self._parts:
             counts, failed = Counter[str](), list[Verdict]()
-            for verdict in verdicts(first, PART, len(os.sched_getaffinity(0))):
+            for verdict in verdicts(first, PART, _processors()):
                 counts += verdict.counts
                 failed += [verdict] if verdict.complaints else []
             self._parts[first] = counts, failed
@@ -56,6 +56,11 @@ class Seeds:
         for first in range(0, SEEDS, PART):
             self.failed(first)
         return sum(counts[what] for counts, _ in self._parts.values())
+
+
+def _processors() -> int:
+    """Return this process's share of the processors, of those that run tests at the same time."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 @pytest.fixture(scope="module")

@@ -123,9 +123,12 @@ class Weed:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports that are free, as are those at the distance for gRPC."""
+    """Return ports that are free, as are those at the distance for gRPC.
+
+    They are not those of outgoing connections, and processes that ask at the same time look far from each other.
+    """
     found: list[int] = []
-    for port in range(20_000 + os.getpid() % 5000, 40_000):
+    for port in range(12_000 + os.getpid() * 997 % 8000, 22_000):
         if all(_is_free(each) for each in (port, port + _GRPC)):
             found.append(port)
         if len(found) == count:

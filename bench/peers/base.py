@@ -28,6 +28,12 @@ class Peer(ABC):
     durability: ClassVar[str]
     #: Its measured mounts cannot be written to: it is filled through another.
     read_only: ClassVar[bool] = False
+    #: It differs from another only in what a change costs, so that only changes are measured.
+    changes_only: ClassVar[bool] = False
+    #: It differs from another only in where metadata are, so that large files are not measured.
+    metadata_only: ClassVar[bool] = False
+    #: It can be read and written with O_DIRECT.
+    direct_io: ClassVar[bool] = True
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

@@ -114,6 +114,7 @@ class JuicefsSqlite(Juicefs):
 
     name = "juicefs sqlite"
     engine = "SQLite"
+    metadata_only = True
 
     def meta_url(self) -> str:
         return f"sqlite3://{self.directory}/meta.db"

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Final
 
 import psutil
 
@@ -45,7 +45,8 @@ class Passthrough(Peer):
 
     name = "passthrough"
     durability = "nothing at close, all at fsync (as ext4, which is below)"
-    _program: ClassVar[Path | None] = None
+    #: It hands O_DIRECT down, with buffers that are not aligned as the file system below asks.
+    direct_io = False
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)

@@ -63,6 +63,7 @@ class BpfuseInterval(Bpfuse):
 
     name = "bpfuse interval"
     durability = "within 100 ms after close, all at fsync"
+    changes_only = True
     options = ("--durability", "interval")
 
 

@@ -15,8 +15,8 @@ from fuseclient.bench.figures import Figures
 class Scale:
     """How much is done. ``quick``: as little as shows the order of magnitude."""
 
-    files: int = 1000
-    images: int = 1000
+    files: int = 600
+    images: int = 600
     file_bytes: int = 64 << 20
     quick: bool = False
 

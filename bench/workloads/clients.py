@@ -21,7 +21,7 @@ from bench.systems import bpfuse
 from bench.workloads.base import Turn, Workload
 
 _RATES: Final = (1, 10, 100)
-_SECONDS: Final = 2.0
+_SECONDS: Final = 1.0
 _FILES: Final = 200
 
 

@@ -47,19 +47,19 @@ class Fio(Workload):
         return None if shutil.which("fio") else "fio (apt install fio)"
 
     def suits(self, kind: type[Peer]) -> bool:
-        return not kind.read_only
+        return not (kind.read_only or kind.metadata_only)
 
     def turn(self, turn: Turn) -> None:
         with fresh(turn.kind, self.directory) as peer:
-            for job in run(JOBS / "write.fio", peer.root, self.scale):
-                _add(turn, job)
-            for job in run(JOBS / "small.fio", peer.root, self.scale):
-                _add(turn, job)
+            self._jobs(turn, peer, "write", "small", *(("direct_write",) if turn.kind.direct_io else ()))
             run(JOBS / "layout.fio", peer.root, self.scale)
             peer.restart()
-            for name in ("cold", "cached", "direct"):
-                for job in run(JOBS / f"{name}.fio", peer.root, self.scale):
-                    _add(turn, job)
+            self._jobs(turn, peer, "cold", "cached", *(("direct",) if turn.kind.direct_io else ()))
+
+    def _jobs(self, turn: Turn, peer: Peer, *names: str) -> None:
+        for name in names:
+            for job in run(JOBS / f"{name}.fio", peer.root, self.scale):
+                _add(turn, job)
 
 
 def run(path: Path, directory: Path, scale: Scale) -> list[Job]:

@@ -40,6 +40,9 @@ class Pytorch(Workload):
             (f"{each} (pip install)" for name, each in wanted.items() if not importlib.util.find_spec(name)), None
         )
 
+    def suits(self, kind: type[Peer]) -> bool:
+        return not (kind.changes_only or kind.metadata_only)
+
     def prepare(self) -> None:
         self._images, self._sums = self.directory / "images", self.directory / "sums.json"
         make_images(self._images, self.scale.images)
@@ -51,7 +54,7 @@ class Pytorch(Workload):
 
     def turn(self, turn: Turn) -> None:
         peer = self._peer(turn.kind)
-        for workers in (0, 2) if self.scale.quick else _WORKERS:
+        for workers in (0,) if self.scale.quick else _WORKERS:
             peer.restart()
             first, second = _reader("epochs", self._images, peer.root / "images", workers)
             by = f"{workers} workers"

@@ -45,7 +45,7 @@ class Resources(Workload):
     )
 
     def suits(self, kind: type[Peer]) -> bool:
-        return kind is not Ext4
+        return kind is not Ext4 and not (kind.changes_only or kind.metadata_only)
 
     def turn(self, turn: Turn) -> None:
         files = self.scale.files

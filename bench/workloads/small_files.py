@@ -35,6 +35,8 @@ class SmallFiles(Workload):
         with fresh(turn.kind, self.directory) as peer:
             tree = _tree(peer, "one", files)
             turn.time_of_writing(f"create {kib} KiB", _create(tree, size, 1), files)
+            if turn.kind.changes_only:
+                return
             peer.restart()
             cold, warm = _read(shuffled(tree), size, 1)
             turn.time(f"read {kib} KiB shuffled, cold", cold, files)
@@ -46,20 +48,25 @@ class SmallFiles(Workload):
             tree, other = _tree(peer, "one", files), _tree(peer, "four", files)
             turn.time_of_writing("create 4 KiB", _create(tree, size, 1), files)
             turn.time_of_writing("create 4 KiB, 4 processes", _create(other, size, _PROCESSES), files)
-            for order, ordered in (("in order", tree), ("shuffled", shuffled(tree))):
-                for processes in (1,) if self.scale.quick else (1, _PROCESSES):
-                    peer.restart()
-                    by = "" if processes == 1 else f", {processes} processes"
-                    cold, warm = _read(ordered, size, processes)
-                    turn.time(f"read 4 KiB {order}, cold{by}", cold, files)
-                    turn.time(f"read 4 KiB {order}, warm{by}", warm, files)
-            peer.restart(ttl_s=_TTL_S)
-            _stat(turn, tree, size)
-            _list(turn, peer, files)
+            if not turn.kind.changes_only:
+                self._read_4k(turn, peer, tree)
             if turn.written:
                 for name, each, processes in (("delete", tree, 1), ("delete, 4 processes", other, _PROCESSES)):
                     shares = [{"paths": part} for part in share(each, processes)]
                     turn.time(name, timed("remove_files", shares)[0], files)
+
+    def _read_4k(self, turn: Turn, peer: Peer, tree: list[str]) -> None:
+        files, size = len(tree), 4096
+        for order, ordered in (("in order", tree), ("shuffled", shuffled(tree))):
+            for processes in (1,) if self.scale.quick else (1, _PROCESSES):
+                peer.restart()
+                by = "" if processes == 1 else f", {processes} processes"
+                cold, warm = _read(ordered, size, processes)
+                turn.time(f"read 4 KiB {order}, cold{by}", cold, files)
+                turn.time(f"read 4 KiB {order}, warm{by}", warm, files)
+        peer.restart(ttl_s=_TTL_S)
+        _stat(turn, tree, size)
+        _list(turn, peer, files)
 
 
 def _stat(turn: Turn, tree: list[str], size: int) -> None:

@@ -51,7 +51,7 @@ async def _serve(options: MountOptions, ready_fd: int) -> int:
         _log.exception("the mount could not be started")
         _say(ready_fd, {"error": f"a fault of bpfuse's own, see the log: {error!r}"})
         return 1
-    _log.info("%s is mounted on %s, accel=%s", options.url, options.mountpoint, mount.accel)
+    _log.info("%s is mounted on %s, accel=%s", mount.volume.url, options.mountpoint, mount.accel)
     _say(ready_fd, {"ready": True, "accel": mount.accel, "notice": mount.notice})
     await mount.run()
     return 0

@@ -59,6 +59,7 @@ class Mount:
         self._started = time.time()
         self._server: Metaserver | None = None
         self._bpf: Bpf | None = None
+        self._refused: NativeError | None = None
         self._worker: Worker | None = None
         self._transport: Transport | None = None
         self._control: asyncio.Server | None = None
@@ -76,7 +77,7 @@ class Mount:
     async def start(self) -> None:
         """Bring the mount up; raise StartError, TransportError or NativeError, with nothing left behind."""
         try:
-            await self._start_server()
+            await self._prepare()
             await self._start_chosen()
             self._control = await control_server.serve(
                 self.directory.control_socket,
@@ -96,6 +97,20 @@ class Mount:
         self._watch("worker", self._watch_worker())
         if self._server is not None:
             self._watch("metaserver", self._watch_server())
+
+    async def _prepare(self) -> None:
+        """Start the metaserver, and meanwhile have the kernel check the programs; why it refuses them is kept."""
+        started, loaded = await asyncio.gather(self._start_server(), self._load(), return_exceptions=True)
+        if isinstance(started, BaseException):
+            raise started
+        if isinstance(loaded, NativeError):
+            self._refused = loaded
+        elif isinstance(loaded, BaseException):
+            raise loaded
+
+    async def _load(self) -> None:
+        if self.options.accel != "off":
+            self._bpf = await asyncio.to_thread(acceleration.load, self.options)
 
     async def _start_server(self) -> None:
         if isinstance(self.volume, Embedded):
@@ -119,8 +134,8 @@ class Mount:
 
     async def _start_as(self, accel: str) -> None:
         self.accel = accel
-        if accel == "bpf":
-            self._bpf = await asyncio.to_thread(acceleration.load, self.options)
+        if accel == "bpf" and self._refused is not None:
+            raise self._refused
         self._worker = await self._start_worker(session=None)
         self._transport = await asyncio.to_thread(self._open_transport)
         asyncio.get_running_loop().add_reader(self._transport.fileno(), self._on_event)

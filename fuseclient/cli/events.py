@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from fuseclient.cli.connecting import connecting
 from fuseclient.events import source
 from fuseclient.events.lines import Lines, as_json
 
 
 def register(app: typer.Typer) -> None:
-    app.command("events")(events)
+    app.command("events")(connecting(events))
 
 
 def events(

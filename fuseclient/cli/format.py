@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 import typer
 
 from fuseclient import formatting
+from fuseclient.cli.connecting import connecting
 from fuseclient.cli.values import format_size, parse_size
 from metaserver import wire
 
 
 def register(app: typer.Typer) -> None:
-    app.command("format")(format_volume)
+    app.command("format")(connecting(format_volume))
 
 
 def format_volume(

@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from fuseclient.cli.connecting import connecting
 from fuseclient.cli.progress import ProgressLine
 from fuseclient.cli.values import format_bytes
 from fuseclient.maintenance.gc import Collected, collect
@@ -14,7 +15,7 @@ from fuseclient.maintenance.job import Amount
 
 
 def register(app: typer.Typer) -> None:
-    app.command("gc")(gc)
+    app.command("gc")(connecting(gc))
 
 
 def gc(

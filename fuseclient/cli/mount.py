@@ -9,15 +9,17 @@ from typing import Annotated, Literal
 import typer
 
 from fuseclient import mounting
+from fuseclient.cli.connecting import connecting
 from fuseclient.cli.values import format_size, parse_size
 from fuseclient.config import MountOptions
+from fuseclient.volumes import parse_volume
 
 _LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 _DEFAULTS = MountOptions(url="", mountpoint="")
 
 
 def register(app: typer.Typer) -> None:
-    app.command("mount")(mount)
+    app.command("mount")(connecting(mount))
 
 
 def mount(
@@ -97,4 +99,7 @@ def _tell(mounted: mounting.Mounted) -> None:
     for notice in mounted.notices:
         print(f"bpfuse: note: {notice}", file=sys.stderr)
     answered = "BPF programs in the kernel" if mounted.accel == "bpf" else "the daemon (not accelerated)"
-    print(f"{mounted.options.url} is mounted at {mounted.options.mountpoint}; answered by {answered}", flush=True)
+    print(
+        f"{parse_volume(mounted.options.url).url} is mounted at {mounted.options.mountpoint}; answered by {answered}",
+        flush=True,
+    )

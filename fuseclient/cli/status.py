@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fuseclient.cli.connecting import connecting
 from fuseclient.cli.values import console
 from fuseclient.observe import status as observed
 
@@ -14,8 +15,8 @@ _URL = typer.Argument(help="bpfuse://host:port[,host:port...]/volume, or file://
 
 
 def register(app: typer.Typer) -> None:
-    app.command("status")(status)
-    app.command("evict")(evict)
+    app.command("status")(connecting(status))
+    app.command("evict")(connecting(evict))
 
 
 def status(

@@ -4,7 +4,8 @@ The writer tells of each commit. When a chunk of a file has got many small slice
 into new objects and put in their place by one transaction of the metaserver, which first makes sure that what was read
 is still the bottom of the chunk's list. Whatever was laid on top meanwhile stays there, so no write is ever lost or
 held up; if the list itself was changed (a truncation, another client's compaction), nothing happens, and the new
-objects are deleted. The file's attributes and version stay: its content is the same.
+objects are deleted. If it is not known whether the transaction was made, they stay. The file's attributes and version
+stay: its content is the same.
 
 One chunk at a time, and no faster than ``RATE`` bytes a second on average. Large pieces stay where they are.
 """
@@ -22,7 +23,7 @@ from fuseclient.data.caller import Caller
 from fuseclient.data.extents import Extents
 from fuseclient.data.layouts import Piece, visible
 from fuseclient.data.objects import MAX_OBJECT, ObjectMissing, StoreError
-from fuseclient.data.uploads import CHUNK, Upload, Uploads, pack
+from fuseclient.data.uploads import CHUNK, UNKNOWN, Upload, Uploads, pack
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
 from metaserver.records import pack_slices
@@ -139,12 +140,17 @@ class Compactor:
         try:
             for group in _groups(small):
                 uploads += await self._rewrite(group)
-            slices = [*large, *(each for upload in uploads for each in upload.slices())]
+        except BaseException:
+            self._uploads.discard(uploads)
+            raise
+        slices = [*large, *(each for upload in uploads for each in upload.slices())]
+        try:
             await self._replace(ino, begin, seen, slices)
-        except BaseException as error:
-            if not isinstance(error, Disconnected):
+        except Refused as error:
+            if error.code not in UNKNOWN:
                 self._uploads.discard(uploads)
             raise
+        # Cut off or cancelled, nobody knows whether the chunk refers to the new objects: they stay, garbage at worst.
         rewritten = sum(each.bytes for each in uploads)
         self._counts.update(chunks=1, bytes=rewritten, slices_before=len(seen), slices_after=len(slices))
         self._replaced(ino)

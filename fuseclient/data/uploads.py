@@ -80,6 +80,10 @@ class Upload:
         return slices
 
 
+#: Refusals after which it is not known whether a commit was made.
+UNKNOWN: Final = (wire.ErrorCode.INTERNAL,)
+
+
 class Uploads:
     """Starts uploads, and gives objects up that nothing refers to."""
 

@@ -52,7 +52,7 @@ import msgspec
 from fuseclient.data.caller import Caller
 from fuseclient.data.extents import Extents
 from fuseclient.data.objects import MAX_OBJECT, StoreError
-from fuseclient.data.uploads import COMMIT_CHUNKS, Objects, Upload, Uploads, pack
+from fuseclient.data.uploads import COMMIT_CHUNKS, UNKNOWN, Objects, Upload, Uploads, pack
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
 
@@ -74,8 +74,6 @@ _ATTEMPTS: Final = 16
 _DEFERRED: Final = ("mode", "uid", "gid", "atime_ns", "mtime_ns")
 #: Refusals that mean somebody else changed the file meanwhile: look again.
 _OVERTAKEN: Final = (wire.ErrorCode.BUSY, wire.ErrorCode.INVALID)
-#: Refusals after which it is not known whether the commit was made.
-_UNKNOWN: Final = (wire.ErrorCode.INTERNAL,)
 #: Refusals after which there is nowhere to write to: the file is no more, or not this client's to write any more.
 _NOWHERE: Final = (wire.ErrorCode.NOT_FOUND, wire.ErrorCode.LOST_LOCK)
 #: The most that experience with new files counts.
@@ -659,7 +657,7 @@ class Writer:
         expected = isinstance(error, Refused | Disconnected | StoreError)
         _log.error("writing to inode %d failed: %s", file.attributes.ino, error, exc_info=None if expected else error)
         before = _held(file)
-        unknown = isinstance(error, Disconnected) or (isinstance(error, Refused) and error.code in _UNKNOWN)
+        unknown = isinstance(error, Disconnected) or (isinstance(error, Refused) and error.code in UNKNOWN)
         (self._uploads.abandon if unknown else self._uploads.discard)(file.staged)
         batches = _uncommitted(file)
         file.dirty, file.flushing, file.staged = Extents(), None, deque()
@@ -796,7 +794,7 @@ class Writer:
         try:
             self._changed(file, await self._caller.call(request, wire.Changed))
         except Refused as error:
-            if error.code not in _UNKNOWN:
+            if error.code not in UNKNOWN:
                 self._uploads.discard(below)
             raise
         self.when_laid(ino, slices)

@@ -27,6 +27,11 @@ def read(url: str) -> dict[str, Any]:
     return asyncio.run(_read(volume, _addresses(volume)))
 
 
+def _suffix(volume: Volume) -> str:
+    """Return what goes to each address: where the credentials are."""
+    return "" if isinstance(volume, Embedded) else volume.credentials.suffix
+
+
 def evict(url: str, who: str) -> str:
     """End a session, given by its id, the beginning of it, or its host and mount point; return its whole id.
 
@@ -37,14 +42,14 @@ def evict(url: str, who: str) -> str:
     if status["authority"] is None:
         raise UserError(f"no metaserver of {url} has the authority")
     session = _session_of(status["sessions"], who, url)
-    asyncio.run(_evict(status["authority"], wire.EvictSession(volume.name, bytes.fromhex(session))))
+    asyncio.run(_evict(status["authority"] + _suffix(volume), wire.EvictSession(volume.name, bytes.fromhex(session))))
     return session
 
 
 def _addresses(volume: Volume) -> list[str]:
     """Return where the metaservers of a volume listen; one that is embedded has one if it is mounted."""
     if not isinstance(volume, Embedded):
-        return volume.address.split(",")
+        return volume.address.partition("?")[0].split(",")
     for record in runtime.live_records():
         if record.url == volume.url:
             return [f"unix:{runtime.directory_of(record.mountpoint).metaserver_socket}"]
@@ -52,10 +57,12 @@ def _addresses(volume: Volume) -> list[str]:
 
 
 async def _read(volume: Volume, addresses: list[str]) -> dict[str, Any]:
-    found = dict(zip(addresses, await asyncio.gather(*(_ask(each, volume.name) for each in addresses)), strict=True))
+    suffix = _suffix(volume)
+    answers = await asyncio.gather(*(_ask(each + suffix, volume.name) for each in addresses))
+    found = dict(zip(addresses, answers, strict=True))
     told = {each.elsewhere for each in found.values() if isinstance(each, wire.Status) and each.elsewhere}
     for each in sorted(told - found.keys()):
-        found[each] = await _ask(each, volume.name)
+        found[each] = await _ask(each + suffix, volume.name)
     serving = {each: status for each, status in found.items() if isinstance(status, wire.Status) and status.epoch}
     authority = max(serving, key=lambda each: serving[each].epoch, default=None)
     status = serving[authority] if authority is not None else wire.Status("", 0)

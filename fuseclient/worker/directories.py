@@ -55,6 +55,16 @@ class Answer:
     fresh: bool
 
 
+async def _answer(fetch: _Fetch, name: bytes) -> Answer | None:
+    """Return what a fetch tells of a name; nothing of a directory that may be searched, but not listed."""
+    try:
+        return await fetch.answer(name)
+    except Refused as refused:
+        if refused.code is not wire.ErrorCode.ACCESS_DENIED:
+            raise
+        return None
+
+
 def _cookie(entry: Entry) -> int:
     return entry.cookie
 
@@ -216,7 +226,7 @@ class Directories:
             return Answer(None, True)
         if self._window is not None and parent not in self._misses:
             with self._join(parent, around=name) as fetch:
-                answer = await fetch.answer(name)
+                answer = await _answer(fetch, name)
             if answer is not None:
                 return answer
         return await self._lookup_one(parent, name)

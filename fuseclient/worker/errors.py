@@ -43,6 +43,9 @@ _ERRNO: Final = {
     ErrorCode.INTERNAL: errno.EIO,
     ErrorCode.LOST_LOCK: errno.EIO,
     ErrorCode.EVENTS_GONE: errno.EIO,
+    ErrorCode.NOT_AUTHENTICATED: errno.EIO,
+    ErrorCode.ACCESS_DENIED: errno.EACCES,
+    ErrorCode.READ_ONLY: errno.EROFS,
 }
 
 _P = ParamSpec("_P")

@@ -22,12 +22,14 @@ _AGAIN_S: Final = 0.2
 async def connect(addresses: str, *, timeout_s: float = rpc.CONNECT_TIMEOUT_S) -> Connection:
     """Connect to the metaserver that has the authority.
 
-    ``addresses``: "unix:/path" or "tcp:host:port", or several with commas between them. Raises :exc:`Disconnected` when
+    ``addresses``: "unix:/path" or "tcp:host:port", or several with commas between them, and with one
+    query for all (see credentials.py). Raises :exc:`Disconnected` when
     none has it in time, :exc:`Refused` (UNSUPPORTED) when they speak another version of the protocol, and
     :exc:`ValueError` for what is not an address.
     """
+    addresses, mark, query = addresses.partition("?")
     places = [str(place) for place in wire.parse_addresses(addresses)]
-    search = _Search()
+    search = _Search(mark + query)
     try:
         async with asyncio.timeout(timeout_s):
             connection = await search.ask(places)
@@ -39,10 +41,11 @@ async def connect(addresses: str, *, timeout_s: float = rpc.CONNECT_TIMEOUT_S) -
 
 
 class _Search:
-    """One search; ``why`` says in a line why it has come to nothing so far."""
+    """One search, with a query for each address; ``why`` says in a line why it has come to nothing so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, query: str) -> None:
         self.why = ""
+        self._query = query
         #: One has answered, so there is, or will be, an authority.
         self._standby = False
         self._asked: dict[str, asyncio.Task[Connection]] = {}
@@ -93,7 +96,7 @@ class _Search:
         for place in places:
             if place not in known:
                 known.add(place)
-                self._asked[place] = asyncio.create_task(rpc.connect(place))
+                self._asked[place] = asyncio.create_task(rpc.connect(place + self._query))
 
 
 def _may_follow(place: str, elsewhere: str) -> bool:

@@ -11,9 +11,11 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final, TypeVar, cast
 
+from fuseclient.credentials import Credentials, Unusable, is_loopback
 from metaserver import wire
 
 _log = logging.getLogger(__name__)
@@ -46,37 +48,61 @@ class NotSent(Disconnected):
 
 
 async def connect(address: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> Connection:
-    """Connect to "unix:/path" or "tcp:host:port" and shake hands.
+    """Connect to "unix:/path" or "tcp:host:port" and shake hands; a query says how (see credentials.py).
 
-    Raises :exc:`Disconnected` when there is no answer in time, :exc:`Refused` (UNSUPPORTED) when the metaserver speaks
-    another version of the protocol and :exc:`ValueError` when ``address`` is not an address.
+    Raises :exc:`Disconnected` when there is no answer in time or it is not to be believed, :exc:`Refused` (UNSUPPORTED)
+    when the metaserver speaks another version of the protocol, NOT_AUTHENTICATED when it does not know the client, and
+    :exc:`ValueError` when ``address`` is not an address.
     """
-    target = wire.parse_address(address)
+    place, _, query = address.partition("?")
+    target, credentials = wire.parse_address(place), Credentials.parse(query)
     try:
         async with asyncio.timeout(timeout_s):
-            return await _connect(target)
+            return await _connect(target, credentials)
     except TimeoutError:
-        raise Disconnected(f"{address} does not answer within {timeout_s:g} s") from None
+        raise Disconnected(f"{place} does not answer within {timeout_s:g} s") from None
     except Disconnected:
         raise
+    except Unusable as error:
+        raise Disconnected(str(error)) from None
     except OSError as error:
-        raise Disconnected(f"cannot connect to {address}: {error.strerror or error}") from error
+        raise Disconnected(f"cannot connect to {place}: {_reason(error)}") from error
 
 
-async def _connect(target: wire.UnixAddress | wire.TcpAddress) -> Connection:
-    loop = asyncio.get_running_loop()
-    if isinstance(target, wire.UnixAddress):
-        _, protocol = await loop.create_unix_connection(_Protocol, target.path)
-    else:
-        _, protocol = await loop.create_connection(_Protocol, target.host, target.port)
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not to be believed: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS was not agreed on: {error.reason or error}"
+    return error.strerror or str(error)
+
+
+async def _connect(target: wire.UnixAddress | wire.TcpAddress, credentials: Credentials) -> Connection:
+    protocol = await _open(target, credentials)
     connection = Connection(protocol)
     try:
-        hello = wire.Hello(wire.PROTOCOL_VERSION, _SOFTWARE)
+        hello = wire.Hello(wire.PROTOCOL_VERSION, _SOFTWARE, credentials.read_token())
         connection.welcome = await connection.call(hello, wire.Welcome)
     except BaseException:
         connection.abort()
         raise
     return connection
+
+
+async def _open(target: wire.UnixAddress | wire.TcpAddress, credentials: Credentials) -> _Protocol:
+    loop = asyncio.get_running_loop()
+    if isinstance(target, wire.UnixAddress):
+        _, protocol = await loop.create_unix_connection(_Protocol, target.path)
+        return protocol
+    if credentials.needs_tls(target.host):
+        context = await asyncio.to_thread(credentials.context)
+        _, protocol = await loop.create_connection(_Protocol, target.host, target.port, ssl=context)
+        return protocol
+    transport, protocol = await loop.create_connection(_Protocol, target.host, target.port)
+    if credentials.token is not None and not is_loopback(str(transport.get_extra_info("peername")[0])):
+        transport.abort()
+        raise Disconnected(f"{target.host} is another machine: a token is not sent there in plaintext")
+    return protocol
 
 
 class Connection:

@@ -106,8 +106,8 @@ def attach(edit: Edit, ino: int, nlink: int) -> None:
     inode.nlink = nlink
     inode.flags &= ~InodeFlag.NAMELESS
     edit.enter(directory, name, ino)
+    inode.parent = directory.ino
     if stat.S_ISDIR(inode.mode):
-        inode.parent = directory.ino
         directory.nlink += 1
 
 

@@ -218,9 +218,10 @@ class Scan:
         self._check_links(inode, nlink, links, sessions)
 
     def _check_file(self, inode: Inode, links: list[Link], sessions: list[bytes]) -> None:
-        if inode.parent:
-            what = "is no directory, and is said to have a parent"
-            self._about(inode, links, Kind.WRONG_PARENT, what, "set_parent", [inode.ino, 0])
+        if inode.parent and all(link.directory != inode.parent for link in links):
+            what = f"has no name in directory {inode.parent}, in which it is said to be"
+            parent = links[0].directory if links else 0
+            self._about(inode, links, Kind.WRONG_PARENT, what, "set_parent", [inode.ino, parent])
         if not links and inode.nlink == 0:
             self._check_unlinked(inode, sessions)
             return
@@ -334,7 +335,7 @@ def _made_up(ino: int, below: Below, holding: Holding, links: list[Link]) -> lis
         return [parent, 2 + below.subdirectories, 0, max(1, below.last_cookie), 0]
     is_inline = not holding.has_slices
     size = (holding.stored or 0) if is_inline else holding.end
-    return [0, max(1, len(links)), size, max(1, holding.version), int(is_inline)]
+    return [links[0].directory if links else 0, max(1, len(links)), size, max(1, holding.version), int(is_inline)]
 
 
 def _ignore(_key: bytes) -> None:

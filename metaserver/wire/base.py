@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 
 #: A body before the handshake, a request's body, and a reply's body, in bytes.
 MAX_HELLO: Final = 4 * 1024
@@ -79,6 +79,12 @@ class ErrorCode(enum.IntEnum):
     INTERNAL = 20
     #: Events that were asked for are not kept any more, or are of another history.
     EVENTS_GONE = 21
+    #: Nothing that was shown says who the client is, or that may not be any more.
+    NOT_AUTHENTICATED = 23
+    #: The identity may not do it: to a file, to a volume, or at all.
+    ACCESS_DENIED = 24
+    #: The identity may change nothing.
+    READ_ONLY = 25
     #: Of the client's own: it is not sent.
     LOST_LOCK = 22
 

@@ -28,6 +28,7 @@ from metaserver.wire.content import (
     WriteInline,
 )
 from metaserver.wire.events import EventPage, FollowEvents
+from metaserver.wire.identities import CreateIdentity, Identities, ListIdentities, RevokeIdentity
 from metaserver.wire.locks import CancelLock, HoldLocks, LockAnswer, LockIs, LockSettled, LocksLost, SetLock, TestLock
 from metaserver.wire.namespace import (
     Changed,
@@ -81,12 +82,12 @@ Request = (
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
     | CopyRange | Seek | OpenFile | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
     | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge
-    | GetStatus | EvictSession
+    | CreateIdentity | RevokeIdentity | ListIdentities | GetStatus | EvictSession
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
     | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected | LockIs | LockAnswer | LocksLost
-    | LockSettled | Break | EventPage | Status
+    | LockSettled | Break | EventPage | Identities | Status
 )
 _T = TypeVar("_T")
 _ENCODER: Final = msgspec.msgpack.Encoder()

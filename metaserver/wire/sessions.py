@@ -8,11 +8,20 @@ from msgspec import Meta
 
 from metaserver.wire.base import MAX_INLINE, MAX_OPEN, U32, U63, Ino, Message, Name, SessionId, VolumeName
 from metaserver.wire.events import KEPT_EVENTS, KEPT_S
+from metaserver.wire.tokens import MAX_TOKEN
 
 
 class Hello(Message, tag=1):
+    """The first message of a connection. Until it is answered nothing else is looked at."""
+
     version: U32
     software: Annotated[str, Meta(max_length=64)]
+    #: Sent over TLS, a unix socket or the loopback device only.
+    token: Annotated[str, Meta(max_length=MAX_TOKEN)] | None = None
+
+    def __repr__(self) -> str:
+        shown = None if self.token is None else "..."
+        return f"Hello(version={self.version!r}, software={self.software!r}, token={shown!r})"
 
 
 class CreateVolume(Message, tag=2):
@@ -112,6 +121,8 @@ class SessionOpened(Message, tag=67):
     alone: bool = False
     #: The metaserver may lose, when it crashes, changes that were asked for as lazy and not synced since.
     puts_off: bool = True
+    #: Every change is refused as READ_ONLY.
+    read_only: bool = False
 
 
 class Renewed(Message, tag=68):

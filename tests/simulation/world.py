@@ -17,11 +17,13 @@ from unittest import mock
 import pyfuse3
 from served import Given
 
+from fuseclient.credentials import Credentials
 from fuseclient.worker import mount as worker_mount
 from fuseclient.worker import rpc
 from metaserver import listener, wire
 from metaserver.engine import Candidate
 from metaserver.front import Front
+from metaserver.gate import Access
 from metaserver.server import Server
 from simulation import checker, kernel
 from simulation.authority import Authority, LeasedCandidate
@@ -40,6 +42,8 @@ VOLUME: Final = "volume"
 ADDRESS: Final = "tcp:server:1"
 #: Where there is another metaserver, if there are two.
 SECOND: Final = "tcp:second:1"
+#: Whoever comes may do all.
+ANYBODY: Final = Access(insecure=True, squash=wire.Squash.NONE)
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,12 @@ class World:
         return LeasedCandidate(address, self.authority) if self.setup.standby else Given(address, self.engine)
 
     async def _serve(self, process: ServerProcess) -> None:
-        front = Front(self._candidate, lambda engine: Server(engine, lease_s=self.setup.lease_s))
-        await front.start(process.address, insecure=True)
+        front = Front(
+            self._candidate,
+            lambda engine: Server(engine, lease_s=self.setup.lease_s, access=ANYBODY),
+            access=ANYBODY,
+        )
+        await front.start(process.address)
         process.server = front.server
 
     def kill_server(self, process: ServerProcess | None = None) -> None:
@@ -353,7 +361,8 @@ def _in_place_of_the_machine(world: World) -> Iterator[None]:
         for target, name, value in (
             (world.loop, "create_connection", create_connection),
             (world.loop, "create_server", create_server),
-            (listener, "listen", lambda address, insecure: address),
+            (Credentials, "needs_tls", lambda credentials, host: False),
+            (listener, "listen", lambda address, may_be_reached: address),
             (listener, "address_of", str),
             (listener, "remove_socket", lambda sock: None),
             (worker_mount, "open_store", lambda url: world.objects),

@@ -1,0 +1,253 @@
+"""What the sessions of an identity may reach and change, whatever their client sends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import messages
+import msgspec
+import pytest
+from certificates import Authority
+from secured import enter, identity, secured
+from served import DIRECTORY, FILE, Client, Metaserver
+
+from fuseclient.worker import rpc
+from metaserver import guard, namespace, wire
+from metaserver.tls import Tls
+from metaserver.wire import ROOT_INO, ErrorCode, Squash
+
+
+class Place(NamedTuple):
+    """A metaserver, root's own client of it, and where identities are made."""
+
+    metaserver: Metaserver
+    root: Client
+    directory: Path
+    ca: str
+
+    async def enter(self, name: str, **more: object) -> Client:
+        query = await identity(self.metaserver, name, self.directory, **more)
+        return await enter(self.metaserver, f"ca={self.ca}&{query}")
+
+    async def connect(self, name: str) -> Client:
+        """Connect once more as an identity that was entered with."""
+        query = f"ca={self.ca}&token={self.directory}/{name}.token"
+        return Client(await self.metaserver.connect_to(f"{self.metaserver.tcp}?{query}"))
+
+
+@pytest.fixture
+async def place(tmp_path: Path, tls: Tls, authority: Authority) -> AsyncIterator[Place]:
+    async with secured(tmp_path, tls) as metaserver:
+        root = Client(await metaserver.connect())
+        await root.open("volume")
+        await root.change(wire.SetAttributes(ROOT_INO, mode=0o1777))
+        yield Place(metaserver, root, tmp_path, authority.path)
+
+
+async def refused(call: Awaitable[object]) -> ErrorCode:
+    with pytest.raises(rpc.Refused) as error:
+        await call
+    return error.value.code
+
+
+async def owned(root: Client, name: bytes, mode: int, parent: int = ROOT_INO, uid: int = 0, gid: int = 0) -> int:
+    made = await root.change(wire.MakeNode(parent, name, mode, uid, gid))
+    return made.attributes[0].ino
+
+
+def fields_named() -> set[type]:
+    return set(guard._INODES) | {*guard._NAMELESS, *guard._LOCKS, wire.HoldLocks}
+
+
+def test_every_request_that_names_an_inode_is_known() -> None:
+    """A request that is new is looked at here, or is refused to who is confined to a subtree."""
+    for request in messages.REQUESTS:
+        names = {name for name in request.__struct_fields__ if name in ("ino", "parent", "new_parent", "source")}
+        assert names == set(guard._INODES.get(type(request), ())), type(request)
+    volume_wide = {wire.ListSlices, wire.InspectSlices, wire.ForgetSlices, wire.RetireSlices}
+    assert {*namespace.READS, *namespace.WRITES} - fields_named() == volume_wide
+
+
+async def test_who_may_only_read_changes_nothing(place: Place) -> None:
+    ino = await owned(place.root, b"file", FILE)
+    client = await place.enter("reader", read_only=True)
+    assert client.session.read_only
+    assert await refused(client.connection.call(wire.OpenFile(ino, True), wire.Found)) is ErrorCode.READ_ONLY
+    assert (await client.connection.call(wire.OpenFile(ino, False), wire.Found)).attributes.ino == ino
+    for request in messages.REQUESTS:
+        if type(request) in namespace.WRITES and not isinstance(request, wire.Reap):
+            assert await refused(client.connection.call(request, wire.Changed)) is ErrorCode.READ_ONLY
+    await client.connection.call(wire.Reap([ino]), wire.Done | wire.Changed)  # type: ignore[arg-type]
+
+
+async def test_a_subtree_is_all_there_is(place: Place) -> None:
+    root = place.root
+    home = await owned(root, b"home", DIRECTORY)
+    within = await owned(root, b"within", DIRECTORY, home)
+    inside = await owned(root, b"inside", FILE, within)
+    other = await owned(root, b"other", DIRECTORY)
+    outside = await owned(root, b"outside", FILE, other)
+    await root.change(wire.WriteInline(outside, 0, b"secret"))
+    client = await place.enter("tenant", subtree=b"/home/", squash=Squash.NONE)
+    call, change = client.connection.call, client.change
+
+    assert (await client.attributes(ROOT_INO)).ino == ROOT_INO
+    pages = [page async for page in client.connection.stream(wire.FetchDirectory(ROOT_INO, 0, 100, 0, 0))]
+    assert [entry.name for page in pages for entry in page.entries] == [b"within"]
+    assert pages[0].directory.ino == ROOT_INO
+    made = await change(wire.MakeNode(ROOT_INO, b"made", FILE, 0, 0))
+    assert made.attributes[1].ino == ROOT_INO
+    assert (await root.connection.call(wire.Lookup(home, b"made"), wire.Found)).attributes.ino == made.attributes[0].ino
+    assert (await client.attributes(inside)).ino == inside
+
+    lock = wire.Lock(outside, 1, False, 0, 9, True)
+    for ino in (home, other, outside, 2**40):
+        for request in messages.REQUESTS:
+            if fields := guard._INODES.get(type(request)):
+                for field in fields:
+                    values = dict.fromkeys(fields, ROOT_INO) | {field: ino}
+                    aimed = _replace(request, **values)
+                    if isinstance(aimed, wire.FetchDirectory):
+                        assert await refused(anext(client.connection.stream(aimed))) is ErrorCode.NOT_FOUND
+                    else:
+                        assert await refused(call(aimed, wire.Changed)) is ErrorCode.NOT_FOUND, aimed
+    for request in (wire.TestLock(lock), wire.SetLock(lock, 1), wire.HoldLocks([lock], True)):
+        assert await refused(call(request, wire.LockIs)) is ErrorCode.NOT_FOUND
+    for request in (wire.ListSlices(1), wire.ForgetSlices([1]), wire.RetireSlices([1]), wire.InspectSlices([1])):
+        assert await refused(call(request, wire.SliceIds)) is ErrorCode.ACCESS_DENIED
+    for name in (b"..", b".", b"../other"):
+        assert await refused(call(wire.Lookup(ROOT_INO, name), wire.Found)) is ErrorCode.INVALID
+    follow = wire.FollowEvents("volume", 0, False)
+    assert await refused(anext(client.connection.follow(follow))) is ErrorCode.ACCESS_DENIED
+    again = await place.connect("tenant")
+    resume = wire.OpenSession("volume", "test", client.session.session, [inside, outside, 2**40])
+    await again.connection.call(resume, wire.SessionOpened)
+    session = next(each for each in place.metaserver.server.sessions.all() if each.id == client.session.session)
+    assert session.writing == {inside}
+
+
+def _replace(request: Any, **values: int) -> Any:
+    return msgspec.structs.replace(request, **values)
+
+
+async def test_what_is_renamed_is_in_or_out_from_then_on(place: Place) -> None:
+    root = place.root
+    home, other = [await owned(root, name, DIRECTORY) for name in (b"home", b"other")]
+    directory = await owned(root, b"directory", DIRECTORY, other)
+    file = await owned(root, b"file", FILE, directory)
+    client = await place.enter("tenant", subtree=b"/home", squash=Squash.NONE)
+
+    async def reached(*inos: int) -> list[bool]:
+        found = []
+        for ino in inos:
+            try:
+                await client.attributes(ino)
+                found.append(True)
+            except rpc.Refused:
+                found.append(False)
+        return found
+
+    assert await reached(directory, file) == [False, False]
+    await root.change(wire.Rename(other, b"directory", home, b"directory"))
+    assert await reached(directory, file) == [True, True]
+    await root.change(wire.Rename(home, b"directory", other, b"directory"))
+    assert await reached(directory, file) == [False, False]
+    await root.change(wire.Rename(directory, b"file", home, b"file"))
+    assert await reached(directory, file) == [False, True]
+    # A file with names on both sides is there for who finds it by the one within.
+    await root.change(wire.Link(file, other, b"second"))
+    assert await reached(file) == [False]
+    await client.connection.call(wire.Lookup(ROOT_INO, b"file"), wire.Found)
+    assert await reached(file) == [True]
+    await root.change(wire.Remove(home, b"file", False))
+    assert await reached(file) == [False]
+    # The subtree itself: its directory is what it was when the session was opened.
+    await root.change(wire.Rename(ROOT_INO, b"home", other, b"moved"))
+    await client.make(b"more")
+    assert (await root.connection.call(wire.Lookup(home, b"more"), wire.Found)).attributes.nlink == 1
+    assert await refused(place.enter("next", subtree=b"/home")) is ErrorCode.NOT_FOUND
+
+
+async def test_breaks_name_the_root_as_the_client_knows_it(place: Place) -> None:
+    home = await owned(place.root, b"home", DIRECTORY)
+    client = await place.enter("tenant", subtree=b"/home", squash=Squash.NONE)
+    told: list[wire.Break] = []
+
+    def note(breaking: wire.Break) -> None:
+        told.append(breaking)
+        client.connection.acknowledge(breaking.number)
+
+    client.connection.on_break(note)
+    await client.attributes()
+    assert await refused(client.connection.call(wire.Lookup(ROOT_INO, b"new"), wire.Found)) is ErrorCode.NOT_FOUND
+    await place.root.make(b"new", parent=home)
+    assert [(each.names, each.inodes) for each in told if each.number] == [([(ROOT_INO, b"new")], [ROOT_INO])]
+
+
+async def test_roots_rights_are_taken_away(place: Place) -> None:
+    root = place.root
+    private = await owned(root, b"private", 0o040700)
+    secret = await owned(root, b"secret", 0o100600)
+    await root.change(wire.WriteInline(secret, 0, b"secret"))
+    users = await owned(root, b"users", 0o100400, uid=1000, gid=1000)
+    await root.change(wire.WriteInline(users, 0, b"user's"))
+    client = await place.enter("tenant", squash=Squash.ROOT)
+    call, change = client.connection.call, client.change
+
+    made = (await change(wire.MakeNode(ROOT_INO, b"made", FILE, 0, 0))).attributes[0]
+    assert (made.uid, made.gid) == (65534, 65534)
+    kept = (await change(wire.MakeNode(ROOT_INO, b"kept", FILE, 1000, 1001))).attributes[0]
+    assert (kept.uid, kept.gid) == (1000, 1001)
+    assert (await change(wire.WriteInline(users, 0, b"changed"))).attributes[0].size == 7
+    pages = [page async for page in client.connection.stream(wire.FetchDirectory(ROOT_INO, 0, 100, 9999, 9999))]
+    data = {entry.name: entry.data for page in pages for entry in page.entries}
+    assert data[b"secret"] is None
+    assert data[b"users"] == b"changed"
+    denied, forbidden = ErrorCode.ACCESS_DENIED, ErrorCode.NOT_PERMITTED
+    requests: list[tuple[wire.Request, ErrorCode]] = [
+        (wire.GetContent(secret, 0, 9), denied),
+        (wire.OpenFile(secret, False), denied),
+        (wire.WriteInline(secret, 0, b"x"), denied),
+        (wire.Lookup(private, b"x"), denied),
+        (wire.MakeNode(private, b"x", FILE, 0, 0), denied),
+        (wire.Link(secret, ROOT_INO, b"stolen"), denied),
+        (wire.CopyRange(secret, 0, made.ino, 0, 6), denied),
+        (wire.SetAttributes(secret, size=0), denied),
+        (wire.SetAttributes(secret, mode=0o666), forbidden),
+        (wire.SetAttributes(made.ino, uid=0), forbidden),
+        (wire.SetAttributes(made.ino, gid=0), forbidden),
+        (wire.Remove(ROOT_INO, b"secret", False), forbidden),
+        (wire.Rename(ROOT_INO, b"secret", ROOT_INO, b"made"), forbidden),
+        (wire.Rename(ROOT_INO, b"made", ROOT_INO, b"secret"), forbidden),
+        (wire.MakeNode(ROOT_INO, b"device", 0o020666, 0, 0, 1), forbidden),
+        (wire.SetXattr(made.ino, b"security.capability", b"x"), forbidden),
+        (wire.SetXattr(secret, b"user.x", b"x"), denied),
+    ]
+    for request, code in requests:
+        assert await refused(call(request, wire.Changed)) is code, request
+    assert await refused(anext(client.connection.stream(wire.FetchDirectory(private, 0, 9, 0, 0)))) is denied
+    assert (await change(wire.SetAttributes(made.ino, mode=0o600))).attributes[0].mode & 0o777 == 0o600
+
+
+async def test_all_are_one_user(place: Place) -> None:
+    theirs = await owned(place.root, b"theirs", 0o100640, uid=1000, gid=1000)
+    groups = await owned(place.root, b"groups", 0o100660, uid=1000, gid=77)
+    client = await place.enter("everybody", squash=Squash.ALL, uid=1001, gid=77)
+    made = (await client.change(wire.MakeNode(ROOT_INO, b"made", FILE, 1000, 0))).attributes[0]
+    assert (made.uid, made.gid) == (1001, 77)
+    assert await refused(client.change(wire.WriteInline(theirs, 0, b"x"))) is ErrorCode.ACCESS_DENIED
+    assert await refused(client.connection.call(wire.GetContent(theirs, 0, 1), wire.Content)) is ErrorCode.ACCESS_DENIED
+    await client.change(wire.WriteInline(groups, 0, b"x"))
+    assert await refused(client.change(wire.SetAttributes(groups, mode=0o666))) is ErrorCode.NOT_PERMITTED
+    assert await refused(client.change(wire.SetAttributes(made.ino, gid=1000))) is ErrorCode.NOT_PERMITTED
+
+
+async def test_root_is_nobody_from_another_machine_only(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    near = await place.enter("near")
+    assert (await near.make(b"near")).uid == os.geteuid()
+    monkeypatch.setattr("metaserver.gate._is_loopback", lambda peer: False)
+    far = await place.enter("far")
+    assert (await far.make(b"far")).uid == wire.NOBODY

@@ -250,7 +250,7 @@ class Coherence:
         session is opened it is told, and commits them. Nobody else holds anything then, so that it waits for nobody;
         the other waits for it, for one lease at most, as for any break.
         """
-        return [session for session in self._sessions.of_volume(volume) if session.was_alone]
+        return [each for each in self._sessions.of_volume(volume) if each.was_alone and not each.evicted]
 
     def part(self, sessions: Sequence[Session]) -> Breaking:
         """Tell sessions that they are not alone any more."""

@@ -34,7 +34,9 @@ class Evictions:
         self._last: deque[_Evicted] = deque(maxlen=_EVICTIONS)
 
     def note(self, session: Session) -> None:
-        """A session is ended otherwise than by its client."""
+        """A session is ended otherwise than by its client. Several changes at once may have seen to that."""
+        if any(each.session is session for each in self._last):
+            return
         why = "an operator's order" if session.evicted else "its lease had run out"
         self._last.append(_Evicted(session, why, self._sessions.clock()))
 

@@ -100,6 +100,16 @@ async def test_an_evicted_session_is_refused_and_holds_others_up_until_it_has_dr
     await making
 
 
+async def test_one_that_was_alone_comes_back_at_once(metaserver: Metaserver) -> None:
+    client = await metaserver.client()
+    assert client.session.alone
+    await asyncio.to_thread(observed.evict, _url(metaserver), client.session.session.hex())
+    again = Client(await metaserver.connect())
+    async with asyncio.timeout(10):  # half of its lease
+        assert not (await again.open(VOLUME, client.session.session)).resumed
+    await again.make(b"directory", DIRECTORY)
+
+
 async def test_evictions_are_remembered(tmp_path: Path) -> None:
     async with serving(tmp_path, address="tcp:127.0.0.1:0", lease_s=0.3) as metaserver:
         client = await metaserver.client()

@@ -6,6 +6,7 @@ afterwards and off the clock.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -41,6 +42,31 @@ def run(work: str, passes: int = 1, **arguments: Any) -> list[float]:
     return seconds
 
 
+def run_at_once(work: str, parts: list[list[str]]) -> float:
+    """Do a work on the paths of each part in a process of its own, all at once, bound to the CPUs in turn.
+
+    Return the seconds of the slowest. Raises :exc:`Wrong` if one fails.
+    """
+    cpus = sorted(os.sched_getaffinity(0))
+    command = [sys.executable, "-m", "bench.measure"]
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(len(parts))
+    ]
+    for number, (process, paths) in enumerate(zip(processes, parts, strict=True)):
+        assert process.stdin is not None
+        asked = {"work": work, "passes": 1, "arguments": {"paths": paths}, "cpu": cpus[number % len(cpus)]}
+        process.stdin.write(json.dumps(asked))
+        process.stdin.close()
+    seconds = []
+    for process in processes:
+        assert process.stdout is not None
+        told = process.stdout.read()
+        if process.wait():
+            raise Wrong("one of several processes failed")
+        seconds += json.loads(told)
+    return float(max(seconds))
+
+
 # Works
 
 
@@ -62,6 +88,23 @@ def stat_all(paths: list[str]) -> None:
             os.chdir(directory)
             here = directory
         os.stat(name)
+
+
+def getxattr_all(paths: list[str]) -> None:
+    """Ask each file for an extended attribute that it does not have."""
+    for path in paths:
+        try:
+            os.getxattr(path, "user.none")
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
+        else:
+            raise Wrong(f"{path} has an attribute that nobody set")
+
+
+def command(words: list[str]) -> None:
+    """Run a command to its end; what it prints is not looked at."""
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
 
 
 def create(directory: str, files: int) -> None:
@@ -155,7 +198,8 @@ def read_at_random(path: str, count: int) -> None:
 WORKS: Final[dict[str, Callable[..., None]]] = {
     each.__name__: each
     for each in (
-        read_all, stat_all, create, unpack, remove, make_directories, write_large, read_large, read_at_random,
+        read_all, stat_all, getxattr_all, command,
+        create, unpack, remove, make_directories, write_large, read_large, read_at_random,
     )
 }  # fmt: skip
 
@@ -175,8 +219,8 @@ def main() -> None:
     """Do the work that standard input names, as often as it says, and print the seconds of each pass."""
     # Unbound, an idle machine's scheduler moves the process to another CPU at every reply, or does not: a lottery
     # that decides more than what is measured does.
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     asked = json.load(sys.stdin)
+    os.sched_setaffinity(0, {asked.get("cpu", max(os.sched_getaffinity(0)))})
     work, seconds = WORKS[asked["work"]], []
     for _ in range(asked["passes"]):
         start = time.perf_counter()

@@ -21,6 +21,8 @@ enum bpfuse_limit {
 	BPFUSE_XATTRS = 8,           /* xattrs that an inode in `xattrs` has at most, */
 	BPFUSE_XATTR_BYTES = 512,    /* and the bytes of their names and values */
 	BPFUSE_XATTR_SHARE = 64,     /* `xattrs` has room for as many inodes as `inodes`, divided by this */
+	BPFUSE_USE_SHIFT = 26,       /* about 67 ms */
+	BPFUSE_GROUP_SHARE = 2,      /* `uses` has room for as many groups as `inodes`, divided by this, and two */
 	BPFUSE_OPEN_SLOTS = 65536,   /* slots in `opens`; a power of two */
 	BPFUSE_OPCODES = 64,         /* FUSE opcodes below this have counters of their own */
 	BPFUSE_OUTCOMES = 16,
@@ -66,7 +68,13 @@ enum bpfuse_outcome {
 	BPFUSE_ANSWERED_PASSTHROUGH = 15, /* OPEN of a file that the kernel reads from its backing by itself */
 };
 
-/* `names`: LRU hash. */
+/*
+ * Entries lie in the maps in groups, which the worker gives up together: a directory's, or some of a large one's. `uses`,
+ * an mmapable array of __u64 by the number of the group, says when one of them was last asked for: CLOCK_BOOTTIME, shifted
+ * right by BPFUSE_USE_SHIFT.
+ */
+
+/* `names`: hash. */
 struct bpfuse_name_key {
 	__u64 parent;
 	__u64 hash[2]; /* SipHash-2-4-128 of the name under control.hash_key */
@@ -75,13 +83,13 @@ struct bpfuse_name_key {
 struct bpfuse_name_value {
 	__u64 ino; /* 0: known to be absent */
 	__u32 epoch;
-	__u32 reserved;
+	__u32 group;
 	__u64 version; /* last, see bpfuse_inode_value */
 };
 
 /*
- * `inodes`: LRU hash, key __u64 ino. A value is never changed in place, and `version` differs for every value ever
- * put: an LRU element can be given to another key while a program reads it, so a reader takes the version first,
+ * `inodes`: hash, key __u64 ino. A value is never changed in place, and `version` differs for every value ever
+ * put: an element can be given to another key while a program reads it, so a reader takes the version first,
  * copies, looks the key up again and compares. It stands last because the kernel copies values upwards.
  */
 struct bpfuse_inode_value {
@@ -89,11 +97,13 @@ struct bpfuse_inode_value {
 	__u64 stored;              /* bytes of content, holes left out */
 	__s64 atime, mtime, ctime; /* seconds */
 	__u32 atimensec, mtimensec, ctimensec;
-	__u32 mode, nlink, uid, gid, rdev;
+	__u32 mode, nlink, uid, gid;
+	__u32 device;     /* that a special file stands for; of a regular file the backing that it is opened for reading
+			     with, in passthrough, or 0 */
 	__u32 flags;      /* enum bpfuse_inode_flag */
 	__u32 first_page; /* extent in `pages`; with BPFUSE_INODE_HAS_DATA only */
 	__u32 data_bytes;
-	__u32 backing_id; /* what it is opened for reading with, in passthrough; 0: none */
+	__u32 group;
 	__u32 epoch;
 	__u32 file_version; /* the low bits of the inode's own version: it rises with each change of the inode */
 	__u64 version;

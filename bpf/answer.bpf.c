@@ -66,6 +66,7 @@ static void begin(struct request *request, const struct bpfuse_control *control,
 	request->payload_size = entry->uring.payload_size;
 	request->reply_size = 0;
 	request->error = 0;
+	request->group = 0;
 }
 
 /* There are no ioctls, and the worker would say so too. Python's open() makes one for each file: is it a terminal? */
@@ -135,6 +136,7 @@ static void finish(struct request *request)
 	out->len = sizeof(*out) + request->reply_size;
 	out->error = request->error; /* `unique` stands where the request had it */
 	uring->payload_size = request->reply_size;
+	note_use(request);
 	remember(out->unique);
 	WRITE_ONCE(request->entry->answered, 1);
 }

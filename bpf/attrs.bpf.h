@@ -20,7 +20,7 @@ static void fill_attr(struct fuse_attr *attr, __u64 ino, const struct bpfuse_ino
 	attr->nlink = inode->nlink;
 	attr->uid = inode->uid;
 	attr->gid = inode->gid;
-	attr->rdev = inode->rdev;
+	attr->rdev = (inode->mode & MODE_TYPE) == MODE_REGULAR ? 0 : inode->device;
 	attr->blksize = BPFUSE_PAGE;
 	attr->flags = 0;
 }

@@ -39,6 +39,7 @@ static enum bpfuse_outcome answer_any_open(struct request *request, __u32 type, 
 	struct bpfuse_inode_value inode;
 	enum bpfuse_outcome outcome;
 	struct bpfuse_open_slot *open;
+	__u32 backing;
 	__u64 serial;
 
 	outcome = check_request(request, sizeof(*in), 0, 0);
@@ -64,12 +65,13 @@ static enum bpfuse_outcome answer_any_open(struct request *request, __u32 type, 
 	if (type == MODE_DIRECTORY)
 		serial = serial << BPFUSE_FH_VERSION_BITS | (inode.file_version & FH_VERSION);
 	out->fh = FH_KERNEL | (serial & SERIAL_MAX) << BPFUSE_FH_SERIAL_SHIFT | request->nodeid;
-	out->open_flags = inode.backing_id ? OPEN_PASSTHROUGH | FOPEN_NOFLUSH : reply_flags;
+	backing = type == MODE_REGULAR ? inode.device : 0;
+	out->open_flags = backing ? OPEN_PASSTHROUGH | FOPEN_NOFLUSH : reply_flags;
 	if (READ_ONCE(open->locks))
 		out->open_flags &= ~FOPEN_NOFLUSH;
-	out->padding = inode.backing_id;
+	out->padding = backing;
 	request->reply_size = sizeof(*out);
-	return inode.backing_id ? BPFUSE_ANSWERED_PASSTHROUGH : BPFUSE_ANSWERED;
+	return backing ? BPFUSE_ANSWERED_PASSTHROUGH : BPFUSE_ANSWERED;
 }
 
 /* Whether the kernel is to do without opening and closing from now on; `outcome` then is what that comes to. */

@@ -124,7 +124,7 @@ static enum bpfuse_outcome listing_copy(const struct listing *listing, void *tar
 }
 
 /* Finds the listing of a directory; what it returns may be torn. */
-static enum bpfuse_outcome listing_find(const struct request *request, struct bpfuse_inode_value *inode,
+static enum bpfuse_outcome listing_find(struct request *request, struct bpfuse_inode_value *inode,
 					struct listing *listing)
 {
 	enum bpfuse_outcome outcome = inode_peek(request, request->nodeid, inode);
@@ -195,6 +195,7 @@ static void fill_plus_entry(struct request *request, struct fuse_entry_out *out,
 		__builtin_memset(&out->attr, 0, sizeof(out->attr));
 		return;
 	}
+	request->group = READ_ONCE(inode->group);
 	out->nodeid = ino;
 	out->entry_valid = out->attr_valid = ttl_seconds(request);
 	out->entry_valid_nsec = out->attr_valid_nsec = ttl_nanoseconds(request);

@@ -6,7 +6,7 @@
 #include "attrs.bpf.h"
 #include "hash.h"
 
-static enum bpfuse_outcome name_peek(const struct request *request, const struct bpfuse_name_key *key,
+static enum bpfuse_outcome name_peek(struct request *request, const struct bpfuse_name_key *key,
 				     struct bpfuse_name_value *out)
 {
 	const struct bpfuse_name_value *value = bpf_map_lookup_elem(&names, key);
@@ -17,6 +17,7 @@ static enum bpfuse_outcome name_peek(const struct request *request, const struct
 	read_barrier();
 	out->ino = READ_ONCE(value->ino);
 	out->epoch = READ_ONCE(value->epoch);
+	request->group = READ_ONCE(value->group);
 	return out->epoch == request->epoch ? BPFUSE_ANSWERED : BPFUSE_MISS_EPOCH;
 }
 

@@ -29,6 +29,7 @@ struct request {
 	__u32 length, payload_size; /* as they came */
 	__u32 reply_size;           /* of the payload */
 	__s32 error;
+	__u32 group; /* of what was asked for */
 };
 
 /*
@@ -55,7 +56,7 @@ static bool inode_still(__u64 ino, __u64 version)
 }
 
 /* The value as it is: of an inode that is open for writing it has a mode of 0, and says only whether there are xattrs. */
-static enum bpfuse_outcome inode_peek_any(const struct request *request, __u64 ino, struct bpfuse_inode_value *out)
+static enum bpfuse_outcome inode_peek_any(struct request *request, __u64 ino, struct bpfuse_inode_value *out)
 {
 	const struct bpfuse_inode_value *value = bpf_map_lookup_elem(&inodes, &ino);
 	__u64 version;
@@ -67,14 +68,26 @@ static enum bpfuse_outcome inode_peek_any(const struct request *request, __u64 i
 	__builtin_memcpy(out, value, sizeof(*out));
 	barrier();
 	out->version = version;
+	request->group = out->group;
 	return out->epoch == request->epoch ? BPFUSE_ANSWERED : BPFUSE_MISS_EPOCH;
 }
 
-static enum bpfuse_outcome inode_peek(const struct request *request, __u64 ino, struct bpfuse_inode_value *out)
+static enum bpfuse_outcome inode_peek(struct request *request, __u64 ino, struct bpfuse_inode_value *out)
 {
 	enum bpfuse_outcome outcome = inode_peek_any(request, ino, out);
 
 	return outcome == BPFUSE_ANSWERED && !out->mode ? BPFUSE_MISS_FLAGS : outcome;
+}
+
+/* Notes that the group is in use: of what is cold the worker gives up first. */
+static void note_use(const struct request *request)
+{
+	__u64 now = request->now >> BPFUSE_USE_SHIFT;
+	__u32 group = request->group;
+	__u64 *use = bpf_map_lookup_elem(&uses, &group);
+
+	if (group && use && READ_ONCE(*use) != now)
+		WRITE_ONCE(*use, now);
 }
 
 static __u64 ttl_seconds(const struct request *request)

@@ -11,7 +11,7 @@
 #include "request.bpf.h"
 
 /* Whether an inode is known to have no xattrs. */
-static enum bpfuse_outcome has_no_xattrs(const struct request *request, bool *none)
+static enum bpfuse_outcome has_no_xattrs(struct request *request, bool *none)
 {
 	struct bpfuse_inode_value inode;
 	enum bpfuse_outcome outcome = inode_peek_any(request, request->nodeid, &inode);

@@ -49,6 +49,7 @@ class MapFds(msgspec.Struct, frozen=True, kw_only=True):
     control: int
     names: int
     inodes: int
+    uses: int
     xattrs: int
     pages: int
     opens: int

@@ -28,6 +28,10 @@ _NO_DATA: Final[int] = lib.BPFUSE_NO_DATA
 #: This part of what there is may be lost to others' use, or be free and not usable.
 _RESERVED: Final = 16
 
+_INO: Final[int] = (1 << lib.BPFUSE_FH_SERIAL_SHIFT) - 1
+#: Of what was given up, so much is told by one call.
+_EVICTED: Final = 4096
+
 _FORMATS: Final = {"unsigned long long": "Q", "long long": "q", "unsigned int": "I"}
 
 
@@ -52,6 +56,14 @@ class Room(NamedTuple):
     pages: int
 
 
+class Evicted(NamedTuple):
+    """What was given up to make room: inodes, and directories of which nothing is left. ``all_known``: that is all."""
+
+    inodes: array[int]
+    directories: list[int]
+    all_known: bool
+
+
 class Cache(Protocol):
     """What the worker tells the kernel cache. Times are nanoseconds of CLOCK_BOOTTIME."""
 
@@ -62,6 +74,8 @@ class Cache(Protocol):
     def drop_name(self, parent: int, name: bytes) -> None: ...
     def drop_inode(self, ino: int) -> None: ...
     def has_all(self, inodes: array[int], *, content: bool) -> bool: ...
+    def take_evicted(self) -> Evicted: ...
+    def is_used(self, directory: int) -> bool | None: ...
     @property
     def room(self) -> Room: ...
     @property
@@ -110,7 +124,7 @@ class KernelCache:
         options = ffi.new("struct bpfuse_cache_options *")
         options.control_fd, options.names_fd, options.inodes_fd = fds.control, fds.names, fds.inodes
         options.pages_fd, options.opens_fd, options.page_count = fds.pages, fds.opens, fds.page_count
-        options.xattrs_fd = fds.xattrs
+        options.xattrs_fd, options.uses_fd, options.capacity = fds.xattrs, fds.uses, fds.inode_capacity
         options.xattrs_flag = InodeFlag.HAS_XATTRS
         options.worker_opens_size = _NO_SIZE if worker_opens_bytes is None else worker_opens_bytes
         out = ffi.new("struct bpfuse_cache **")
@@ -195,12 +209,27 @@ class KernelCache:
         numbers = ffi.from_buffer("__u64[]", inodes)
         return bool(lib.bpfuse_cache_has_all(self._handle(), numbers, len(inodes), content))
 
+    def take_evicted(self) -> Evicted:
+        """Return what was given up to make room, and was not returned before."""
+        lost, told = ffi.new("int *"), array("Q")
+        chunk = ffi.new("__u64[]", _EVICTED)
+        while count := lib.bpfuse_cache_take_evicted(self._handle(), chunk, _EVICTED, lost):
+            told.frombytes(ffi.buffer(chunk, count * 8))
+        directories = [key & _INO for key in told if key >> lib.BPFUSE_EVICTED_DIRECTORY_BIT]
+        if directories:
+            told = array("Q", [key for key in told if not key >> lib.BPFUSE_EVICTED_DIRECTORY_BIT])
+        return Evicted(told, directories, not lost[0])
+
+    def is_used(self, directory: int) -> bool | None:
+        """Say whether the kernel has been asked for an entry of a directory since they were put; None: none is here."""
+        used = lib.bpfuse_cache_is_used(self._handle(), directory)
+        return None if used < 0 else bool(used)
+
     @property
     def room(self) -> Room:
-        """What surely fits in: an LRU map evicts before it is full, as each CPU keeps some free entries to itself."""
+        """What surely fits in, beside some use by others."""
         entries = min(self._fds.name_capacity, self._fds.inode_capacity)
-        reserved = max(entries // _RESERVED, lib.bpfuse_lru_idle())
-        return Room(max(0, entries - reserved), self._fds.page_count - self._fds.page_count // _RESERVED)
+        return Room(entries - entries // _RESERVED, self._fds.page_count - self._fds.page_count // _RESERVED)
 
     @property
     def listing_limit(self) -> int:
@@ -360,6 +389,12 @@ class NoKernelCache:
 
     listing_limit = 0
     room = Room(0, 0)
+
+    def take_evicted(self) -> Evicted:
+        return Evicted(array("Q"), [], True)
+
+    def is_used(self, directory: int) -> bool | None:
+        return None
 
     def has_all(self, inodes: array[int], *, content: bool) -> bool:
         return False

@@ -94,6 +94,12 @@ def check(options: MountOptions) -> tuple[MountOptions, tuple[str, ...]]:
     accel, more = _check_acceleration(options.accel, found)
     if not _CACHE_MIN <= options.kernel_cache_bytes <= _CACHE_MAX:
         raise UserError(f"the kernel cache is from 1M to 64G, not {options.kernel_cache_bytes} bytes")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if accel != "off" and options.kernel_cache_bytes > memory // 2:
+        raise UserError(
+            f"a kernel cache of {options.kernel_cache_bytes >> 20}M is more than half of this machine's memory "
+            f"({memory >> 20}M), and could not be swapped out"
+        )
     read_only = options.read_only or may_only_read
     options = msgspec.structs.replace(options, mountpoint=mountpoint, url=url, accel=accel, read_only=read_only)
     return options, notices + more

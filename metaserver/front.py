@@ -180,7 +180,7 @@ class Front:
 
     async def _run(self) -> None:
         while True:
-            if self.server is None:
+            while self.server is None:
                 await self._win()
             await self._lost.wait()
             server, self.server = self.server, None
@@ -189,7 +189,7 @@ class Front:
             await self._give_up()
 
     async def _win(self) -> None:
-        """Stand by until this one serves."""
+        """Stand by until this one serves, or could not though it had the authority."""
         looking = asyncio.create_task(self._keep_looking())
         try:
             await self._lead(await self._standing.wait())

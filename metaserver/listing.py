@@ -8,6 +8,8 @@ from __future__ import annotations
 import stat
 from typing import Final
 
+import msgspec
+
 from metaserver import keys, wire
 from metaserver.engine.base import Row, Snapshot
 from metaserver.inodes import find_entry, load_directory
@@ -16,7 +18,7 @@ from metaserver.volumes import Context, Volume
 from metaserver.wire import Attributes, DirectoryEntry, DirectoryPage, InodeFlag
 
 #: Bytes of content that one fetch sends at most, whatever its budget: all of it is in memory at once.
-_MAX_BUDGET: Final = 8 * 1024 * 1024
+_MAX_BUDGET: Final = 16 * 1024 * 1024
 #: What an entry takes in a page beside its name and data, in bytes.
 _ENTRY_BYTES: Final = 112
 
@@ -36,6 +38,38 @@ def fetch_directory(snapshot: Snapshot, context: Context, request: wire.FetchDir
         DirectoryPage(directory, page, last, last and complete, whole)
         for page, last in zip(pages, [False] * (len(pages) - 1) + [True], strict=True)
     ]
+
+
+def left_over(request: wire.FetchDirectory, pages: list[DirectoryPage]) -> wire.FetchDirectory | None:
+    """Return a request with what the answer to another leaves of its limit and budget; None: nothing."""
+    entries = sum(len(page.entries) for page in pages)
+    sent = sum(len(entry.data or b"") for page in pages for entry in page.entries)
+    budget = min(request.data_budget, _MAX_BUDGET)
+    if entries >= request.limit or (budget and sent >= budget):
+        return None
+    return msgspec.structs.replace(request, limit=request.limit - entries, data_budget=budget - sent)
+
+
+def whole_of(request: wire.FetchDirectory, ino: int) -> wire.FetchDirectory:
+    """Return a request for all of another directory, with the same limit and budget."""
+    return msgspec.structs.replace(request, ino=ino, cookie=0, around=None, also=[])
+
+
+def is_whole(request: wire.FetchDirectory, pages: list[DirectoryPage]) -> bool:
+    """Say whether all entries came, with all content that was asked for."""
+    return pages[-1].complete and not any(
+        entry.data is None and _is_wanted(request, entry.attributes) for page in pages for entry in page.entries
+    )
+
+
+def _is_wanted(request: wire.FetchDirectory, attributes: Attributes) -> bool:
+    inline = attributes.flags & InodeFlag.INLINE and stat.S_ISREG(attributes.mode)
+    return bool(inline and 0 < attributes.size <= request.data_limit)
+
+
+def not_last(page: DirectoryPage) -> DirectoryPage:
+    """Return a page as one that others follow."""
+    return msgspec.structs.replace(page, last=False) if page.last else page
 
 
 def _rows(snapshot: Snapshot, volume: Volume, request: wire.FetchDirectory) -> tuple[list[Row], bool]:

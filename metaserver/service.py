@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import msgspec
 
-from metaserver import events, fencing, identities, namespace, wire
+from metaserver import events, fencing, identities, listing, namespace, wire
 from metaserver.coherence import Change, Coherence, Grant, Held, grant_of, own_grants
 from metaserver.connection import Answer, Caller, Limits, failure
 from metaserver.engine.base import Snapshot, Transaction
@@ -149,18 +149,50 @@ class Service:
     # Reads
 
     async def pages(self, caller: Caller, request: wire.FetchDirectory) -> AsyncIterator[Answer]:
-        """Yield the pages of a directory fetch, all of one snapshot."""
+        """Yield the pages of a directory fetch, those of each directory of one snapshot."""
         session = caller.session()
         guard = session.guard
-        if guard is not None:
-            request = cast(wire.FetchDirectory, guard.inward(request))
-        since = self._coherence.version(session.volume)
-        verb = namespace.READS[wire.FetchDirectory]
-        pages: list[wire.DirectoryPage] = await self._look(session, verb, request)
-        pages.reverse()
-        while pages:
-            answer = self._granted(session, since, request, pages.pop())
-            yield answer if guard is None else _outward(guard, answer)
+        waiting: tuple[int, wire.DirectoryPage] | None = None
+
+        def answer(since: int, page: wire.DirectoryPage) -> Answer:
+            granted = self._granted(session, since, request, page)
+            return granted if guard is None else _outward(guard, granted)
+
+        async for since, pages in self._directories(session, request):
+            pages.reverse()
+            while pages:
+                if waiting is not None:
+                    yield answer(waiting[0], listing.not_last(waiting[1]))
+                waiting = since, pages.pop()
+        if waiting is not None:
+            yield answer(*waiting)
+
+    async def _directories(
+        self, session: Session, request: wire.FetchDirectory
+    ) -> AsyncIterator[tuple[int, list[wire.DirectoryPage]]]:
+        """Yield the pages of the directory asked for, and of others that fit in; each with the version before."""
+        since, left = self._coherence.version(session.volume), request
+        pages = await self._directory(session, request)
+        yield since, list(pages)
+        for ino in request.also:
+            if (rest := listing.left_over(left, pages)) is None:
+                return
+            since, left = self._coherence.version(session.volume), listing.whole_of(rest, ino)
+            try:
+                pages = await self._directory(session, left)
+            except Refused:  # it is gone, or not for this session
+                left, pages = rest, []
+                continue
+            if listing.is_whole(left, pages):
+                yield since, list(pages)
+            else:
+                left, pages = rest, []
+
+    async def _directory(self, session: Session, request: wire.FetchDirectory) -> list[wire.DirectoryPage]:
+        guard = session.guard
+        inward = request if guard is None else cast(wire.FetchDirectory, guard.inward(request))
+        pages: list[wire.DirectoryPage] = await self._look(session, namespace.READS[wire.FetchDirectory], inward)
+        return pages
 
     def events(self, caller: Caller, request: wire.FollowEvents) -> AsyncGenerator[wire.EventPage, None]:
         """Yield the pages of a stream of events; raise :exc:`~metaserver.errors.Refused`."""

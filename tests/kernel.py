@@ -57,14 +57,14 @@ class Answer(NamedTuple):
 def attributes(
     ino: int, mode: int = REGULAR, size: int = 0, *, xattrs: bool = False, nlink: int = 1, version: int = 5
 ) -> Attributes:
-    """Return attributes whose every field differs."""
+    """Return attributes whose every field differs; files stand for no device."""
     return Attributes(
         ino=ino,
         mode=mode,
         nlink=nlink,
         uid=1001,
         gid=1002,
-        rdev=0x0803,
+        rdev=0 if mode & 0o170000 == REGULAR & 0o170000 else 0x0803,
         size=size,
         atime_ns=1_600_000_000_000_000_001,
         mtime_ns=1_700_000_000_000_000_002,
@@ -89,7 +89,7 @@ class Kernel:
         self.fds = MapFds(
             **{
                 name: self.bpf.map_fd(name)
-                for name in ("control", "names", "inodes", "xattrs", "pages", "opens", "counters")
+                for name in ("control", "names", "inodes", "uses", "xattrs", "pages", "opens", "counters")
             },
             count_program=self.bpf.program_fd("count_maps"),
             name_capacity=capacity,

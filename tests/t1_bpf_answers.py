@@ -86,8 +86,9 @@ def bpf(shared: Kernel) -> Kernel:
 
 def attr(ino: int, mode: int, size: int, nlink: int = 1) -> bytes:
     times = (1_600_000_000, 1_700_000_000, 1_800_000_000)
+    device = kernel.attributes(ino, mode).rdev
     return struct.pack(
-        "<6Q10I", ino, size, (size // 2 + 511) // 512, *times, 1, 2, 3, mode, nlink, 1001, 1002, 0x0803, 4096, 0
+        "<6Q10I", ino, size, (size // 2 + 511) // 512, *times, 1, 2, 3, mode, nlink, 1001, 1002, device, 4096, 0
     )
 
 

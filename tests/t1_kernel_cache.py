@@ -18,6 +18,7 @@ from kernel import DIRECTORY, REGULAR, SYMLINK, Kernel, attributes
 
 from fuseclient import native
 from fuseclient._native import ffi, lib
+from fuseclient.channel import acceleration
 from fuseclient.config import MapFds
 from fuseclient.kernel_cache import Cache, KernelCache, NoKernelCache
 from metaserver.wire import Attributes, DirectoryEntry
@@ -319,6 +320,11 @@ def test_versions_rise_over_workers(bpf: Kernel) -> None:
 # Full maps and failures
 
 
+def went_wrong(cache: Cache) -> dict[str, int]:
+    filling = cache.figures()["filling"]
+    return {name: filling[name] for name in ("put_failures", "forced_epochs")}
+
+
 def test_a_full_map_forgets_and_never_fails(make: MakeKernel) -> None:
     bpf = make(capacity=512)
     for start in range(2, 10002, 200):
@@ -327,7 +333,133 @@ def test_a_full_map_forgets_and_never_fails(make: MakeKernel) -> None:
     assert 0 < counts.names <= 512
     assert 0 < counts.inodes <= 512
     assert any(outcome(bpf, kernel.lookup(ROOT, b"file%d" % ino)) == "ANSWERED" for ino in range(9802, 10002))
-    assert bpf.cache.figures()["filling"] == {"listings": 0, "overtaken": 0, "put_failures": 0, "forced_epochs": 0}
+    assert went_wrong(bpf.cache) == {"put_failures": 0, "forced_epochs": 0}
+
+
+def tick() -> int:
+    """Return the time in units of the map ``uses``."""
+    return int(time.clock_gettime_ns(time.CLOCK_BOOTTIME) >> lib.BPFUSE_USE_SHIFT)
+
+
+def next_tick() -> None:
+    now = tick()
+    while tick() == now:
+        pass
+
+
+def directory_of(parent: int, count: int) -> list[DirectoryEntry]:
+    first = parent * 1000
+    return [DirectoryEntry(b"%d" % n, n + 1, attributes(first + n), None) for n in range(count)]
+
+
+def is_there(bpf: Kernel, parent: int, count: int) -> set[bool]:
+    """Return whether lookups in a directory of :func:`directory_of` are answered: both if it is there in part."""
+    return {outcome(bpf, kernel.lookup(parent, b"%d" % n)) == "ANSWERED" for n in range(count)}
+
+
+def test_the_coldest_directories_are_given_up_whole(make: MakeKernel) -> None:
+    bpf = make(capacity=1024)
+    for parent in range(2, 22):
+        bpf.cache.put(parent, directory_of(parent, 50))
+    bpf.cache.put_absent(2, b"absent")
+    assert bpf.cache.take_evicted() == (array("Q"), [], True)
+    next_tick()
+    asked = (kernel.lookup(2, b"absent"), kernel.getattr_(3001), kernel.open_(4049), kernel.getxattr(5007, b"user.a"))
+    for request in asked:
+        assert outcome(bpf, request).startswith("ANSWERED")
+    next_tick()
+    for parent in range(22, 30):
+        bpf.cache.put(parent, directory_of(parent, 50))
+    there = {parent: is_there(bpf, parent, 50) for parent in range(2, 30)}
+    assert all(len(answers) == 1 for answers in there.values())
+    kept = [parent for parent, answers in there.items() if answers == {True}]
+    assert kept[:4] == [2, 3, 4, 5]
+    assert kept[4:] == list(range(30 - len(kept) + 4, 30))
+    evicted = bpf.cache.take_evicted()
+    assert evicted.directories == [parent for parent in there if parent not in kept]
+    assert sorted(evicted.inodes) == [parent * 1000 + n for parent in evicted.directories for n in range(50)]
+    assert evicted.all_known
+    filling = bpf.cache.figures()["filling"]
+    assert filling["evicted_groups"] == len(evicted.directories)
+    assert filling["evicted_entries"] == 2 * len(evicted.inodes)
+    assert went_wrong(bpf.cache) == {"put_failures": 0, "forced_epochs": 0}
+
+
+def test_a_directory_that_is_larger_than_the_cache_leaves_its_oldest_parts(make: MakeKernel) -> None:
+    bpf = make(capacity=1024)
+    for start in range(0, 5000, 250):
+        bpf.cache.put(2, [file_entry(ino, None) for ino in range(start + 10, start + 260)])
+    there = [outcome(bpf, kernel.lookup(2, b"file%d" % ino)) == "ANSWERED" for ino in range(10, 5010)]
+    assert not any(there[:3976])
+    assert all(there[-700:])
+    assert bpf.cache.take_evicted().directories == []
+    assert went_wrong(bpf.cache) == {"put_failures": 0, "forced_epochs": 0}
+
+
+def test_what_is_put_anew_goes_with_its_new_group(make: MakeKernel) -> None:
+    """The same names again and again do not pile up; a value is given up with the group that it was put with last."""
+    bpf = make(capacity=256)
+    for _ in range(50):
+        bpf.cache.put(2, directory_of(2, 100))
+    assert lib.bpfuse_cache_members(bpf.cache._handle()) <= 3 * 256 + lib.BPFUSE_BATCH
+    for ino in range(10_000, 11_000):  # names that come and go
+        bpf.cache.put(3, [file_entry(ino, None)])
+        bpf.cache.drop_name(3, b"file%d" % ino)
+        bpf.cache.drop_inode(ino)
+    assert lib.bpfuse_cache_members(bpf.cache._handle()) <= 3 * 256 + lib.BPFUSE_BATCH
+    bpf.cache.put(2, directory_of(2, 100))
+    assert is_there(bpf, 2, 100) == {True}
+    assert native.count_entries(bpf.fds) == (100, 100)
+
+
+def test_inodes_without_names_are_given_up_too(make: MakeKernel) -> None:
+    bpf = make(capacity=256)
+    for ino in range(2, 2000):
+        bpf.cache.put_inode(attributes(ino))
+        assert outcome(bpf, kernel.getattr_(ino)) == "ANSWERED"
+    assert went_wrong(bpf.cache) == {"put_failures": 0, "forced_epochs": 0}
+    assert 1990 - len(bpf.cache.take_evicted().inodes) <= 256
+
+
+def test_the_next_worker_gives_up_what_this_one_put(make: MakeKernel) -> None:
+    bpf = make(capacity=1024)
+    for parent in range(2, 20):
+        bpf.cache.put(parent, directory_of(parent, 50))
+    bpf.cache.put_inode(attributes(5))
+    bpf.cache.close()
+    bpf.cache = KernelCache(bpf.fds)
+    next_tick()
+    assert outcome(bpf, kernel.lookup(3, b"7")) == "ANSWERED"
+    next_tick()
+    for parent in range(30, 40):
+        bpf.cache.put(parent, directory_of(parent, 50))
+    assert is_there(bpf, 3, 50) == {True}
+    assert all(is_there(bpf, parent, 50) == {True} for parent in range(30, 40))
+    assert went_wrong(bpf.cache) == {"put_failures": 0, "forced_epochs": 0}
+    for parent in range(40, 60):
+        bpf.cache.put(parent, directory_of(parent, 50))
+    gone = bpf.cache.take_evicted()
+    assert {*range(2, 20)} <= {*gone.directories}
+    assert outcome(bpf, kernel.getattr_(5)) == "MISS_INODE"
+
+
+@pytest.mark.parametrize("mebibytes", [1, 7, 16])
+def test_the_maps_take_what_the_user_gives_them(make: MakeKernel, mebibytes: int) -> None:
+    sizes = acceleration.map_sizes(mebibytes << 20)
+    bpf = make(capacity=sizes.entries, page_count=sizes.pages)
+    taken = {name: native.map_bytes(getattr(bpf.fds, name)) for name in ("names", "inodes", "uses", "xattrs", "pages")}
+    assert 0.9 < sum(taken.values()) / (mebibytes << 20) <= 1
+    assert (taken["names"] + taken["inodes"]) / sizes.entries <= 300
+    assert taken["uses"] <= 4 * sizes.entries + 2 * PAGE
+
+
+def test_an_entry_takes_at_most_300_bytes_at_any_size() -> None:
+    for cache_bytes in (1 << 20, 100_000_000, 1 << 28, 777 << 20, 1 << 33):
+        sizes = acceleration.map_sizes(cache_bytes)
+        taken = acceleration.entries_bytes(sizes.entries) + 4096 * sizes.pages
+        assert 0.95 < taken / cache_bytes <= 1
+        power = 1 << (sizes.entries - 1).bit_length()
+        assert 260 + 32 * power / sizes.entries <= 300
 
 
 def test_a_value_that_the_kernel_refuses_is_not_cached(bpf: Kernel) -> None:
@@ -335,7 +467,7 @@ def test_a_value_that_the_kernel_refuses_is_not_cached(bpf: Kernel) -> None:
     cache = KernelCache(MapFds(**{**_fields(bpf.fds), "names": small, "count_program": -1}))
     cache.put(ROOT, [file_entry(ino, None) for ino in range(2, 12)])
     figures = cache.figures()
-    assert figures["filling"] == {"listings": 0, "overtaken": 0, "put_failures": 6, "forced_epochs": 0}
+    assert went_wrong(cache) == {"put_failures": 6, "forced_epochs": 0}
     assert figures["maps"]["names"]["entries"] == 4
     assert figures["maps"]["inodes"]["entries"] == 10
     cache.close()
@@ -350,7 +482,7 @@ def test_when_a_drop_fails_everything_is_forgotten(bpf: Kernel) -> None:
     assert outcome(bpf, kernel.read(2, 0, 10)) == "MISS_EPOCH"
     bpf.cache.put_inode(attributes(2, size=3), b"new")
     assert outcome(bpf, kernel.read(2, 0, 10)) == "MISS_EPOCH"
-    assert bpf.cache.figures()["filling"] == {"listings": 0, "overtaken": 0, "put_failures": 1, "forced_epochs": 2}
+    assert went_wrong(bpf.cache) == {"put_failures": 1, "forced_epochs": 2}
 
 
 def _fields(fds: MapFds) -> dict[str, Any]:

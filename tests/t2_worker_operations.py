@@ -16,7 +16,7 @@ import pyfuse3
 import pytest
 import pytest_asyncio
 from served import DEADLINE_S, until
-from worker_rig import INLINE_LIMIT, ME, ROOT, Rig, dirents, fails, rigged
+from worker_rig import INLINE_LIMIT, ME, ROOT, Rig, dirents, fails, rigged, spied
 
 from fuseclient.data.objects import StoreError
 from fuseclient.worker import handles
@@ -44,25 +44,6 @@ async def both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) ->
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     """The test provokes errors that are logged."""
     caplog.set_level(logging.CRITICAL, "fuseclient")
-
-
-def spied(rig: Rig) -> list[wire.Request]:
-    """Return the list that every request to the metaserver goes into from now on, but for what is told in passing."""
-    log: list[wire.Request] = []
-    session = rig.session
-    call, stream = session.call, session.stream
-
-    async def spy(request: wire.Request, reply_type: Any) -> Any:
-        if not isinstance(request, wire.ClosedForWriting):
-            log.append(request)
-        return await call(request, reply_type)
-
-    def spy_stream(request: wire.FetchDirectory) -> Any:
-        log.append(request)
-        return stream(request)
-
-    session.call, session.stream = spy, spy_stream
-    return log
 
 
 # Names

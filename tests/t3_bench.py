@@ -22,6 +22,12 @@ MEASURED = {
     "writes": {("create", "bpfuse"), ("create", "bpfuse interval"), ("unpack", "bpfuse"), ("unpack", "ext4")},
     "coherence": {("visible", "bpfuse"), ("revalidate", "bpfuse"), ("break", "100 hold it")},
     "engines": {("create", "bpfuse lmdb"), ("lookup", "bpfuse etcd"), ("directory", "bpfuse etcd")},
+    "scale": {
+        ("first epoch", "bpfuse bpf, four"),
+        ("later epoch", "bpfuse dataset"),
+        ("du, again", "ext4"),
+        ("cp -a", "ext4"),
+    },
     "cost": {("create, commit", "bpfuse"), ("unpack, interval", "bpfuse")},
     "failover": {("failover", "bpfuse")},
 }

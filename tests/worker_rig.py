@@ -22,7 +22,7 @@ import pytest
 from served import VOLUME, Client, Metaserver, serving
 
 from fuseclient.config import MapFds, MountOptions, WorkerConfig
-from fuseclient.kernel_cache import Room
+from fuseclient.kernel_cache import Evicted, Room
 from fuseclient.worker.mount import Mount
 from fuseclient.worker.operations import Operations
 from fuseclient.worker.rpc import Refused
@@ -36,6 +36,7 @@ _NO_FDS: Final = MapFds(
     control=-1,
     names=-1,
     inodes=-1,
+    uses=-1,
     xattrs=-1,
     pages=-1,
     opens=-1,
@@ -65,6 +66,7 @@ class Maps:
         self.deadline_ns = 0
         self.epoch = 0
         self.statfs: dict[str, int] = {}
+        self.evicted: list[tuple[int, set[int]]] = []
 
     def put(self, parent: int, entries: Sequence[wire.DirectoryEntry]) -> None:
         for entry in entries:
@@ -94,6 +96,25 @@ class Maps:
         self.names.pop((parent, name), None)
 
     room = Room(1 << 20, 1 << 16)
+
+    def evict(self, directory: int) -> None:
+        """Give up the entries of a directory."""
+        gone = [key for key in self.names if key[0] == directory]
+        inodes = {self.names.pop(key) for key in gone} - {0}
+        for ino in inodes:
+            self.drop_inode(ino)
+        self.evicted.append((directory, inodes))
+
+    def take_evicted(self) -> Evicted:
+        told, self.evicted = self.evicted, []
+        inodes = array("Q", [ino for _, inodes in told for ino in inodes])
+        return Evicted(inodes, [directory for directory, _ in told if not self._has_entries(directory)], True)
+
+    def is_used(self, directory: int) -> bool | None:
+        return True if self._has_entries(directory) else None
+
+    def _has_entries(self, directory: int) -> bool:
+        return any(parent == directory for parent, _ in self.names)
 
     def has_all(self, inodes: array[int], *, content: bool) -> bool:
         there = [self.inodes.get(each & (1 << 48) - 1) for each in inodes]
@@ -356,6 +377,25 @@ class Token:
             return False
         self.entries.append((name, attr, next_id))
         return True
+
+
+def spied(rig: Rig) -> list[wire.Request]:
+    """Return the list that every request to the metaserver goes into from now on, but for what is told in passing."""
+    log: list[wire.Request] = []
+    session = rig.session
+    call, stream = session.call, session.stream
+
+    async def spy(request: wire.Request, reply_type: Any) -> Any:
+        if not isinstance(request, wire.ClosedForWriting):
+            log.append(request)
+        return await call(request, reply_type)
+
+    def spy_stream(request: wire.FetchDirectory) -> Any:
+        log.append(request)
+        return stream(request)
+
+    session.call, session.stream = spy, spy_stream
+    return log
 
 
 @contextlib.asynccontextmanager

@@ -258,7 +258,7 @@ async def _spawn_worker(config: WorkerConfig, sockets: Sequence[socket.socket]) 
 def _descriptors(maps: MapFds | None) -> list[int]:
     if maps is None:
         return []
-    shared = [maps.control, maps.names, maps.inodes, maps.xattrs, maps.pages, maps.opens, maps.counters]
+    shared = [maps.control, maps.names, maps.inodes, maps.uses, maps.xattrs, maps.pages, maps.opens, maps.counters]
     return [descriptor for descriptor in (*shared, maps.count_program) if descriptor >= 0]
 
 

@@ -1,9 +1,12 @@
 """Names to inodes, and listings: the misses of the kernel, turned into fetches of whole directories.
 
 The first miss below a directory fetches it: entries, attributes and small content go into the maps as they come, and
-whoever waits for a name is answered by the page that brings it. A large directory is fetched by windows. Later misses
-in it are names that the maps have evicted, or that are absent; each asks for itself, and after enough evicted ones
-the directory is fetched again.
+whoever waits for a name is answered by the page that brings it. With it come directories beside it, while it pays
+(siblings.py). Later misses in it are names that the maps have evicted, or that are absent; each asks for itself, and
+after enough evicted ones the directory is fetched again.
+
+Of a directory of more than WINDOW entries the first miss fetches those from the name on. Later ones ask for their name
+alone, and as soon as names are asked for in the listing's order the next ones are fetched ahead, more each time.
 
 A listing reads the same fetches, and keeps the last few for the rest of the listing, as long as nothing whatever is
 dropped from the caches; after that it goes on with small fetches of its own. It ends with the entries that were there
@@ -17,7 +20,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
@@ -26,6 +29,7 @@ from fuseclient.levels import Level, reach
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.listings import Entry
 from fuseclient.worker.rpc import Refused
+from fuseclient.worker.siblings import Siblings
 from metaserver import wire
 
 #: Entries fetched at once.
@@ -37,6 +41,13 @@ MISSES: Final = 16
 _KNOWN_DIRECTORIES: Final = 65536
 _KNOWN_LISTINGS: Final = 1024
 _KEPT_WINDOWS: Final = 8
+#: Names asked for in order after which a large directory is fetched ahead; entries that may be left out between two of
+#: them; entries of the first window.
+_IN_ORDER: Final = 2
+_SLACK: Final = 16
+_FIRST_WINDOW: Final = 64
+#: Large directories of which it is known in what order they are read.
+_LARGE: Final = 1024
 
 
 class Session(Caller, Protocol):
@@ -89,6 +100,10 @@ class _Fetch:
         self.names: dict[bytes, wire.Attributes] = {}
         #: The directory's version: that of its newest entry, at most.
         self.version = 0
+        #: Of content.
+        self.bytes = 0
+        #: Called once, when all has come that will come.
+        self.on_end: Callable[[_Fetch], object] = lambda fetch: None
         #: It began at the directory's first entry / the directory's listing ended in it.
         self.whole = False
         self.complete = False
@@ -110,19 +125,38 @@ class _Fetch:
             self._token.end()
             self.names = {}
 
-    async def run(self, session: Session) -> None:
-        """Read all pages into the maps and into here. This is the first user, from the beginning."""
+    async def run(self, session: Session, beside: Mapping[int, _Fetch] | None = None) -> None:
+        """Read all pages into the maps and into here, or into the fetches of what comes ``beside``.
+
+        This is the first user of them all, from the beginning.
+        """
+        beside = beside or {}
         try:
             async for page in session.stream(self.request):
-                self._add(page)
+                fetch = beside.get(page.directory.ino, self)
+                fetch._add(page)
+                if page.complete:
+                    fetch._end()
         except Exception as error:
             self.error = error
         finally:
-            self.entries.sort(key=_cookie)
-            self._put_listing()
-            self.done = True
-            self._progress.set()
-            self.__exit__()
+            for fetch in (self, *beside.values()):
+                fetch._end()
+
+    def _end(self) -> None:
+        if self.done:
+            return
+        self.entries.sort(key=_cookie)
+        self._put_listing()
+        self.done = True
+        self.on_end(self)
+        self._progress.set()
+        self.__exit__()
+
+    @property
+    def came(self) -> bool:
+        """Whether it was answered: what was to come beside another may not have."""
+        return self.version > 0 or self.error is not None
 
     def _put_listing(self) -> None:
         """Put what these entries add to the directory's listing, if they follow a known one."""
@@ -140,10 +174,11 @@ class _Fetch:
     def _add(self, page: wire.DirectoryPage) -> None:
         self._feeder.page(self._token, page)
         self.version = page.directory.version
+        self.bytes += sum(len(entry.data) for entry in page.entries if entry.data)
         for entry in page.entries:
             self.entries.append(Entry(entry.name, entry.cookie, entry.attributes))
             self.names[entry.name] = entry.attributes
-        self.whole, self.complete = page.whole, page.last and page.complete
+        self.whole, self.complete = page.whole, page.complete
         self._progress.set()
 
     async def advanced(self) -> None:
@@ -194,8 +229,29 @@ class _Fetch:
         return covered and (not self.done or self.complete or self._index(cookie) < len(self.entries))
 
 
+@dataclass
+class _Order:
+    """Names asked for in a large directory: the last one's cookie, or from where to where they were fetched last."""
+
+    begin: int = 0
+    cookie: int = 0
+    count: int = 0
+    limit: int = _FIRST_WINDOW
+
+    def follows(self, cookie: int) -> bool:
+        """Note that a name was asked for; say whether they are asked for in order."""
+        if self.begin < cookie <= self.cookie:  # it was on its way
+            return False
+        if self.cookie < cookie <= self.cookie + _SLACK:
+            self.count += 1
+        else:
+            self.count, self.limit = 0, _FIRST_WINDOW
+        self.begin = self.cookie = cookie
+        return self.count >= _IN_ORDER
+
+
 class Directories:
-    """Looks names up and lists directories."""
+    """Looks names up and lists directories. ``siblings`` says what is fetched beside what is asked for."""
 
     def __init__(
         self,
@@ -205,6 +261,7 @@ class Directories:
         window: int | None,
         data_budget: int,
         is_live: Callable[[], bool] = lambda: True,
+        siblings: Siblings | None = None,
     ) -> None:
         self._session = session
         self._feeder = feeder
@@ -214,7 +271,12 @@ class Directories:
         self._is_live = is_live
         #: Of directories that were fetched: how many evicted names were asked for since.
         self._misses: OrderedDict[int, int] = OrderedDict()
+        self._siblings = siblings
         self._fetches: dict[int, _Fetch] = {}
+        self._large: OrderedDict[int, _Order] = OrderedDict()
+        self._counts = dict.fromkeys(("fetches", "windows", "in_order", "names"), 0)
+        #: Windows of listings that were fetched ahead.
+        self._next: OrderedDict[int, _Fetch] = OrderedDict()
         self._windows: OrderedDict[int, _Fetch] = OrderedDict()
         #: Of directories that are being listed: the version at the last beginning, and so the last cookie to be told.
         self._ends: OrderedDict[int, int] = OrderedDict()
@@ -224,11 +286,13 @@ class Directories:
         """Return what a name stands for, and put it in the maps."""
         if self.lacks(parent, name):
             return Answer(None, True)
-        if self._window is not None and parent not in self._misses:
+        while self._window is not None and parent not in self._misses:
             with self._join(parent, around=name) as fetch:
                 answer = await _answer(fetch, name)
             if answer is not None:
                 return answer
+            if fetch.came:
+                break
         return await self._lookup_one(parent, name)
 
     def lacks(self, parent: int, name: bytes) -> bool:
@@ -239,6 +303,7 @@ class Directories:
             return self._feeder.absent(token, parent, name)
 
     async def _lookup_one(self, parent: int, name: bytes) -> Answer:
+        self._counts["names"] += 1
         with self._feeder.begin() as token:
             try:
                 found = await self._session.call(wire.Lookup(parent, name), wire.Found)
@@ -246,11 +311,17 @@ class Directories:
                 if error.code != wire.ErrorCode.NOT_FOUND:
                     raise
                 return Answer(None, self._feeder.absent(token, parent, name))
-            self._count_miss(parent)
+            self._count_miss(parent, found.cookie)
             return Answer(found.attributes, self._feeder.found(token, parent, name, found.attributes))
 
-    def _count_miss(self, parent: int) -> None:
-        if parent in self._misses:
+    def _count_miss(self, parent: int, cookie: int) -> None:
+        order = self._large.get(parent)
+        if order is not None:
+            if order.follows(cookie) and parent not in self._fetches:
+                self._counts["in_order"] += 1
+                self._start(parent, cookie, None, order.limit)
+                order.limit = min(2 * order.limit, WINDOW)
+        elif parent in self._misses:
             self._misses[parent] += 1
             if self._misses[parent] >= MISSES:
                 del self._misses[parent]
@@ -267,6 +338,7 @@ class Directories:
             with fetch:
                 while not (entries := fetch.after(cookie)) and not fetch.done:
                     await fetch.advanced()
+            self._read_ahead(fetch, cookie)
         if fetch.error is not None:
             raise fetch.error
         return self._ended(ino, cookie, fetch, entries)
@@ -275,12 +347,29 @@ class Directories:
         """Return the fetch, which may begin with this, that serves a listing; None: a small one is to be made."""
         if self._window is None:
             return None
-        fetch = self._windows.get(ino) or self._fetches.get(ino)
-        if fetch is not None and fetch.serves(cookie):
-            return fetch
-        if cookie and fetch is not None and fetch.generation != self._feeder.generation:
+        known = [each for each in (self._windows.get(ino), self._next.get(ino), self._fetches.get(ino)) if each]
+        for fetch in known:
+            if fetch.serves(cookie):
+                return fetch
+        if cookie and any(fetch.generation != self._feeder.generation for fetch in known):
             return None
         return self._start(ino, cookie, None)
+
+    def _read_ahead(self, fetch: _Fetch, cookie: int) -> None:
+        """Fetch the next window of a listing when half of this one has been read."""
+        ino = fetch.request.ino
+        if not cookie or not fetch.done or fetch.complete or not fetch.entries or not fetch.serves(cookie):
+            return
+        later = self._next.get(ino)
+        last = fetch.entries[-1].cookie
+        if later is fetch or (later is not None and later.serves(last)) or ino in self._fetches:
+            return
+        if 2 * len(fetch.after(cookie)) <= len(fetch.entries):
+            self._counts["in_order"] += 1
+            self._next[ino] = self._start(ino, last, None)
+            self._next.move_to_end(ino)
+            if len(self._next) > _KEPT_WINDOWS:
+                self._next.popitem(last=False)
 
     def _ended(self, ino: int, cookie: int, fetch: _Fetch, entries: list[Entry]) -> Listing:
         """Leave out what has come into the directory since its listing began."""
@@ -310,8 +399,14 @@ class Directories:
         """Fetch each directory anew at its next miss."""
         self._misses.clear()
         self._windows.clear()
+        self._next.clear()
+        self._large.clear()
+        if self._siblings is not None:
+            self._siblings.clear()
 
     def _keep(self, fetch: _Fetch) -> None:
+        if self._next.get(fetch.request.ino) is fetch:
+            del self._next[fetch.request.ino]
         self._windows[fetch.request.ino] = fetch
         self._windows.move_to_end(fetch.request.ino)
         if len(self._windows) > _KEPT_WINDOWS:
@@ -321,26 +416,66 @@ class Directories:
         fetch = self._fetches.get(ino)
         return fetch if fetch is not None else self._start(ino, 0, around)
 
-    def _start(self, ino: int, cookie: int, around: bytes | None) -> _Fetch:
-        request = self._request(ino, cookie, self._window or PAGE, around, data=True)
+    def _start(self, ino: int, cookie: int, around: bytes | None, limit: int | None = None) -> _Fetch:
+        also = self._also(ino) if limit is None and cookie == 0 else []
+        request = self._request(ino, cookie, limit or self._window or PAGE, around, also, data=True)
         fetch = self._fetches[ino] = _Fetch(request, self._feeder)
-        task = asyncio.create_task(self._run(fetch), name=f"fetch {ino}")
+        beside = {each: _Fetch(self._request(each, 0, WINDOW, None, data=True), self._feeder) for each in also}
+        for each in beside.values():
+            each.on_end = self._came_beside
+        fetch.on_end = self._finish
+        self._fetches.update(beside)
+        task = asyncio.create_task(fetch.run(self._session, beside), name=f"fetch {ino}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        self._counts["fetches"] += 1
         return fetch
 
-    def _request(self, ino: int, cookie: int, limit: int, around: bytes | None, *, data: bool) -> wire.FetchDirectory:
-        data_limit, budget = (wire.MAX_INLINE, self._data_budget) if data else (0, 0)
-        return wire.FetchDirectory(ino, cookie, limit, data_limit, budget, around)
+    def _also(self, ino: int) -> list[int]:
+        if self._siblings is None or self._window is None:
+            return []
+        return self._siblings.missed(ino, lambda each: each in self._misses or each in self._fetches)
 
-    async def _run(self, fetch: _Fetch) -> None:
+    def _request(
+        self, ino: int, cookie: int, limit: int, around: bytes | None, also: Sequence[int] = (), *, data: bool
+    ) -> wire.FetchDirectory:
+        data_limit, budget = (wire.MAX_INLINE, self._data_budget) if data else (0, 0)
+        return wire.FetchDirectory(ino, cookie, limit, data_limit, budget, around, list(also))
+
+    def _finish(self, fetch: _Fetch) -> None:
+        self._note(fetch)
+        if fetch.error is None and fetch.whole:
+            self._keep(fetch)
+
+    def _came_beside(self, fetch: _Fetch) -> None:
+        self._note(fetch)
+        if fetch.complete and self._siblings is not None:
+            self._siblings.brought(fetch.request.ino, len(fetch.entries), fetch.bytes)
+
+    def _note(self, fetch: _Fetch) -> None:
         ino = fetch.request.ino
-        await fetch.run(self._session)
         if self._fetches.get(ino) is fetch:
             del self._fetches[ino]
-        if fetch.error is None:
-            if fetch.whole and fetch.complete and fetch.generation == self._feeder.generation:
-                self._feeder.whole.know(ino, (entry.name for entry in fetch.entries))
-            if fetch.whole:
-                self._keep(fetch)
-            self.fetched(ino)
+        if fetch.error is not None or not fetch.came:
+            return
+        if fetch.whole and fetch.complete and fetch.generation == self._feeder.generation:
+            self._feeder.whole.know(ino, (entry.name for entry in fetch.entries))
+        if not fetch.complete:
+            self._note_large(fetch)
+        self.fetched(ino)
+
+    def _note_large(self, fetch: _Fetch) -> None:
+        """A directory has more entries than one fetch brought: go on behind them, if they are asked for in order."""
+        self._counts["windows"] += 1
+        order = self._large.setdefault(fetch.request.ino, _Order())
+        self._large.move_to_end(fetch.request.ino)
+        if fetch.entries:  # what follows the first window is as likely to be asked for as not
+            order.begin, order.cookie = fetch.entries[0].cookie, fetch.entries[-1].cookie
+            order.count = _IN_ORDER
+        if len(self._large) > _LARGE:
+            self._large.popitem(last=False)
+
+    def figures(self) -> dict[str, int]:
+        """Return what ``stats`` shows: fetches, those of parts of large directories, those made ahead of a reader, and
+        names asked for one by one; and what came beside other directories."""
+        return {**self._counts, **(self._siblings.figures() if self._siblings is not None else {})}

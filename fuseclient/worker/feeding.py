@@ -74,7 +74,7 @@ class Feeder:
         #: Told of each inode that is dropped; ``None`` is all of them.
         self.on_drop: Callable[[int | None], None] = lambda ino: None
         #: Told of each part of a directory that was fetched.
-        self.on_page: Callable[[wire.DirectoryPage], None] = lambda page: None
+        self.on_pages: list[Callable[[wire.DirectoryPage], None]] = []
 
     def begin(self) -> Token:
         """Return the token of a read that is about to be sent: a context that ends when its reply has been put."""
@@ -104,7 +104,8 @@ class Feeder:
             else:
                 self._cache.put_name(parent, entry.name, entry.attributes.ino)
         self._cache.put(parent, whole)
-        self.on_page(page)
+        for told in self.on_pages:
+            told(page)
 
     def same_names(self, token: Token, ino: int) -> bool:
         """Say whether no name of a directory was dropped, made or removed since the token was taken."""

@@ -32,6 +32,7 @@ from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.reading import ReadPath
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.session import Acknowledge, Session
+from fuseclient.worker.siblings import Siblings
 from fuseclient.worker.warming import Walks
 from metaserver import wire
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from fuseclient.kernel_cache import Cache
 
 #: Content that one directory fetch may bring, at most, in bytes; and at most this part of the pages.
-_FETCH_DATA: Final = 8 * 1024 * 1024
+_FETCH_DATA: Final = 16 * 1024 * 1024
 _FETCH_SHARE: Final = 4
 _PAGE: Final = 4096
 
@@ -166,12 +167,15 @@ class Mount:
             return open_handles[ino] > 0 or cache.is_open(ino) or writer.is_open(ino)
 
         orphans = Orphans(session, is_open)
-        directories = Directories(
+        room = cache.room
+        siblings = Siblings(cache.is_used, room.entries // 2, room.pages * _PAGE // 2)
+        self._directories = directories = Directories(
             session,
             feeder,
             window=_window(config),
             data_budget=_data_budget(config),
             is_live=lambda: lease.left_s() > 0,
+            siblings=siblings,
         )
         versions = OpenedVersions()
         self._reading = reading = ReadPath(
@@ -182,7 +186,7 @@ class Mount:
         self._changes = Changes(feeder, directories, writer, orphans, lease, versions, kernel, through, is_open)
         self._ahead = None if config.maps is None else ContentAhead(session, feeder, _data_budget(config))
         if self._ahead is not None:
-            feeder.on_page = self._ahead.page
+            feeder.on_pages += [self._ahead.page, siblings.page]
         self._join_locks()
         self._walks = Walks(
             warming.Parts(
@@ -268,6 +272,7 @@ class Mount:
             "files_being_written": self._writer.count,
             "filling": cache.get("filling", {}),
             "levels": levels.figures(),
+            "directories": self._directories.figures(),
             "content_ahead": self._ahead.figures() if self._ahead is not None else {},
             "compaction": self._compactor.figures(),
             "locks": self.locks.figures(),

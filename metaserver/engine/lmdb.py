@@ -601,7 +601,9 @@ def _lock(directory: str) -> int:
 def _open(directory: str, map_bytes: int) -> lmdb.Environment:
     """Open the environment, and make a new one durable in its directory."""
     try:
-        env = lmdb.open(directory, map_size=map_bytes, mode=0o600, max_spare_txns=2, readahead=False)
+        # The kernel reads ahead: a directory is fetched with its files' content, which was mostly written together.
+        # Page by page the fetch of one that is not in memory waits for the disk several times an entry.
+        env = lmdb.open(directory, map_size=map_bytes, mode=0o600, max_spare_txns=2, readahead=True)
         for path in (directory, os.path.dirname(directory)):
             _sync_directory(path)
     except lmdb.Error as error:

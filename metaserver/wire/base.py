@@ -23,6 +23,8 @@ PAGE_BYTES: Final = 256 * 1024
 
 #: The most entries that one fetch may ask for.
 MAX_FETCH: Final = 4096
+#: The most directories that one fetch brings beside the one that it is about.
+MAX_ALSO: Final = 64
 MAX_NAME: Final = 255
 
 #: The most inodes that one message tells to be open, or no more.

@@ -7,6 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from metaserver.wire.base import (
+    MAX_ALSO,
     MAX_FETCH,
     MAX_INLINE,
     U32,
@@ -34,6 +35,8 @@ class FetchDirectory(Message, tag=7):
     With ``around``, a directory of more than ``limit`` entries is read from the entry of that name on; a smaller one
     whole. Without it, from the first entry after ``cookie``. ``data_limit``: content of files up to that size is
     sent; ``data_budget``: bytes of content in all, after which entries come without.
+
+    ``also``: directories that follow, as many of them as fit whole into what limit and budget leave.
     """
 
     ino: Ino
@@ -42,6 +45,7 @@ class FetchDirectory(Message, tag=7):
     data_limit: Annotated[int, Meta(ge=0, le=MAX_INLINE)]
     data_budget: U63
     around: Name | None = None
+    also: Annotated[list[Ino], Meta(max_length=MAX_ALSO)] = []
 
 
 class GetAttributes(Message, tag=8):
@@ -160,7 +164,7 @@ class Found(Message, tag=69):
 
 
 class DirectoryPage(Message, tag=70):
-    """A part of a fetch. On the ``last`` page, ``complete`` says that the listing ended there.
+    """A part of a fetch; none follows the ``last``. ``complete``: the directory's listing ended there.
 
     ``directory`` is the directory itself; ``whole`` that this fetch began at the first entry.
     """

@@ -1,7 +1,7 @@
 """The BPF maps of one client, and what the programs answer from them: ``bpf/*.bpf.h`` in a few lines.
 
 The maps outlive workers. Answers are given by the kernel's node, whatever state the worker is in; they check the
-deadline and the epoch of each value as the programs do. The maps forget at random, as LRU maps do.
+deadline and the epoch of each value as the programs do. At random the maps give up a directory, as full ones do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from fuseclient.kernel_cache import Room
+from fuseclient.kernel_cache import Evicted, Room
 from metaserver import wire
 from simulation.clocks import boottime_ns
 from simulation.loop import VirtualLoop
@@ -52,6 +52,9 @@ class Maps:
         self._names: dict[tuple[int, bytes], _Name] = {}
         self._inodes: dict[int, _Inode] = {}
         self._opens: dict[int, int] = {}
+        #: What was given up, and is not told yet.
+        self._evicted: list[int] = []
+        self._given_up: list[int] = []
         self.locks: dict[int, int] = {}
         self.deadline_ns = 0
         self.epoch = 0
@@ -65,7 +68,6 @@ class Maps:
             self.put_inode(entry.attributes, entry.data)
 
     def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
-        self._forget(self._inodes)
         old = self._inodes.get(attributes.ino)
         if data is None and old is not None and old.epoch == self.epoch:
             same = (old.attributes.version, old.attributes.size) == (attributes.version, attributes.size)
@@ -73,15 +75,30 @@ class Maps:
         self._inodes[attributes.ino] = _Inode(attributes, data, self.epoch)
 
     def put_name(self, parent: int, name: bytes, ino: int) -> None:
-        self._forget(self._names)
+        self._evict()
         self._names[parent, name] = _Name(ino, self.epoch)
 
     def put_absent(self, parent: int, name: bytes) -> None:
         self.put_name(parent, name, 0)
 
-    def _forget(self, values: dict[Any, Any]) -> None:
-        if values and self._rng.random() < _FORGETTING:
-            del values[self._rng.choice(list(values))]
+    def _evict(self) -> None:
+        if not self._names or self._rng.random() >= _FORGETTING:
+            return
+        directory, _ = self._rng.choice(list(self._names))
+        for key in [key for key in self._names if key[0] == directory]:
+            ino = self._names.pop(key).ino
+            if self._inodes.pop(ino, None) is not None:
+                self._evicted.append(ino)
+        self._given_up.append(directory)
+
+    def take_evicted(self) -> Evicted:
+        directories = [each for each in self._given_up if self.is_used(each) is None]
+        taken = Evicted(array("Q", self._evicted), directories, True)
+        self._evicted, self._given_up = [], []
+        return taken
+
+    def is_used(self, directory: int) -> bool | None:
+        return True if any(parent == directory for parent, _ in self._names) else None
 
     def drop_name(self, parent: int, name: bytes) -> None:
         self._names.pop((parent, name), None)
@@ -90,7 +107,8 @@ class Maps:
         self._inodes.pop(ino, None)
 
     def has_all(self, inodes: array[int], *, content: bool) -> bool:
-        return False
+        found = [self._inodes.get(ino) for ino in inodes]
+        return all(each and each.epoch == self.epoch and not (content and each.data is None) for each in found)
 
     room = Room(0, 0)
     #: The model's kernel lists through the worker.

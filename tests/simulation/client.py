@@ -28,6 +28,7 @@ _NO_FDS: Final = MapFds(
     control=-1,
     names=-1,
     inodes=-1,
+    uses=-1,
     xattrs=-1,
     pages=-1,
     opens=-1,

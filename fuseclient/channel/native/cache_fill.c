@@ -10,12 +10,12 @@
  * A value's version is never used twice in the life of the maps: it begins above CLOCK_BOOTTIME in nanoseconds at
  * start and above every version found, and rises by one.
  *
- * When the kernel refuses a value, its key is deleted, since an older value may be there; when a deletion fails too,
- * the epoch is raised, which drops everything.
+ * When a map is full, the coldest groups of entries are given up (cache_evict.c). When the kernel refuses a value all the
+ * same, its key is deleted, since an older value may be there; when a deletion fails too, the epoch is raised, which drops
+ * everything.
  */
 #define _GNU_SOURCE
 #include <bpf/bpf.h>
-#include <bpf/libbpf.h>
 #include <errno.h>
 #include <linux/fuse.h>
 #include <stdbool.h>
@@ -25,47 +25,15 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
-#include "abi.h"
-#include "cache_fill.h"
+#include "cache_internal.h"
 #include "hash.h"
 #include "map_walk.h"
 
 enum {
 	NANOSECONDS = 1000000000,
-	LRU_LOCAL = 128, /* the kernel's LOCAL_FREE_TARGET, at most so many for each CPU */
-};
-
-/* Inode values that are collected to be put by one call. */
-struct inode_batch {
-	__u32 count;
-	__u64 keys[BPFUSE_BATCH];
-	struct bpfuse_inode_value values[BPFUSE_BATCH];
-};
-
-struct backing {
-	__u64 ino;
-	__u32 id;
-};
-
-struct bpfuse_cache {
-	struct bpfuse_cache_options options;
-	struct bpfuse_control *control;
-	__u8 *pages;
-	struct bpfuse_open_slot *opens;
-	__u64 *owners;     /* by page */
-	__u8 *listed;      /* a bit by slot of `opens`: directories there may have a listing, */
-	__u8 *tagged;      /* and inodes there may be in `xattrs` */
-	__u64 version;     /* the last one used */
-	__u32 batch_pages; /* how far the cursor went for the batch at hand */
-	__u32 batch_epoch; /* when its pages were taken; a new epoch frees them */
-	struct bpfuse_cache_figures figures;
-	struct backing backings[BPFUSE_BACKINGS];
-	__u32 backing_count;
-	struct bpfuse_record records[BPFUSE_BATCH];
-	struct inode_batch inodes;
-	struct inode_batch overtaken;
-	struct bpfuse_name_key name_keys[BPFUSE_BATCH];
-	struct bpfuse_name_value name_values[BPFUSE_BATCH];
+	GROUP_LEAST = 16, /* members of a group at most, in the smallest cache and in large ones; */
+	GROUP_MOST = 4096,
+	GROUP_SHARE = 16, /* between them the map's capacity divided by this */
 };
 
 void bpfuse_hash_name(const __u8 *name, __u32 length, const __u64 *key, __u64 *out)
@@ -75,13 +43,6 @@ void bpfuse_hash_name(const __u8 *name, __u32 length, const __u64 *key, __u64 *o
 	words[length / 8] = 0;
 	memcpy(words, name, length);
 	bpfuse_siphash(words, length, key, out);
-}
-
-__u32 bpfuse_lru_idle(void)
-{
-	int cpus = libbpf_num_possible_cpus();
-
-	return LRU_LOCAL * (__u32)(cpus > 0 ? cpus : 1);
 }
 
 /* Opening and closing */
@@ -103,6 +64,23 @@ static void unmap_array(void *address, size_t size)
 static size_t pages_size(const struct bpfuse_cache *cache)
 {
 	return (size_t)cache->options.page_count * BPFUSE_PAGE;
+}
+
+static __u32 group_slots(const struct bpfuse_cache *cache)
+{
+	return cache->options.capacity / BPFUSE_GROUP_SHARE + 2;
+}
+
+static size_t uses_size(const struct bpfuse_cache *cache)
+{
+	return group_slots(cache) * sizeof(*cache->uses);
+}
+
+static __u32 group_most(__u32 capacity)
+{
+	__u32 most = capacity / GROUP_SHARE;
+
+	return most < GROUP_LEAST ? GROUP_LEAST : most > GROUP_MOST ? GROUP_MOST : most;
 }
 
 static __u32 pages_of(__u32 bytes)
@@ -138,19 +116,39 @@ static bool is_marked(const __u8 *marks, __u64 ino)
 	return marks[slot / 8] >> slot % 8 & 1;
 }
 
+static void take_over_name(void *context, const void *key, const void *value)
+{
+	struct bpfuse_cache *cache = context;
+	struct bpfuse_name_value found;
+	struct bpfuse_name_key name;
+	struct member member;
+
+	memcpy(&name, key, sizeof(name));
+	memcpy(&found, value, sizeof(found));
+	if (found.version > cache->version)
+		cache->version = found.version;
+	member = (struct member){ .hash = { name.hash[0], name.hash[1] }, .ino = found.ino };
+	if (groups_restore(cache->groups, found.group, name.parent))
+		groups_add(cache->groups, found.group, &member);
+}
+
 static void take_over(void *context, const void *key, const void *value)
 {
 	struct bpfuse_cache *cache = context;
 	struct bpfuse_inode_value inode;
+	struct member member = { 0 };
 
 	memcpy(&inode, value, sizeof(inode));
+	memcpy(&member.ino, key, sizeof(member.ino));
 	if (inode.version > cache->version)
 		cache->version = inode.version;
+	groups_restore(cache->groups, inode.group, 0);
+	groups_add(cache->groups, inode.group, &member); /* twice, if its name is there: it may be without one */
 	if (!has_pages(cache, &inode))
 		return;
-	memcpy(&cache->owners[inode.first_page], key, sizeof(__u64));
+	cache->owners[inode.first_page] = member.ino;
 	if (S_ISDIR(inode.mode))
-		mark(cache->listed, cache->owners[inode.first_page]);
+		mark(cache->listed, member.ino);
 }
 
 static void take_over_xattrs(void *context, const void *key, const void *value)
@@ -174,17 +172,22 @@ static int prepare(struct bpfuse_cache *cache)
 	cache->control = map_array(options->control_fd, sizeof(*cache->control));
 	cache->pages = map_array(options->pages_fd, pages_size(cache));
 	cache->opens = map_array(options->opens_fd, BPFUSE_OPEN_SLOTS * sizeof(*cache->opens));
-	if (!cache->control || !cache->pages || !cache->opens)
+	cache->uses = map_array(options->uses_fd, uses_size(cache));
+	if (!cache->control || !cache->pages || !cache->opens || !cache->uses)
 		return -errno;
+	cache->groups = groups_new(group_slots(cache), group_most(options->capacity), cache->uses);
 	cache->owners = calloc(options->page_count, sizeof(*cache->owners));
 	cache->listed = calloc(BPFUSE_OPEN_SLOTS / 8, 1);
 	cache->tagged = calloc(BPFUSE_OPEN_SLOTS / 8, 1);
-	if (!cache->owners || !cache->listed || !cache->tagged)
+	if (!cache->groups || !cache->owners || !cache->listed || !cache->tagged)
 		return -ENOMEM;
 	if (cache->control->page_cursor >= options->page_count)
 		cache->control->page_cursor = 0;
 	cache->version = boot_time();
-	result = bpfuse_map_walk(options->inodes_fd, take_over, cache);
+	result = bpfuse_map_walk(options->names_fd, take_over_name, cache);
+	if (!result)
+		result = bpfuse_map_walk(options->inodes_fd, take_over, cache);
+	groups_restored(cache->groups);
 	return result ? result : bpfuse_map_walk(options->xattrs_fd, take_over_xattrs, cache);
 }
 
@@ -210,6 +213,9 @@ void bpfuse_cache_close(struct bpfuse_cache *cache)
 	unmap_array(cache->control, sizeof(*cache->control));
 	unmap_array(cache->pages, pages_size(cache));
 	unmap_array(cache->opens, BPFUSE_OPEN_SLOTS * sizeof(*cache->opens));
+	unmap_array(cache->uses, uses_size(cache));
+	groups_free(cache->groups);
+	free(cache->evicted.keys);
 	free(cache->owners);
 	free(cache->listed);
 	free(cache->tagged);
@@ -238,7 +244,7 @@ const struct bpfuse_control *bpfuse_cache_control(const struct bpfuse_cache *cac
 
 /* Maps */
 
-static void drop(struct bpfuse_cache *cache, int fd, const void *key)
+void cache_drop(struct bpfuse_cache *cache, int fd, const void *key)
 {
 	int result = bpf_map_delete_elem(fd, key);
 
@@ -256,13 +262,18 @@ static void put_all(struct bpfuse_cache *cache, int fd, const void *keys, size_t
 	while (at < count) {
 		const char *key = (const char *)keys + at * key_size, *value = (const char *)values + at * value_size;
 		__u32 done = count - at;
+		int result = bpf_map_update_batch(fd, key, value, &done, NULL);
 
-		if (!bpf_map_update_batch(fd, key, value, &done, NULL))
+		if (!result)
 			return;
 		if (done >= count - at) /* refused as a whole */
 			done = 0;
+		if (result == -E2BIG && cache_evict(cache, fd == cache->options.names_fd ? FULL_NAMES : FULL_INODES)) {
+			at += done;
+			continue;
+		}
 		cache->figures.put_failures++;
-		drop(cache, fd, key + done * key_size);
+		cache_drop(cache, fd, key + done * key_size);
 		at += done + 1;
 	}
 }
@@ -385,7 +396,7 @@ static void fill_opening(struct bpfuse_cache *cache, struct bpfuse_inode_value *
 	const struct backing *backing = find_backing(cache, ino);
 
 	if (backing && backing->id)
-		value->backing_id = backing->id;
+		value->device = backing->id;
 	else if (backing || value->size >= cache->options.worker_opens_size)
 		value->flags |= BPFUSE_INODE_WORKER_OPENS;
 }
@@ -417,9 +428,10 @@ static void fill_inode(struct bpfuse_cache *cache, struct bpfuse_inode_value *va
 		.nlink = record->nlink,
 		.uid = record->uid,
 		.gid = record->gid,
-		.rdev = record->rdev,
+		.device = S_ISREG(record->mode) ? 0 : record->rdev,
 		.flags = record->flags & cache->options.xattrs_flag ? 0 : BPFUSE_INODE_NO_XATTRS,
 		.epoch = cache->control->epoch,
+		.group = cache->group,
 		.file_version = (__u32)record->version,
 		.version = ++cache->version,
 	};
@@ -443,9 +455,11 @@ static void fill_name(struct bpfuse_cache *cache, __u32 index, __u64 parent, con
 
 	key->parent = parent;
 	bpfuse_hash_name(name, length, cache->control->hash_key, key->hash);
+	cache_join_group(cache, key->hash, ino); /* which may begin another group */
 	cache->name_values[index] = (struct bpfuse_name_value){
 		.ino = ino,
 		.epoch = cache->control->epoch,
+		.group = cache->group,
 		.version = ++cache->version,
 	};
 }
@@ -456,16 +470,39 @@ static void put_names(struct bpfuse_cache *cache, __u32 count)
 		sizeof(cache->name_values[0]), count);
 }
 
+static void begin_batch(struct bpfuse_cache *cache)
+{
+	cache->batch_serial = groups_serial(cache->groups);
+}
+
+/* An inode that comes without a name stays in the group that it is in. */
+static void open_group_of(struct bpfuse_cache *cache, __u64 ino)
+{
+	struct bpfuse_inode_value old;
+
+	if (!bpf_map_lookup_elem(cache->options.inodes_fd, &ino, &old) && groups_get(cache->groups, old.group)) {
+		cache->group = old.group;
+		return;
+	}
+	cache_open_group(cache, 0);
+	cache_join_group(cache, NULL, ino);
+}
+
 void bpfuse_cache_put(struct bpfuse_cache *cache, __u32 count, __u64 parent, const __u8 *names)
 {
+	begin_batch(cache);
+	if (names)
+		cache_open_group(cache, parent);
 	for (__u32 i = 0; i < count && i < BPFUSE_BATCH; i++) {
 		const struct bpfuse_record *record = &cache->records[i];
 
+		if (names) {
+			fill_name(cache, i, parent, names, record->name_bytes, record->ino);
+			names += record->name_bytes;
+		} else {
+			open_group_of(cache, record->ino);
+		}
 		fill_inode(cache, append(cache, &cache->inodes, record->ino), record);
-		if (!names)
-			continue;
-		fill_name(cache, i, parent, names, record->name_bytes, record->ino);
-		names += record->name_bytes;
 	}
 	put_inodes(cache, &cache->inodes);
 	if (names)
@@ -474,6 +511,8 @@ void bpfuse_cache_put(struct bpfuse_cache *cache, __u32 count, __u64 parent, con
 
 void bpfuse_cache_put_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length, __u64 ino)
 {
+	begin_batch(cache);
+	cache_open_group(cache, parent);
 	fill_name(cache, 0, parent, name, length, ino);
 	put_names(cache, 1);
 }
@@ -483,14 +522,19 @@ void bpfuse_cache_drop_name(struct bpfuse_cache *cache, __u64 parent, const __u8
 	struct bpfuse_name_key key = { .parent = parent };
 
 	bpfuse_hash_name(name, length, cache->control->hash_key, key.hash);
-	drop(cache, cache->options.names_fd, &key);
+	cache_drop(cache, cache->options.names_fd, &key);
+}
+
+void cache_drop_xattrs(struct bpfuse_cache *cache, __u64 ino)
+{
+	if (is_marked(cache->tagged, ino))
+		cache_drop(cache, cache->options.xattrs_fd, &ino);
 }
 
 void bpfuse_cache_drop_inode(struct bpfuse_cache *cache, __u64 ino)
 {
-	drop(cache, cache->options.inodes_fd, &ino);
-	if (is_marked(cache->tagged, ino))
-		drop(cache, cache->options.xattrs_fd, &ino);
+	cache_drop(cache, cache->options.inodes_fd, &ino);
+	cache_drop_xattrs(cache, ino);
 }
 
 void bpfuse_cache_put_xattrs(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_xattrs_value *value)
@@ -650,6 +694,7 @@ void bpfuse_cache_set_statfs(struct bpfuse_cache *cache, const struct bpfuse_sta
 void bpfuse_cache_bump_epoch(struct bpfuse_cache *cache)
 {
 	__atomic_store_n(&cache->control->epoch, cache->control->epoch + 1, __ATOMIC_SEQ_CST);
+	groups_cool(cache->groups);
 	memset(cache->owners, 0, cache->options.page_count * sizeof(*cache->owners));
 	memset(cache->listed, 0, BPFUSE_OPEN_SLOTS / 8);
 	memset(cache->tagged, 0, BPFUSE_OPEN_SLOTS / 8);

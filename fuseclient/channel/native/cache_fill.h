@@ -29,8 +29,9 @@ enum bpfuse_cache_mark {
 };
 
 struct bpfuse_cache_options {
-	int control_fd, names_fd, inodes_fd, xattrs_fd, pages_fd, opens_fd;
+	int control_fd, names_fd, inodes_fd, uses_fd, xattrs_fd, pages_fd, opens_fd;
 	__u32 page_count;
+	__u32 capacity;          /* of `inodes` */
 	__u32 xattrs_flag;       /* the bit in a record's flags that says that the inode has xattrs */
 	__u64 worker_opens_size; /* the worker opens files of so many bytes and more, if they have no backing */
 };
@@ -53,10 +54,12 @@ struct bpfuse_record {
 
 /* Counts since the cache was opened. */
 struct bpfuse_cache_figures {
-	__u64 listings;      /* of directories, that were put */
-	__u64 overtaken;     /* inodes whose content or listing lost its pages to newer content */
-	__u64 put_failures;  /* values that the kernel did not take, and that are therefore not cached */
-	__u64 forced_epochs; /* times that everything was dropped because a drop failed */
+	__u64 listings;        /* of directories, that were put */
+	__u64 overtaken;       /* inodes whose content or listing lost its pages to newer content */
+	__u64 put_failures;    /* values that the kernel did not take, and that are therefore not cached */
+	__u64 forced_epochs;   /* times that everything was dropped because a drop failed */
+	__u64 evicted_groups;  /* directories, or parts of large ones, that were given up for others, */
+	__u64 evicted_entries; /* and the names and inodes that went with them */
 };
 
 /* Returns 0 or a negative errno. Goes on where an earlier worker of the same maps stopped. */
@@ -81,6 +84,19 @@ void bpfuse_cache_drop_inode(struct bpfuse_cache *cache, __u64 ino);
  * be there, too. Says nothing of how much they are used.
  */
 int bpfuse_cache_has_all(struct bpfuse_cache *cache, const __u64 *inos, size_t count, int content);
+
+/* Marks a directory in what bpfuse_cache_take_evicted() tells. */
+enum bpfuse_evicted { BPFUSE_EVICTED_DIRECTORY_BIT = 63 };
+
+/*
+ * Tells what was given up since the last time to make room: inodes, and directories of which no entry is left here; returns how
+ * many, and in `*lost` whether there was no memory to remember some. At most `room` are told at once.
+ */
+size_t bpfuse_cache_take_evicted(struct bpfuse_cache *cache, __u64 *out, size_t room, int *lost);
+/* Whether an entry of a directory was asked for since the newest of them were put; -1: there are none. */
+int bpfuse_cache_is_used(const struct bpfuse_cache *cache, __u64 directory);
+/* Members of all groups, and groups. */
+size_t bpfuse_cache_members(const struct bpfuse_cache *cache);
 
 /*
  * The listing of a directory whose inode was put: entries of struct fuse_dirent, in the order of `off`. Returns
@@ -117,9 +133,6 @@ void bpfuse_cache_unlocked(struct bpfuse_cache *cache, __u64 ino);
  */
 int bpfuse_cache_set_backing(struct bpfuse_cache *cache, __u64 ino, __u32 backing_id);
 void bpfuse_cache_forget_backing(struct bpfuse_cache *cache, __u64 ino);
-
-/* Entries of an LRU map that may be free and of no use: each CPU takes some, and another evicts when it finds none left. */
-__u32 bpfuse_lru_idle(void);
 
 /* SipHash-2-4-128 of at most BPFUSE_NAME_MAX bytes. */
 void bpfuse_hash_name(const __u8 *name, __u32 length, const __u64 *key, __u64 *out);

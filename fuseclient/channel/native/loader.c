@@ -98,6 +98,7 @@ static int choose_sizes(struct bpfuse_bpf *bpf, const struct bpfuse_bpf_options 
 	} sizes[] = {
 		{ "names", options->name_capacity },
 		{ "inodes", options->inode_capacity },
+		{ "uses", options->inode_capacity / BPFUSE_GROUP_SHARE + 2 },
 		{ "xattrs", options->inode_capacity / BPFUSE_XATTR_SHARE + BPFUSE_XATTR_SHARE },
 		{ "pages", options->page_count },
 		{ "entries", options->ring_entries },

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import coherence, cost, failover, large, peers, results, scale, workloads, writes, yardstick
+from bench import coherence, cost, engines, failover, large, peers, results, scale, workloads, writes, yardstick
 from bench.comparison import NAME, Comparison, compare
 from bench.report import documents, markdown, plots
 from bench.results import Result
@@ -29,6 +29,7 @@ PARTS: Final[dict[str, tuple[_Run, int]]] = {
     "writes": (writes.run, 3),
     "coherence": (coherence.run, 5),
     "cost": (cost.run, 1),
+    "engines": (engines.run, 3),
     "scale": (scale.run, 3),
     "failover": (failover.run, 1),
 }

@@ -1,6 +1,7 @@
 """``python -m metaserver``: the command line of a metaserver.
 
-``python -m metaserver [serve]`` serves volumes; ``fsck`` and ``gc`` work on one of an engine that nobody serves.
+``python -m metaserver [serve]`` serves volumes; ``fsck``, ``gc``, ``dump`` and ``load`` work on one of an
+engine that nobody serves.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ def main(arguments: list[str]) -> int:
         return maintenance.fsck(_parse_fsck(arguments[1:]))
     if arguments[:1] == ["gc"]:
         return maintenance.collect(_parse_gc(arguments[1:]))
+    if arguments[:1] == ["dump"]:
+        return maintenance.write_dump(_parse_move("dump", "Write a volume to a file.", arguments[1:]))
+    if arguments[:1] == ["load"]:
+        return maintenance.load_dump(_parse_move("load", "Make a volume of a file.", arguments[1:]))
     return process.run(parse(arguments[arguments[:1] == ["serve"] :]))
 
 
@@ -72,15 +77,22 @@ def _parse_gc(arguments: list[str]) -> maintenance.Options:
     return maintenance.Options(**vars(parser.parse_args(arguments)))
 
 
+def _parse_move(command: str, description: str, arguments: list[str]) -> maintenance.Options:
+    parser = _Parser(prog=f"metaserver {command}", description=description, allow_abbrev=False)
+    _add_volume(parser)
+    parser.add_argument("--file", required=True, metavar="PATH", help="the dump")
+    return maintenance.Options(**vars(parser.parse_args(arguments)))
+
+
 def _add_volume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", required=True, metavar="URL", help="lmdb:///directory")
+    parser.add_argument("--engine", required=True, metavar="URL", help="lmdb:///directory or another engine's URL")
     parser.add_argument("--volume", required=True, metavar="NAME", help="the volume's name")
 
 
 def parse(arguments: list[str]) -> process.Options:
     """Return the options of a server; a mistake prints one line and exits with 2."""
     parser = _Parser(prog="metaserver", description="Serve bpfuse volumes.", allow_abbrev=False)
-    parser.add_argument("--engine", required=True, metavar="URL", help="lmdb:///directory or memory://")
+    parser.add_argument("--engine", required=True, metavar="URL", help="lmdb:///directory or another engine's URL")
     parser.add_argument(
         "--listen",
         required=True,

@@ -26,7 +26,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Final, NamedTuple, Protocol, cast
 
 from metaserver import wire
-from metaserver.errors import Conflict, EngineClosed, EngineFull, Fenced, Refused
+from metaserver.errors import Conflict, EngineClosed, EngineFull, EngineUnavailable, Fenced, Refused, Unknown
 from metaserver.gate import Account, Gate, Unguarded
 from metaserver.identities import Shown
 from metaserver.sessions import Session
@@ -34,12 +34,14 @@ from metaserver.sessions import Session
 _log = logging.getLogger(__name__)
 
 
-#: What a client is told when the engine could not do it, and nothing was committed.
+#: What a client is told when the engine could not do it; nothing was committed, unless that is unknown.
 _ENGINE_CODES: Final[dict[type[Exception], wire.ErrorCode]] = {
     EngineFull: wire.ErrorCode.NO_SPACE,
     Conflict: wire.ErrorCode.BUSY,
     EngineClosed: wire.ErrorCode.BUSY,
+    EngineUnavailable: wire.ErrorCode.INTERNAL,
     Fenced: wire.ErrorCode.STALE_SESSION,
+    Unknown: wire.ErrorCode.INTERNAL,
 }
 
 

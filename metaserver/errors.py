@@ -30,6 +30,10 @@ class EngineUnusable(EngineError):
     """The engine cannot be opened: wrong URL, missing directory, damaged or foreign files."""
 
 
+class EngineUnavailable(EngineError):
+    """The servers that keep the engine's data have not answered for too long; nothing was committed."""
+
+
 class EngineClosed(EngineError):
     """The engine was closed before or while the call ran."""
 

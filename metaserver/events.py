@@ -44,6 +44,9 @@ _MADE: Final[Mapping[int, Operation]] = {
 
 def record(txn: Transaction, context: Context, client: str, request: wire.Request, reply: wire.Reply) -> None:
     """Add what a transaction has changed to the log; nothing if that is none of the log's business."""
+    if isinstance(request, wire.MakeFiles) and isinstance(reply, wire.Changed):
+        _record_made(txn, context, client, request, reply)
+        return
     teller = _TELLERS.get(type(request))
     if teller is None or txn.room == MAX_WRITES or not isinstance(reply, wire.Changed):
         return
@@ -52,6 +55,14 @@ def record(txn: Transaction, context: Context, client: str, request: wire.Reques
     version, kind = _next(txn, context.volume), stat.S_IFMT(subject.mode)
     head = version, context.now_ns, operation, subject.ino, kind, subject.size, client[:MAX_CLIENT]
     _put(txn, context.volume, Event(*head, *places))
+
+
+def _record_made(txn: Transaction, context: Context, client: str, request: wire.MakeFiles, reply: wire.Changed) -> None:
+    """Tell of each file that was made, with its size: what it holds came with it."""
+    first = _next(txn, context.volume)
+    for version, (file, made) in enumerate(zip(request.files, reply.attributes, strict=False), first):
+        head = version, context.now_ns, Operation.CREATE, made.ino, stat.S_IFREG, made.size, client[:MAX_CLIENT]
+        _put(txn, context.volume, Event(*head, file.parent, file.name))
 
 
 def record_repair(txn: Transaction, volume: Volume, now_ns: int) -> None:

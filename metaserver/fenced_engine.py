@@ -41,6 +41,9 @@ class FencedEngine(Engine):
     async def read_durable(self, body: Callable[[Snapshot], T]) -> T:
         return await self._engine.read_durable(body)
 
+    async def scan(self, body: Callable[[Snapshot], T]) -> T:
+        return await self._engine.scan(body)
+
     def watch(self, callback: Callable[[], object] | None) -> None:
         self._engine.watch(callback)
 

@@ -128,15 +128,29 @@ class Edit:
 
     def make(self, parent: Inode, name: bytes, mode: int, uid: int, gid: int, rdev: int) -> Inode:
         """Return a new inode with a number that was never used before."""
-        number = keys.shard_of(zlib.crc32(name, parent.ino & 0xFFFFFFFF))
+        ino = self.reserve(keys.shard_of(zlib.crc32(name, parent.ino & 0xFFFFFFFF)), 1)
+        return self._made(Inode.made(ino, mode, uid, gid, rdev, self.context.now_ns, parent.ino))
+
+    def reserve(self, number: int, count: int) -> int:
+        """Take numbers of a shard, which will never be given out again; return the first. They are SHARDS apart."""
         shard = self._shard(number)
-        ino = shard.next * keys.SHARDS + number
-        shard.next += 1
-        shard.inodes += 1
-        inode = Inode.made(ino, mode, uid, gid, rdev, self.context.now_ns, parent.ino)
-        if stat.S_ISREG(mode):
+        first = shard.next * keys.SHARDS + number
+        shard.next += count
+        return first
+
+    def adopt(self, ino: int, mode: int, uid: int, gid: int, parent: Inode) -> Inode:
+        """Return a new file with a number that was reserved; INVALID if it was not, or is in use."""
+        if ino // keys.SHARDS >= self._shard(keys.shard_of(ino)).next or ino < keys.SHARDS:
+            raise Refused(ErrorCode.INVALID, f"inode number {ino} was never given out")
+        if ino in self._inodes or self.txn.get(keys.inode(self.volume.id, ino)) is not None:
+            raise Refused(ErrorCode.INVALID, f"inode number {ino} is in use")
+        return self._made(Inode.made(ino, mode, uid, gid, 0, self.context.now_ns, parent.ino))
+
+    def _made(self, inode: Inode) -> Inode:
+        self._shard(keys.shard_of(inode.ino)).inodes += 1
+        if stat.S_ISREG(inode.mode):
             inode.flags = InodeFlag.INLINE
-        self._inodes[ino] = self._touched[ino] = inode
+        self._inodes[inode.ino] = self._touched[inode.ino] = inode
         return inode
 
     def resize(self, inode: Inode, size: int) -> None:
@@ -154,9 +168,18 @@ class Edit:
         shard.inodes -= 1
         shard.total_bytes -= inode.size if stat.S_ISREG(inode.mode) else 0
 
-    def enter(self, directory: Inode, name: bytes, ino: int, cookie: int | None = None) -> int:
-        """Make ``name`` stand for ``ino``, in the listing's place ``cookie`` or at its end; return the cookie."""
-        self.touch(directory, modified=True)
+    def enter(
+        self, directory: Inode, name: bytes, ino: int, cookie: int | None = None, *, made_ns: int | None = None
+    ) -> int:
+        """Make ``name`` stand for ``ino``, in the listing's place ``cookie`` or at its end; return the cookie.
+
+        ``made_ns``: when its client made it, which may be one of several names of this transaction.
+        """
+        if made_ns is None:
+            self.touch(directory, modified=True)
+        else:
+            directory.version += directory.ino in self._touched  # each name has its own cookie
+            self.touch(directory, modified=True, written_ns=max(made_ns, directory.mtime_ns))
         cookie = directory.version if cookie is None else cookie
         self.txn.put(keys.entry(self.volume.id, directory.ino, name), Entry(ino, cookie).pack())
         self.txn.put(keys.listing(self.volume.id, directory.ino, cookie), pack_listed(ino, name))
@@ -214,3 +237,9 @@ class Edit:
         if shard is None:
             shard = self._shards[number] = Shard.unpack(self.txn.get(keys.shard(self.volume.id, number)))
         return shard
+
+
+def check_absent(edit: Edit, parent: Inode, name: bytes) -> None:
+    """Refuse a name that a directory has, as EXISTS."""
+    if edit.entry(parent, name) is not None:
+        raise Refused(ErrorCode.EXISTS, f"directory {parent.ino} has {name!r} already")

@@ -1,7 +1,9 @@
-"""``metaserver fsck`` and ``metaserver gc``: work on an engine that no metaserver serves meanwhile.
+"""``metaserver fsck``, ``gc``, ``dump`` and ``load``: work on an engine that no metaserver serves meanwhile.
 
-Both write one JSON object a line to standard output, for the program that started them, and end with 0, with 2 after
-one line on standard error for what cannot be worked on, or with 130 when they are interrupted.
+A dump only reads, and does so beside a metaserver, too, where the engine lets it.
+
+All write one JSON object a line to standard output, for the program that started them, and end with 0, with 2 after one
+line on standard error for what cannot be worked on, or with 130 when they are interrupted.
 
 fsck, with ``--store``, tells which slices there are, and is then told on standard input which objects are lost: lines
 of ``{"missing": [id...]}`` and ``{"damaged": [id...]}``, and at the end ``{"last": id}``, the highest in the store.
@@ -15,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from heapq import merge
 from pathlib import Path
@@ -24,8 +26,8 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from metaserver import gc, namespace, recovery
-from metaserver.engine import Engine, candidate
+from metaserver import dump, gc, namespace, recovery
+from metaserver.engine import Engine, candidate, open_engine
 from metaserver.errors import EngineBusy, EngineError, EngineUnusable, Refused
 from metaserver.fsck.findings import Finding
 from metaserver.fsck.run import Check, Interrupted, Losses
@@ -43,8 +45,10 @@ class Options:
 
     engine: str
     volume: str
-    change: bool
+    change: bool = False
     store: bool = False
+    #: What is dumped to, or loaded from.
+    file: str = ""
 
 
 class _Lost(msgspec.Struct):
@@ -65,20 +69,50 @@ def collect(options: Options) -> int:
     return _run(options, _collect)
 
 
+def write_dump(options: Options) -> int:
+    """Write a volume to a file and return the exit code."""
+    return _ended(lambda stop: _dump(options, stop))
+
+
+def load_dump(options: Options) -> int:
+    """Make a volume of a file and return the exit code."""
+    return _ended(lambda stop: _load(options, stop))
+
+
 def _run(options: Options, work: Callable[[Engine, Volume, Options, threading.Event], Any]) -> int:
+    return _ended(lambda stop: _with_engine(options, work, stop))
+
+
+def _ended(work: Callable[[threading.Event], Coroutine[None, None, None]]) -> int:
+    """Do something to its end, or until a signal, and return the exit code."""
     stop = threading.Event()
+
+    async def body() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await work(stop)
+
     try:
-        asyncio.run(_with_engine(options, work, stop))
+        asyncio.run(body())
     except (EngineBusy, EngineUnusable, Refused) as error:
         print(f"metaserver: {error}", file=sys.stderr)
+        return 2
+    except dump.BadDump as error:
+        print(f"metaserver: the dump cannot be used: {error}", file=sys.stderr)
+        return 2
+    except FileExistsError as error:
+        print(f"metaserver: {error.filename2 or error.filename} exists already", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # nobody listens any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _INTERRUPTED
+        print(f"metaserver: {error.filename or 'the file'}: {error.strerror}", file=sys.stderr)
         return 2
     except EngineError as error:
         print(f"metaserver: the engine failed: {error}", file=sys.stderr)
         return 2
     except Interrupted:
-        return _INTERRUPTED
-    except BrokenPipeError:  # nobody listens any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _INTERRUPTED
     return 0
 
@@ -86,8 +120,6 @@ def _run(options: Options, work: Callable[[Engine, Volume, Options, threading.Ev
 async def _with_engine(
     options: Options, work: Callable[[Engine, Volume, Options, threading.Event], Any], stop: threading.Event
 ) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     _must_exist(options.engine)
     standing = candidate(options.engine, "")
     engine = await standing.take()
@@ -179,22 +211,61 @@ class _Listener:
 
 async def _collect(engine: Engine, volume: Volume, options: Options, stop: threading.Event) -> None:
     tick = _Ticker(stop)
-    orphans, size = await engine.read(lambda snapshot: gc.count(snapshot, volume, tick))
+    orphans, size = await engine.scan(lambda snapshot: gc.count(snapshot, volume, tick))
     if options.change:
         await gc.clear_up(engine, volume, tick)
     _say(orphans={"count": orphans, "bytes": size})
 
 
-class _Ticker:
+# dump and load
+
+
+async def _dump(options: Options, stop: threading.Event) -> None:
+    _must_exist(options.engine)
+    engine = open_engine(options.engine)
+    try:
+        volume, trailer = await dump.dump(engine, options.volume, Path(options.file), _Progress(stop))
+    finally:
+        await engine.close()
+    _say_moved(volume, trailer)
+
+
+async def _load(options: Options, stop: threading.Event) -> None:
+    standing = candidate(options.engine, "")
+    engine = await standing.take()
+    try:
+        volume, trailer = await dump.load(engine, options.volume, Path(options.file), _Progress(stop))
+    finally:
+        await standing.resign()
+    _say_moved(volume, trailer)
+
+
+def _say_moved(volume: Volume, trailer: dump.Trailer) -> None:
+    rows = sum(trailer.rows.values())
+    inodes = trailer.rows.get("i", 0)
+    _say(moved={"name": volume.name, "store": volume.store, "inodes": inodes, "rows": rows, "bytes": trailer.size})
+
+
+class _Progress:
     """Tells of progress now and then, and ends the work when it is to stop."""
 
     def __init__(self, stop: threading.Event) -> None:
         self._stop = stop
-        self._told_s = time.monotonic()
+        self._told_s = 0.0
 
-    def __call__(self, done: int) -> None:
+    def __call__(self, what: str, done: int, total: int) -> None:
         if self._stop.is_set():
             raise Interrupted
         if time.monotonic() - self._told_s >= _PROGRESS_S:
             self._told_s = time.monotonic()
-            _say(progress=["orphans", done, 0])
+            _say(progress=[what, done, total])
+
+
+class _Ticker:
+    """The same for what has one number to tell."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._progress = _Progress(stop)
+
+    def __call__(self, done: int) -> None:
+        self._progress("orphans", done, 0)

@@ -3,7 +3,8 @@
 A verb takes a snapshot or a transaction, the context it is called in, and a request of :mod:`metaserver.wire`, and
 returns a reply; it refuses with :exc:`~metaserver.errors.Refused`. It checks no permissions. It can run twice.
 
-The other verbs: renames.py, listing.py, content.py, ranges.py, xattrs.py, references.py (slice ids), garbage.py.
+The other verbs: new_files.py, renames.py, listing.py, content.py, ranges.py, xattrs.py, references.py (slice ids),
+garbage.py.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import stat
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from metaserver import content, garbage, keys, listing, ranges, references, renames, wire, xattrs
+from metaserver import content, garbage, keys, listing, new_files, ranges, references, renames, wire, xattrs
 from metaserver.engine.base import Snapshot, Transaction
 from metaserver.errors import Refused
 from metaserver.garbage import has_garbage, reap_session, sessions_with_orphans, sweep
-from metaserver.inodes import Edit, check_name, find_entry, load, load_directory
+from metaserver.inodes import Edit, check_absent, check_name, find_entry, load, load_directory
 from metaserver.records import Inode, Shard, unpack_attributes
 from metaserver.volumes import Context, Volume, create_volume, list_volumes, open_volume
 from metaserver.wire import ErrorCode, InodeFlag
@@ -92,7 +93,7 @@ def make_node(txn: Transaction, context: Context, request: wire.MakeNode) -> wir
     _check_node(request)
     edit = Edit(txn, context)
     parent = edit.directory(request.parent)
-    _check_absent(edit, parent, request.name)
+    check_absent(edit, parent, request.name)
     mode, gid = _inherited(parent, request)
     inode = edit.make(parent, request.name, mode, request.uid, gid, request.rdev)
     if request.target is not None:
@@ -114,11 +115,6 @@ def _check_node(request: wire.MakeNode) -> None:
         raise Refused(ErrorCode.INVALID, "a symlink's target with a NUL in it")
     if request.rdev and kind not in _DEVICES:
         raise Refused(ErrorCode.INVALID, "only a device has a device number")
-
-
-def _check_absent(edit: Edit, parent: Inode, name: bytes) -> None:
-    if edit.entry(parent, name) is not None:
-        raise Refused(ErrorCode.EXISTS, f"directory {parent.ino} has {name!r} already")
 
 
 def make_temporary(txn: Transaction, context: Context, request: wire.MakeTemporary) -> wire.Changed:
@@ -153,7 +149,7 @@ def link(txn: Transaction, context: Context, request: wire.Link) -> wire.Changed
         raise Refused(ErrorCode.NOT_PERMITTED, "a directory has one name only")
     if inode.nlink == 0:
         edit.let_be_named(inode)
-    _check_absent(edit, parent, request.name)
+    check_absent(edit, parent, request.name)
     if inode.nlink >= MAX_LINKS:
         raise Refused(ErrorCode.TOO_MANY_LINKS, f"inode {inode.ino} has {inode.nlink} links")
     edit.touch(inode)
@@ -220,6 +216,7 @@ WRITES: Final[Mapping[type, Callable[[Transaction, Context, Any], Any]]] = {
     wire.RetireSlices: references.retire_slices,
     wire.CompactSlices: content.compact_slices,
     wire.MakeTemporary: make_temporary,
+    wire.MakeFiles: new_files.make_files,
     wire.Allocate: ranges.allocate,
     wire.CopyRange: ranges.copy_range,
 }

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import msgspec
 
-from metaserver import events, fencing, identities, listing, namespace, wire
+from metaserver import events, fencing, identities, listing, namespace, new_files, wire
 from metaserver.coherence import Change, Coherence, Grant, Held, grant_of, own_grants
 from metaserver.connection import Answer, Caller, Limits, failure
 from metaserver.engine.base import Snapshot, Transaction
@@ -128,6 +128,8 @@ class Service:
             return self._locking.answer(caller.session(), request)
         if isinstance(request, wire.Sync):
             return await self._sync(caller)
+        if isinstance(request, wire.ReserveInodes):
+            return await self._reserve(caller.session(), request)
         if isinstance(request, wire.OpenSession):
             return await self._open_session(caller, request)
         if isinstance(request, wire.CloseSession):
@@ -308,8 +310,8 @@ class Service:
 
     def _committed(self, change: Change, since: int, request: wire.Request, outcome: _Outcome) -> Answer:
         session, inodes = change.session, changed_inodes(request, outcome.reply)
-        if getattr(request, "writing", False) and change.is_current:
-            self._coherence.opened(session, inodes[0])
+        for ino in _opened_by(request, inodes) if change.is_current else ():
+            self._coherence.opened(session, ino)
         if outcome.repeated:
             return Answer(outcome.reply, wire.Break(0, list(change.names), inodes))
         grant = self._grant_own(change, since, own_grants(request, change.names, inodes))
@@ -359,6 +361,20 @@ class Service:
             raise Refused(wire.ErrorCode.INTERNAL, "changes that were acknowledged could not be made durable")
         return wire.Done()
 
+    async def _reserve(self, session: Session, request: wire.ReserveInodes) -> wire.InodesReserved:
+        """Reserve inode numbers, durably: a crash may not give them to another."""
+        if session.guard is not None:
+            raise Refused(wire.ErrorCode.ACCESS_DENIED, "the identity's files are made one by one")
+        context = Context(session.volume, session.id, self._wall())
+        reserved: list[wire.InodesReserved] = []
+
+        def body(txn: Transaction) -> None:
+            self._may_commit(txn, session)
+            reserved[:] = [new_files.reserve_inodes(txn, context, request)]
+
+        await self._write_durably(body)
+        return reserved[0]
+
     async def _open_session(self, caller: Caller, request: wire.OpenSession) -> wire.SessionOpened:
         caller.must_see(request.volume)
         volume = await self._volume(request.volume)
@@ -385,7 +401,7 @@ class Service:
             resumed,
             volume.identity,
             self._engine.is_lazy,
-            session.alone,
+            session.alone and session.guard is None,
             self._engine.puts_off,
             caller.account.identity.read_only,
         )
@@ -511,3 +527,10 @@ class Service:
         for session in self._sessions.all():
             if session.owner == owner:
                 session.is_revoked = True
+
+
+def _opened_by(request: wire.Request, inodes: list[int]) -> list[int]:
+    """Return which of the inodes that a request has changed it leaves open for writing."""
+    if isinstance(request, wire.MakeFiles):
+        return [file.ino for file in request.files if file.writing]
+    return inodes[:1] if getattr(request, "writing", False) else []

@@ -277,6 +277,8 @@ def changed_names(request: wire.Request) -> tuple[Name, ...]:
         return ((request.parent, request.name),)
     if isinstance(request, wire.Rename):
         return (request.parent, request.name), (request.new_parent, request.new_name)
+    if isinstance(request, wire.MakeFiles):
+        return tuple((file.parent, file.name) for file in request.files)
     return ()
 
 

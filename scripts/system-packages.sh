@@ -6,6 +6,8 @@ set -eu
 
 PACKAGES=(clang clang-format llvm libbpf-dev liburing-dev libfuse3-dev fuse3 pkg-config gcc libc6-dev make
 	python3-dev python3-venv python3-bpfcc linux-headers-amd64 bpftool git rsync fio "$@")
+# Servers of storage engines, for the tests, which start their own; without them those tests are skipped.
+SERVERS=(etcd-server postgresql mariadb-server-core)
 
 stop() {
 	echo "bpfuse set-up: $*" >&2
@@ -19,7 +21,7 @@ distribution() {
 
 missing_packages() {
 	local package
-	for package in "${PACKAGES[@]}"; do
+	for package in "${PACKAGES[@]}" "${SERVERS[@]}"; do
 		dpkg-query -W -f '${db:Status-Abbrev}' "$package" 2>/dev/null | grep -q '^ii' || echo "$package"
 	done
 }
@@ -39,8 +41,19 @@ missing_pieces() {
 	[ -e "$(/usr/bin/python3 -c 'import sysconfig; print(sysconfig.get_path("include"))' 2>/dev/null)/Python.h" ] || echo "Python.h"
 }
 
+# Servers are installed to be there, not to run: a policy says so to their packages, unless the system has one.
+start_no_services() {
+	local policy=/usr/sbin/policy-rc.d
+	[ ! -e "$policy" ] || return 0
+	printf '#!/bin/sh\nexit 101\n' >"$policy"
+	chmod 755 "$policy"
+	# shellcheck disable=SC2064
+	trap "rm -f $policy" EXIT
+}
+
 install_packages() {
 	export DEBIAN_FRONTEND=noninteractive
+	start_no_services
 	echo "installing by apt: $*"
 	apt-get -q update || apt-get -q update || stop "apt-get update failed twice"
 	apt-get -q install -y --no-install-recommends "$@" || stop "apt-get install failed: $*"

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
+import databases as database_servers
 import pytest
 import rig
 from certificates import Authority, Pair
@@ -93,6 +94,12 @@ def _no_cache_of_the_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield
 
 
+@pytest.fixture(scope="session")
+def databases() -> Iterator[database_servers.Databases]:
+    """Servers of storage engines, each started when it is first asked for."""
+    yield from database_servers.running()
+
+
 @pytest.fixture
 def sandbox() -> Iterator[rig.Sandbox]:
     """A directory and a runtime directory of the test's own; at the end nothing may be left of what ran in it."""
@@ -111,9 +118,9 @@ def runtime_root(sandbox: rig.Sandbox, monkeypatch: pytest.MonkeyPatch) -> Path:
     return sandbox.runtime
 
 
-@pytest.fixture(params=["memory", "lmdb"])
+@pytest.fixture(params=["remote", "lmdb"])
 async def fs(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Files]:
-    """A volume in each engine; what is stored is checked after the test."""
+    """A volume in both kinds of engines; what is stored is checked after the test."""
     engine = new_engine(request.param, tmp_path / "engine")
     files = await Files.create(engine)
     yield files

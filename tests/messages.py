@@ -80,6 +80,8 @@ REQUESTS: Final[list[wire.Request]] = [
     wire.CancelLock(7),
     wire.HoldLocks([LOCK], True),
     wire.Acknowledge(7, [5, 2**48 - 1]),
+    wire.ReserveInodes(100),
+    wire.MakeFiles([wire.NewFile(1, b"name", 99, 0o644, 1, 2, -1, 0, 1, 2, b"content", True)], True),
 ]
 
 REPLIES: Final[list[wire.Reply]] = [
@@ -116,6 +118,7 @@ REPLIES: Final[list[wire.Reply]] = [
     wire.LocksLost([0, 2**32 - 1]),
     wire.LockSettled(7, wire.LockOutcome.CANCELLED),
     wire.Break(7, [(1, b"name")], [1, 2], True, [3], True),
+    wire.InodesReserved(99, 16, 100),
 ]
 
 

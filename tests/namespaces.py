@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from local_store import LocalStore
 
 from metaserver import keys, wire
 from metaserver.chunks import resolve
 from metaserver.deferred import Kind
 from metaserver.engine import Engine, Snapshot, open_engine
+from metaserver.engine.remote import RemoteEngine
 from metaserver.errors import Refused
 from metaserver.namespace import READS, WRITES, Context, Volume, create_volume, sweep
 from metaserver.records import (
@@ -38,6 +40,9 @@ INLINE_LIMIT = 4096
 
 
 def new_engine(kind: str, directory: Path) -> Engine:
+    """Return a fresh engine: memory, lmdb, or remote, which is what all engines on servers elsewhere are."""
+    if kind == "remote":
+        return RemoteEngine(LocalStore(), "a store in memory")
     return open_engine("memory://" if kind == "memory" else f"lmdb://{directory}")
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 from claimant import Claimant, claimants
+from databases import SERVERS, Databases
 
 Make = Callable[[], Awaitable[Claimant]]
 
 
-@pytest.fixture(params=["memory", "lmdb"])
-async def make(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Make]:
+@pytest.fixture(params=["memory", "lmdb", *SERVERS])
+async def make(request: pytest.FixtureRequest, databases: Databases, tmp_path: Path) -> AsyncIterator[Make]:
     """Makes the claimants a, b, ... of one engine."""
-    url = "memory://" if request.param == "memory" else f"lmdb://{tmp_path}/engine"
-    async with claimants(url) as claimant:
+    async with claimants(databases.url(request.param, tmp_path / "engine")) as claimant:
         yield claimant
 
 

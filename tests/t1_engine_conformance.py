@@ -11,20 +11,42 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from databases import SERVERS, Databases
 from namespaces import new_engine
 
-from metaserver.engine import Engine, Snapshot, Transaction, open_engine
+from metaserver.engine import Engine, Snapshot, Transaction, candidate, open_engine
 from metaserver.engine.base import MAX_KEY, MAX_TRANSACTION, MAX_VALUE, MAX_WRITES
+from metaserver.engine.location import parse
 from metaserver.errors import Conflict, EngineBusy, EngineClosed, EngineUnusable, LimitExceeded
 
 Rows = list[tuple[bytes, bytes]]
 
 
-@pytest.fixture(params=["memory", "lmdb"])
-async def engine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Engine]:
-    engine = new_engine(request.param, tmp_path / "engine")
+ENGINES = ["memory", "lmdb", *SERVERS]
+
+
+@pytest.fixture(params=ENGINES)
+def url(request: pytest.FixtureRequest, databases: Databases, tmp_path: Path) -> str:
+    """The URL of a fresh engine of each kind."""
+    return databases.url(request.param, tmp_path / "engine")
+
+
+@pytest.fixture
+async def engine(url: str) -> AsyncIterator[Engine]:
+    engine = open_engine(url)
     yield engine
     await engine.close()
+
+
+@pytest.fixture
+async def other(engine: Engine, url: str) -> AsyncIterator[Engine]:
+    """The same store as another process sees it, where there can be another one: else the engine itself."""
+    if url.startswith(("memory:", "lmdb:")):
+        yield engine
+        return
+    other = open_engine(url)
+    yield other
+    await other.close()
 
 
 @pytest.fixture
@@ -131,15 +153,15 @@ async def test_one_failing_body_does_not_touch_the_others(engine: Engine) -> Non
     assert [key for key, _ in await rows(engine)] == [b"key%d" % n for n in range(0, 10, 2)]
 
 
-async def test_no_lost_update(engine: Engine) -> None:
+async def test_no_lost_update(engine: Engine, other: Engine) -> None:
     def add(txn: Transaction) -> None:
         txn.put(b"n", b"%d" % (int(txn.get(b"n") or b"0") + 1))
 
-    await asyncio.gather(*(engine.write(add) for _ in range(20)))
+    await asyncio.gather(*(each.write(add) for each in (engine, other) for _ in range(10)))
     assert await rows(engine) == [(b"n", b"20")]
 
 
-async def test_write_skew(engine: Engine) -> None:
+async def test_write_skew(engine: Engine, other: Engine) -> None:
     """Of two doctors on call, each may leave if the other stays."""
     await put(engine, a=b"on", b=b"on")
 
@@ -147,11 +169,12 @@ async def test_write_skew(engine: Engine) -> None:
         if txn.get(b"a") == txn.get(b"b") == b"on":
             txn.put(who, b"off")
 
-    await asyncio.gather(*(engine.write(functools.partial(leave, who=who)) for who in (b"a", b"b")))
+    both = zip((engine, other), (b"a", b"b"), strict=True)
+    await asyncio.gather(*(each.write(functools.partial(leave, who=who)) for each, who in both))
     assert sorted(value for _, value in await rows(engine)) == [b"off", b"on"]
 
 
-async def test_phantom_insert(engine: Engine) -> None:
+async def test_phantom_insert(engine: Engine, other: Engine) -> None:
     """Each inserts only if the range is empty."""
 
     def insert(txn: Transaction, key: bytes) -> bool:
@@ -160,12 +183,13 @@ async def test_phantom_insert(engine: Engine) -> None:
             txn.put(key, b"")
         return empty
 
-    done = await asyncio.gather(*(engine.write(functools.partial(insert, key=key)) for key in (b"m1", b"m2", b"m3")))
+    each = zip((engine, other, engine), (b"m1", b"m2", b"m3"), strict=True)
+    done = await asyncio.gather(*(one.write(functools.partial(insert, key=key)) for one, key in each))
     assert sorted(done) == [False, False, True]
     assert len(await rows(engine)) == 1
 
 
-async def test_phantom_delete(engine: Engine) -> None:
+async def test_phantom_delete(engine: Engine, other: Engine) -> None:
     """Each deletes its own key only if the range has two: one must be left."""
     await put(engine, m1=b"", m2=b"")
 
@@ -173,11 +197,12 @@ async def test_phantom_delete(engine: Engine) -> None:
         if len(txn.range(b"m", b"n")) == 2:
             txn.delete(key)
 
-    await asyncio.gather(*(engine.write(functools.partial(delete, key=key)) for key in (b"m1", b"m2")))
+    both = zip((engine, other), (b"m1", b"m2"), strict=True)
+    await asyncio.gather(*(each.write(functools.partial(delete, key=key)) for each, key in both))
     assert len(await rows(engine)) == 1
 
 
-async def test_phantom_behind_a_limit(engine: Engine) -> None:
+async def test_phantom_behind_a_limit(engine: Engine, other: Engine) -> None:
     """A limited range is as far as it was read: what is inserted before its last key conflicts, at either end."""
     await put(engine, m3=b"", m5=b"")
 
@@ -187,14 +212,14 @@ async def test_phantom_behind_a_limit(engine: Engine) -> None:
 
     async def run(keys: tuple[bytes, bytes], reverse: bool) -> set[bytes]:
         bodies = [functools.partial(prepend, key=key, reverse=reverse) for key in keys]
-        await asyncio.gather(*(engine.write(body) for body in bodies))
+        await asyncio.gather(engine.write(bodies[0]), other.write(bodies[1]))
         return {value for key, value in await rows(engine) if key in keys}
 
     assert await run((b"m1", b"m2"), False) in ({b"m3", b"m1"}, {b"m3", b"m2"})
     assert await run((b"m7", b"m8"), True) in ({b"m5", b"m7"}, {b"m5", b"m8"})
 
 
-async def test_a_snapshot_does_not_move(engine: Engine) -> None:
+async def test_a_snapshot_does_not_move(engine: Engine, other: Engine) -> None:
     """Two keys always written together are never seen apart."""
     await put(engine, a=b"0", b=b"0")
 
@@ -207,22 +232,24 @@ async def test_a_snapshot_does_not_move(engine: Engine) -> None:
 
     async def reader() -> None:
         for _ in range(50):
-            a, b, found = await engine.read(read)
-            assert a == b
-            assert [value for _, value in found] == [a, b]
+            for look in (engine.read, engine.scan):
+                a, b, found = await look(read)
+                assert a == b
+                assert [value for _, value in found] == [a, b]
 
     async def writer() -> None:
         for number in range(50):
-            await engine.write(functools.partial(write, value=b"%d" % number))
+            await (other if number % 2 else engine).write(functools.partial(write, value=b"%d" % number))
 
     await asyncio.gather(reader(), writer(), reader())
 
 
-async def test_a_read_sees_what_was_committed_before_it(engine: Engine) -> None:
+async def test_a_read_sees_what_was_committed_before_it(engine: Engine, other: Engine) -> None:
     for number in range(20):
         value = b"%d" % number
         await put(engine, a=value)
-        assert await engine.read(lambda snapshot: snapshot.get(b"a")) == value
+        for look in (engine.read, other.read, other.scan):
+            assert await look(lambda snapshot: snapshot.get(b"a")) == value
 
 
 def _put_all(txn: Transaction, count: int, value: bytes) -> None:
@@ -392,10 +419,48 @@ async def test_only_one_process_has_the_directory(lmdb: Engine, tmp_path: Path) 
     await again.close()
 
 
-@pytest.mark.parametrize("url", ["lmdb://host/dir", "lmdb:dir", "etcd://x", "nothing", "lmdb:///proc/none/x"])
-def test_unusable_urls(url: str) -> None:
-    with pytest.raises(EngineUnusable):
-        open_engine(url)
+@pytest.mark.parametrize(
+    "address",
+    [
+        "lmdb://host/dir",
+        "lmdb:dir",
+        "nothing",
+        "lmdb:///proc/none/x",
+        "lmdb:///x?map_size=1",
+        "lmdb:///x?size=1",
+        "etcd://x",
+        "etcd:///p",
+        "etcd://x:99999/p",
+        "etcd://x,,y/p",
+        "etcd://x/p?quota=1",
+        "etcd://x/p?ca=/none",
+    ],
+)
+def test_unusable_urls(address: str) -> None:
+    for way in (open_engine, functools.partial(candidate, address="")):
+        if way is open_engine or "proc" not in address:
+            with pytest.raises(EngineUnusable):
+                way(address)
+
+
+SECRET = "a-secret-that-nobody-may-see"
+
+
+@pytest.mark.parametrize("address", [f"etcd://me:{SECRET}@x/p", f"etcd://me@x/p?password={SECRET}"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(address: str) -> None:
+    with pytest.raises(EngineUnusable, match="BPFUSE_ENGINE_PASSWORD") as caught:
+        open_engine(address)
+    assert SECRET not in str(caught.value)
+
+
+def test_where_a_password_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse("etcd://me@x/p").password() is None
+    monkeypatch.setenv("BPFUSE_ENGINE_PASSWORD", "from the environment")
+    assert parse("etcd://me@x/p").password() == "from the environment"
+    (tmp_path / "password").write_text("from a file\n")
+    location = parse(f"etcd://me@x/p?password_file={tmp_path}/password")
+    assert location.password() == "from a file"
+    assert "from" not in repr(location)
 
 
 def test_a_foreign_file_is_unusable(tmp_path: Path) -> None:

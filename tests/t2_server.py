@@ -206,6 +206,11 @@ async def _every_request(client: Client) -> None:
     await _slices_become_unused(client, ids[0])
     assert (await call(wire.InspectSlices(ids), wire.SlicesInspected)).idle == ids
     assert (await call(wire.RetireSlices(ids), wire.SliceIds)).ids == ids
+    number = (await call(wire.ReserveInodes(1), wire.InodesReserved)).first
+    new = wire.NewFile(directory.ino, b"whole", number, 0o600, 1, 2, 3, 4, 5, 6, b"content")
+    assert (await change(wire.MakeFiles([new]))).attributes[0].ino == number
+    assert (await call(wire.GetContent(number, 0, 100), wire.Content)).inline == b"content"
+    await change(wire.Remove(directory.ino, b"whole", False))
     await change(wire.Remove(wire.ROOT_INO, b"directory", True))
     pages = [page async for page in client.connection.stream(wire.FetchDirectory(1, 0, 100, 0, 0))]
     assert [entry.name for page in pages for entry in page.entries] == [b"symlink"]

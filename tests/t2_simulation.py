@@ -100,7 +100,7 @@ def test_the_checker_notices_that_a_rule_is_off(rule: str) -> None:
     """It does in one of a few seeds, in which the faults come that the rule is for. Other rules have their stories."""
     for seed in range(SEEDS_OF_A_RULE):
         setup = replace(setup_of(seed), clients=3, programs=3, operations=60, accel=True, lazy=False, faults=True)
-        setup = replace(setup, kinds=RULES[rule].faults, standby=RULES[rule].standby)
+        setup = replace(setup, kinds=RULES[rule].faults, late=RULES[rule].late, standby=RULES[rule].standby)
         if run(seed, replace(setup, rule_off=rule)).complaints:
             assert not run(seed, setup).complaints, "with the rule on"
             return

@@ -198,6 +198,28 @@ def test_requests_of_a_dead_worker_are_repeated_or_refused(mount: MountFactory, 
     assert (mounted.path / "file").read_bytes() == b"written" + b"x" * (100_000 - 7)
 
 
+def test_new_files_neither_closed_nor_synced_go_with_their_worker(mount: MountFactory, accel: str) -> None:
+    """Unlike on ext4: of what is listed in README. Without acceleration each file is made at once."""
+    mounted = mount(accel, allowed=(WORKER_KILLED,))
+    directory = mounted.path / "directory"
+    directory.mkdir()
+    (directory / "first").touch()
+    kept, lost = (os.open(directory / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY) for name in ("kept", "lost"))
+    os.fsync(kept)
+    held = figures.stats(mounted)["caches"]["new_files"]["held"]
+    assert held == (accel == "bpf")
+    kill_worker(mounted)
+    for descriptor in (kept, lost):
+        fails_with(lambda descriptor=descriptor: os.close(descriptor), errno.EIO)  # type: ignore[misc]
+    names = ["first", "kept"] if held else ["first", "kept", "lost"]
+    rig.wait_for(lambda: (directory / "lost").exists() != bool(held), "nothing shows what is lost")
+    assert sorted(os.listdir(directory)) == names
+    (directory / "lost").write_bytes(b"made again")
+    mounted.remount()
+    assert sorted(os.listdir(directory)) == ["first", "kept", "lost"]
+    assert (directory / "lost").read_bytes() == b"made again"
+
+
 @pytest.mark.parametrize("report", [os.fsync, os.close])
 def test_writes_lost_with_a_worker_are_reported_once(
     mount: MountFactory, accel: str, report: Callable[[int], None]

@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 from fuseclient.cli import (
     bench,
     doctor,
+    dump,
     events,
     format,
     fsck,
@@ -39,7 +40,7 @@ _HELP = "A distributed file system whose FUSE requests BPF programs answer in th
 app = typer.Typer(name="bpfuse", help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 _COMMANDS = (
     *(format, metaserver, mount, umount, warmup, stats, status, bench, events),
-    *(token, top, trace, fsck, gc, doctor, version),
+    *(token, top, trace, fsck, gc, dump, doctor, version),
 )
 for _module in _COMMANDS:
     _module.register(app)

@@ -14,7 +14,12 @@ def register(app: typer.Typer) -> None:
 
 
 def metaserver(
-    engine: Annotated[str, typer.Option(metavar="URL", help="where metadata is kept: lmdb:///directory")],
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="URL", help="where metadata is kept: lmdb:///directory, etcd://..., postgresql://..., mysql://..."
+        ),
+    ],
     listen: Annotated[
         list[str], typer.Option(metavar="ADDRESS", help="host:port, or unix:/path; may be given several times")
     ],

@@ -9,10 +9,10 @@ Memory is what bounds it: a file may have ``STAGED`` objects on their way and al
 beyond that writers wait. (A staging file was measured and left out: writing 4 MiB objects through one took 2.3 times
 as long, and it would make nothing durable that an acknowledged fsync does not.)
 
-A file that was made here is new until its first flush. It was made lazily; if this client is the only one of the volume
-(see ``is_alone``), changes of its attributes wait for that flush and go with its content; and its first bytes are sent
-ahead of it if new files were written to once of late. So a small file takes two requests to the metaserver and one
-fsync there.
+A file that was made here is new until its first flush. It was made lazily, or is *held*: the metaserver is not told of
+it yet (see held.py), and is with its first commit. If this client is the only one of the volume (see ``is_alone``),
+changes of its attributes wait for that flush and go with its content; and its first bytes are sent ahead of it if new
+files were written to once of late. So a small file takes one request to the metaserver and one fsync there.
 
 Concurrency: everything runs on the event loop. A file's ``lock`` is held while something is committed, so commits of
 one file follow each other, and :meth:`Writer.settled` keeps them away from a change of its size or times. ``dirty``,
@@ -51,6 +51,7 @@ import msgspec
 
 from fuseclient.data.caller import Caller
 from fuseclient.data.extents import Extents
+from fuseclient.data.held import HeldFiles, NoneHeld
 from fuseclient.data.objects import MAX_OBJECT, StoreError
 from fuseclient.data.uploads import COMMIT_CHUNKS, UNKNOWN, Objects, Upload, Uploads, pack
 from fuseclient.worker.rpc import Disconnected, Refused
@@ -113,6 +114,8 @@ class _File:
     work: asyncio.Task[None] | None = None
     #: It was made here and not flushed since: changes of its attributes wait for that, too.
     is_new: bool = False
+    #: It was made here, and the metaserver is not told of it yet.
+    held: bool = False
     #: Its attributes are in the maps, because nothing was done to it yet.
     shown: bool = False
     #: Those that wait.
@@ -174,6 +177,7 @@ class Writer:
         self._durable_changes = 0
         #: Bytes written and not yet committed, of all files.
         self.bytes = 0
+        self.held_files: HeldFiles = NoneHeld()
         #: Whether no other client sees the volume, nor will before :meth:`commit_deferred` has returned.
         self.is_alone: Callable[[], bool] = lambda: False
         #: Called with the inode of a file of which data was given up: the kernel may have it in its pages.
@@ -196,16 +200,19 @@ class Writer:
         """Return the files that are open for writing."""
         return list(self._files)
 
-    def open(self, attributes: wire.Attributes, *, is_new: bool = False) -> None:
+    def open(self, attributes: wire.Attributes, *, is_new: bool = False, held: bool = False) -> None:
         """Count one more writer of a file; each is to be ended by :meth:`close`.
 
-        ``is_new``: it was just made, lazily, so it is durable only after a flush.
+        ``is_new``: it was just made, lazily, so it is durable only after a flush; ``held``: it is held back.
         """
         file = self._files.get(attributes.ino)
         if file is None:
-            file = self._files[attributes.ino] = _File(attributes, is_new=is_new, unsynced=is_new)
+            lazily = is_new and not held
+            file = self._files[attributes.ino] = _File(attributes, is_new=is_new, unsynced=lazily, held=held)
         self._observe(file, attributes)
         file.writers += 1
+        if held:
+            self._start_timer(file)
 
     def will_sync(self, ino: int) -> bool:
         """Say whether a file is open for writing. A change of it may be lazy then: its closing makes it durable."""
@@ -220,7 +227,7 @@ class Writer:
         None: it is not new, or others can, or its size is to be changed.
         """
         file = self._files.get(request.ino)
-        if file is None or not file.is_new or request.size is not None or not self.is_alone():
+        if file is None or not (file.is_new or file.held) or request.size is not None or not self.is_alone():
             return None
         changed_ns = max(time.time_ns(), self.overlay(file.attributes).ctime_ns + 1)
         given = {name: getattr(request, name) for name in _DEFERRED if getattr(request, name) is not None}
@@ -231,10 +238,11 @@ class Writer:
         return self.overlay(file.attributes)
 
     async def commit_deferred(self) -> None:
-        """Commit the changes of attributes that wait, with what was written before; raise what is in the way.
+        """Commit what is held back: new files, and changes of attributes that wait, with what was written before.
 
-        This client is not alone any more, so there are no new ones.
+        Raises what is in the way. This client is not alone any more, so there are no new ones.
         """
+        await self.held_files.commit_all()
         await asyncio.gather(*(self._drain(file) for file in self._files.values() if file.pending is not None))
 
     def show(self, attributes: wire.Attributes) -> bool:
@@ -257,16 +265,26 @@ class Writer:
     async def close(self, ino: int) -> Closed | None:
         """Flush, and count one writer less. What is known of the file if this was the last one, else None."""
         file = self._files[ino]
+        if self.may_wait(ino):
+            return self.close_settled(ino)
         drained = await self._drain_quietly(file)
         file.writers -= 1
-        while file.writers == 0 and drained and (_uncommitted(file) or file.pending):
+        while file.writers == 0 and drained and (_uncommitted(file) or file.pending or file.held):
             drained = await self._drain_quietly(file)
         return self._closed(file)
 
     def is_settled(self, ino: int) -> bool:
-        """Say whether nothing of an open file waits to be committed, or is being: :meth:`close_settled` will do."""
+        """Say whether an open file need not be waited for to be closed: :meth:`close_settled` will do."""
         file = self._files[ino]
-        return not (file.lock.locked() or file.dirty or file.staged or file.flushing or file.pending)
+        waits = file.lock.locked() or file.dirty or file.staged or file.flushing or file.pending or file.held
+        return not waits or self.may_wait(ino)
+
+    def may_wait(self, ino: int) -> bool:
+        """Say whether a file is held back and may be closed so, with all that was written."""
+        file = self._files.get(ino)
+        if file is None or not file.held or file.error is not None or file.staged or file.lock.locked():
+            return False
+        return file.dirty.end <= self._inline_limit and self.held_files.may_wait
 
     def close_settled(self, ino: int) -> Closed | None:
         """Close a file that is settled; as :meth:`close`."""
@@ -278,13 +296,28 @@ class Writer:
         ino = file.attributes.ino
         if file.writers or self._files.get(ino) is not file:
             return None
+        if self.may_wait(ino):
+            return self._closed_held(file)
         del self._files[ino]
         self._give_up(file)
         return None if file.stale else Closed(file.attributes, file.content)
 
+    def _closed_held(self, file: _File) -> Closed:
+        """The last writer of a file that is held back has gone: it is made later, with all that was written."""
+        content, shown = _content(file.dirty), self.overlay(file.attributes)
+        self._stop_timer(file)
+        del self._files[shown.ino]
+        self.bytes -= file.dirty.bytes
+        self.held_files.closed(self.held_files.record(shown, content, writing=False))
+        return Closed(shown, content)
+
     def _give_up(self, file: _File) -> None:
         """Forget a file that nobody has open; what could not be committed is lost."""
         self._stop_timer(file)
+        if file.held:
+            _log.error("inode %d was closed and could not be made: %s", file.attributes.ino, file.error)
+            file.held, file.stale = False, True
+            self.held_files.give_up(file.attributes.ino)
         if file.dirty or file.staged:
             _log.error("data written to inode %d was lost: %s", file.attributes.ino, file.error)
             self._uploads.discard(file.staged)
@@ -376,7 +409,9 @@ class Writer:
 
     def _write_ahead(self, file: _File) -> None:
         """Commit the first bytes of a new small file at once, if such files were written once and closed of late."""
-        if file.writes == 1 and file.dirty.end <= self._inline_limit and self._single_writes > 0:
+        if file.writes != 1 or (file.held and self.held_files.may_wait):
+            return
+        if file.dirty.end <= self._inline_limit and self._single_writes > 0:
             self._in_background(self._drain_old(file))
 
     def _learn(self, file: _File) -> None:
@@ -432,8 +467,17 @@ class Writer:
         handle that cannot write, so that a writer is to be told still.
         """
         file = self._files.get(ino)
-        if file is None:
-            return
+        if file is not None and not self.flush_now(ino):
+            await self._flush(file, for_reader)
+
+    def flush_now(self, ino: int) -> bool:
+        """Flush a file that is held back and may wait; else return False, with nothing done."""
+        if not self.may_wait(ino):
+            return False
+        self._learn(self._files[ino])
+        return True
+
+    async def _flush(self, file: _File, for_reader: bool) -> None:
         self._learn(file)
         try:
             await self._drain(file)
@@ -454,12 +498,13 @@ class Writer:
         """
         file = self._files.get(ino) if ino is not None else None
         if file is None:
+            await self.held_files.commit_all()
             await self._call_sync()
             lost, self._lost = self._lost, False
             if lost:
                 raise _LOST
             return
-        await self.flush(file.attributes.ino, for_reader=for_reader)
+        await self._flush(file, for_reader)
         if file.unsynced:
             await self._make_durable(file)
             _tell_loss(file, for_reader)
@@ -488,6 +533,10 @@ class Writer:
             if file.unsynced or file.syncing:
                 file.loss, file.owed = _LOST, file.writers
 
+    def made_in_vain(self) -> None:
+        """A file that was closed could not be made in the end."""
+        self._lost = True
+
     async def publish(self, ino: int) -> None:
         """Return when all that was written is committed, durable or not; raise what is in the way."""
         file = self._files.get(ino)
@@ -503,13 +552,17 @@ class Writer:
     async def flush_all(self) -> None:
         """Flush every file; errors stay with their files."""
         await asyncio.gather(*(self._drain_quietly(file) for file in self._files.values()))
+        with contextlib.suppress(Refused, Disconnected):
+            await self.held_files.commit_closed()
         await self._uploads.settle()
 
     async def before_read(self, ino: int, offset: int, length: int) -> None:
         """Return when the metaserver knows of all that was written to the range, and of the size that a read of it
         sees; raise the error if it cannot be."""
         file = self._files.get(ino)
-        if file is not None and any(_concerns(each, offset, length, file) for each in _uncommitted(file)):
+        if file is None:
+            return
+        if file.held or any(_concerns(each, offset, length, file) for each in _uncommitted(file)):
             await self._drain(file)
 
     @contextlib.asynccontextmanager
@@ -526,7 +579,7 @@ class Writer:
             try:
                 await self._drain_locked(file, lazy=True)
             except (Refused, Disconnected, StoreError):
-                if size is None:
+                if size is None or file.held:
                     raise
             yield
 
@@ -565,7 +618,8 @@ class Writer:
     def known_new(self, ino: int) -> wire.Attributes | None:
         """Return what is known of a file that was made here and not flushed since, unless others changed it."""
         file = self._files.get(ino)
-        return file.attributes if file is not None and file.is_new and not file.stale else None
+        is_new = file is not None and (file.is_new or file.held)
+        return file.attributes if file is not None and is_new and not file.stale else None
 
     def changed_elsewhere(self, ino: int) -> None:
         """Another client changed this inode."""
@@ -611,8 +665,10 @@ class Writer:
     async def _drain_locked(self, file: _File, *, lazy: bool) -> None:
         self._stop_timer(file)
         try:
-            while file.dirty or file.staged or file.pending:
-                if not (file.dirty or file.staged):
+            while file.dirty or file.staged or file.pending or file.held:
+                if file.held:
+                    await self._commit_held(file, lazy)
+                elif not (file.dirty or file.staged):
                     await self._commit_pending(file, lazy)
                 elif not file.staged and await self._is_inline(file):
                     await self._commit_inline(file, lazy)
@@ -640,6 +696,8 @@ class Writer:
         """Commit what is staged up to now, then have the next do so. An error is left in the file."""
         try:
             async with file.lock:
+                if file.held:
+                    await self._commit_held(file, lazy=True)
                 if file.staged:
                     await self._commit_staged(file)
         except Exception as error:
@@ -662,7 +720,7 @@ class Writer:
         batches = _uncommitted(file)
         file.dirty, file.flushing, file.staged = Extents(), None, deque()
         gone = isinstance(error, Refused) and error.code in _NOWHERE
-        if gone and batches:
+        if gone and (batches or file.held):
             file.loss, file.owed = error, file.writers
         for offset, data in (piece for each in batches for piece in _pieces(each)):
             if not gone:
@@ -670,8 +728,8 @@ class Writer:
         self.bytes += file.dirty.bytes - before
         file.error, file.stale, file.content = error, True, None
         if gone:
-            file.pending = None
-        if file.dirty or file.pending:
+            file.pending, file.held = None, False
+        if file.dirty or file.pending or file.held:
             self._start_timer(file)
 
     def _cut(self, file: _File, size: int) -> None:
@@ -723,6 +781,31 @@ class Writer:
                 file.content = data
         self.bytes -= file.flushing.bytes
         file.flushing = None
+
+    async def _commit_held(self, file: _File, lazy: bool) -> None:
+        """Have a file made that was held back, with its attributes, and its content if that is small."""
+        content = b""
+        if not file.staged and file.dirty.end <= self._inline_limit:
+            file.flushing, file.dirty = file.dirty, Extents()
+            content = _content(file.flushing)
+        pending, breaks = file.pending, file.breaks
+        record = self.held_files.record(self.overlay(file.attributes), content, writing=True)
+        made = await self.held_files.commit(record, lazy=lazy)
+        file.held = False
+        if made is None:
+            if file.flushing is not None:
+                self._regather(file)
+            file.stale = True
+            return
+        if file.flushing is not None:
+            self.bytes -= file.flushing.bytes
+            file.flushing = None
+            if file.pending is pending:  # else it comes after what is still to be written
+                file.pending = None
+        file.unsynced = lazy or self._is_lazy()
+        file.attributes, file.stale = made, file.breaks != breaks
+        if not (file.dirty or file.staged or file.stale):
+            file.content = content
 
     async def _commit_pending(self, file: _File, lazy: bool) -> None:
         """Make the changes of attributes that waited."""
@@ -798,6 +881,14 @@ class Writer:
                 self._uploads.discard(below)
             raise
         self.when_laid(ino, slices)
+
+
+def _content(extents: Extents) -> bytes:
+    """Return the whole content of a file that holds nothing else."""
+    content = b""
+    for offset, data in extents:
+        content = content.ljust(offset, b"\0") + data
+    return content
 
 
 def _group(staged: deque[Upload]) -> list[Upload]:

@@ -1,4 +1,4 @@
-"""``python -m metaserver fsck`` and ``gc`` as a child process that is alone with its engine: what it says, typed."""
+"""``python -m metaserver fsck`` and its like as a child process that is alone with its engine: what it says, typed."""
 
 from __future__ import annotations
 
@@ -62,6 +62,16 @@ class Amount(msgspec.Struct):
         self.bytes += size
 
 
+class Moved(msgspec.Struct):
+    """What was dumped or loaded."""
+
+    name: str
+    store: str
+    inodes: int
+    rows: int
+    bytes: int
+
+
 class Message(msgspec.Struct):
     """A line that the child says; one field of it is set."""
 
@@ -73,6 +83,7 @@ class Message(msgspec.Struct):
     slices: list[tuple[int, int]] | None = None
     summary: Totals | None = None
     orphans: Amount | None = None
+    moved: Moved | None = None
 
 
 class Job:

@@ -143,7 +143,11 @@ class DirectOps:
 
     def _create(self, asked: Asked) -> Answer:
         flags, mode, *_ = _fields(_CREATE, asked.body, longer=True)
-        return self._created(asked, _name(asked.body, _CREATE.size), mode, flags)
+        name = _name(asked.body, _CREATE.size)
+        here = self._operations.create_now(asked.nodeid, name, mode, flags, asked.context)
+        if here is not None:
+            return encode_opened(here[1], here[0])
+        return self._created(asked, name, mode, flags)
 
     async def _created(self, asked: Asked, name: bytes, mode: int, flags: int) -> bytes:
         opened, entry = await self._operations.create(asked.nodeid, name, mode, flags, asked.context)

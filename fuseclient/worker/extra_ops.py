@@ -140,7 +140,7 @@ class ExtraOps:
         if isinstance(body, messages.Interrupt):
             if body.unique in self._running:
                 self._running[body.unique].set()
-        elif isinstance(body, messages.Release) and self._is_released(header, body):
+        elif self._is_done_now(header, body):
             levels.at_once()
             self._send(messages.encode(header.unique))
         else:
@@ -149,9 +149,15 @@ class ExtraOps:
             work = self._carry_out(header, body)
             self._start(self._answer(header, work, type(body).__name__.lower(), gone))
 
-    def _is_released(self, header: messages.Header, request: messages.Release) -> bool:
-        """Release a handle of which nothing has to be waited for, no lock either; False: nothing is done."""
-        return not self._locks.has(header.nodeid) and self._operations.release_now(request.fh)
+    def _is_done_now(self, header: messages.Header, body: messages.Body) -> bool:
+        """Release or flush a handle of which nothing has to be waited for, no lock either; False: nothing is done."""
+        match body:
+            case messages.Release():
+                return not self._locks.has(header.nodeid) and self._operations.release_now(body.fh)
+            case messages.Flush():
+                return not self._locks.has(header.nodeid) and self._operations.flush_now(body.fh)
+            case _:
+                return False
 
     def _answer_directly(self, header: messages.Header, handler: Callable[[Asked], Answer], body: memoryview) -> None:
         """Answer a request at once, or start what it has to wait for."""

@@ -205,6 +205,17 @@ class Feeder:
         self.whole.named(parent, name)
         self._cache.put_name(parent, name, ino)
 
+    def made(self, parent: int, name: bytes, attributes: wire.Attributes) -> None:
+        """A file was made here, with a number that was never used before, and is open for writing."""
+        self._renew_name(parent, name)
+        self.whole.named(parent, name)
+        self._cache.put_name(parent, name, attributes.ino)
+        if self.is_shown(attributes):
+            self._cache.put_inode(attributes)
+        else:
+            self.written(attributes)
+        self._drop_attributes(parent)
+
     def unnamed(self, token: Token, parent: int, name: bytes) -> None:
         """A name was removed."""
         if not self._guard.may_put(token, (parent, name)):
@@ -252,10 +263,13 @@ class Feeder:
 
     def drop_inode(self, ino: int) -> None:
         """Forget an inode's attributes and content."""
+        self._drop_attributes(ino)
+        self.on_drop(ino)
+
+    def _drop_attributes(self, ino: int) -> None:
         self.generation += 1
         self._guard.dropped(ino)
         self._cache.drop_inode(ino)
-        self.on_drop(ino)
 
     def drop_everything(self) -> None:
         """Forget all there is."""

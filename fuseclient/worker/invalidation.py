@@ -134,6 +134,10 @@ class Invalidator:
         except OSError as error:
             _log.error("what may have been changed cannot be dropped: %s", error)
 
+    def doubt_later(self, names: Sequence[tuple[int, bytes]], inodes: Iterable[int]) -> None:
+        """Have the kernel ask again for these, soon."""
+        self._in_background(self.doubt(names, inodes))
+
     async def everything(
         self, paged: Iterable[int], listed: Iterable[int] = (), told: Iterable[int] = (ROOT_INO,)
     ) -> None:

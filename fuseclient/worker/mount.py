@@ -21,6 +21,7 @@ from fuseclient.worker.changes import Changes, OldPages, OpenedVersions
 from fuseclient.worker.closings import Closings
 from fuseclient.worker.committing import Committing
 from fuseclient.worker.content_ahead import ContentAhead
+from fuseclient.worker.creations import Creations, Made, Ordered
 from fuseclient.worker.directories import WINDOW, Directories
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.invalidation import Invalidator, Kernel
@@ -89,7 +90,7 @@ class Mount:
         self._tell(lambda changes: changes.lost())
 
     def _is_written(self, ino: int) -> bool:
-        return self._changes is not None and self._writer.is_open(ino)
+        return self._changes is not None and (self._writer.is_open(ino) or self._creations.has_below(ino))
 
     def _broken(self, told: wire.Break, acknowledge: Acknowledge) -> None:
         """A break comes; if this worker has begun nothing yet, all there is are the maps of the one before it."""
@@ -100,13 +101,13 @@ class Mount:
             self._cache.drop_name(parent, name)
         for ino in told.inodes:
             self._cache.drop_inode(ino)
-        if told.everything:
+        if told.everything or told.joined:
             self._cache.bump_epoch()
             self._early.append(lambda changes: changes.apply(wire.Renewed(100, 0, [], [], True)))
         self._early_break = asyncio.create_task(self._drop_early(told, acknowledge))
 
     async def _drop_early(self, told: wire.Break, acknowledge: Acknowledge) -> None:
-        if told.everything:
+        if told.everything or told.joined:
             await self._kernel.everything(())
         await self._kernel.drop(told.names, told.inodes)
         still_open = [ino for ino in told.inodes if self._cache.is_open(ino)]
@@ -156,21 +157,43 @@ class Mount:
             changes=lambda: session.changes,
         )
         writer.is_alone = lambda: session.alone and lease.left_s() > 0
-        self._compactor = Compactor(session, self._store, feeder.drop_inode)
+
+        def made_in_vain(made: Made, ino: int) -> None:
+            feeder.drop_name(made.parent, made.name)
+            feeder.drop_inode(ino)
+            kernel.doubt_later([(made.parent, made.name)], [made.parent, ino])
+
+        creations = self._creations = Creations(
+            session,
+            feeder,
+            is_alone=writer.is_alone,
+            is_lazy=lambda: session.opened.lazy,
+            when_lost=made_in_vain,
+            when_closed_lost=writer.made_in_vain,
+        )
+        creations.publish = writer.publish
+        writer.held_files = creations
+        ordered = Ordered(session, creations)
+        self._compactor = Compactor(ordered, self._store, feeder.drop_inode)
         writer.when_laid = self._compactor.laid
         writer.when_given_up = kernel.drop_pages_later
-        feeder.on_changed = writer.observe
+
+        def changed(attributes: wire.Attributes) -> None:
+            writer.observe(attributes)
+            creations.observe(attributes)
+
+        feeder.on_changed = changed
         feeder.is_shown = lambda attributes: attributes.ino not in kernel.dropping and writer.show(attributes)
         writer.when_touched = feeder.written
 
         def is_open(ino: int) -> bool:
             return open_handles[ino] > 0 or cache.is_open(ino) or writer.is_open(ino)
 
-        orphans = Orphans(session, is_open)
+        orphans = Orphans(ordered, is_open)
         room = cache.room
         siblings = Siblings(cache.is_used, room.entries // 2, room.pages * _PAGE // 2)
         self._directories = directories = Directories(
-            session,
+            ordered,
             feeder,
             window=_window(config),
             data_budget=_data_budget(config),
@@ -179,18 +202,25 @@ class Mount:
         )
         versions = OpenedVersions()
         self._reading = reading = ReadPath(
-            config, opened, caller=session, store=self._store, feeder=feeder, writer=writer, lease=lease,
+            config, opened, caller=ordered, store=self._store, feeder=feeder, writer=writer, lease=lease,
             cache=cache, kernel=self._notifier,
         )  # fmt: skip
+        drop_layout = feeder.on_drop
+
+        def dropped(ino: int | None) -> None:
+            drop_layout(ino)
+            creations.forget(ino)
+
+        feeder.on_drop = dropped
         through = reading.passthrough
         self._changes = Changes(feeder, directories, writer, orphans, lease, versions, kernel, through, is_open)
-        self._ahead = None if config.maps is None else ContentAhead(session, feeder, _data_budget(config))
+        self._ahead = None if config.maps is None else ContentAhead(ordered, feeder, _data_budget(config))
         if self._ahead is not None:
             feeder.on_pages += [self._ahead.page, siblings.page]
         self._join_locks()
         self._walks = Walks(
             warming.Parts(
-                session=session,
+                session=ordered,
                 feeder=feeder,
                 directories=directories,
                 cache=cache,
@@ -199,21 +229,26 @@ class Mount:
                 data_budget=_data_budget(config),
             )
         )
+        if opened.resumed and opened.alone:
+            # The worker before may have shown what it had not told the metaserver of: that is lost with it.
+            self._changes.woken()
         for each in self._early:
             each(self._changes)
+        changing = Committing(ordered, feeder)
         self.ranges = Ranges(
-            committing,
+            changing,
             writer,
             reading.reader,
-            committed=lambda changed: committing.committed(changed, writer.changed_elsewhere),
+            committed=lambda changed: changing.committed(changed, writer.changed_elsewhere),
             write_back=kernel.drop_pages,
         )
         self.operations = Operations(
             Parts(
-                session=session,
+                session=ordered,
                 feeder=feeder,
                 directories=directories,
                 writer=writer,
+                creations=creations,
                 reader=reading.reader,
                 orphans=orphans,
                 closings=Closings(session),
@@ -274,6 +309,7 @@ class Mount:
             "levels": levels.figures(),
             "directories": self._directories.figures(),
             "content_ahead": self._ahead.figures() if self._ahead is not None else {},
+            "new_files": self._creations.figures(),
             "compaction": self._compactor.figures(),
             "locks": self.locks.figures(),
             **self._reading.figures(),

@@ -29,6 +29,7 @@ from fuseclient.worker import handles
 from fuseclient.worker.attributes import absent_entry, dot_entry, entry_of, statistics_of
 from fuseclient.worker.changes import OpenedVersions
 from fuseclient.worker.closings import Closings
+from fuseclient.worker.creations import Creations
 from fuseclient.worker.directories import Directories, Session
 from fuseclient.worker.errors import answered, answered_of_inode
 from fuseclient.worker.feeding import Feeder
@@ -62,6 +63,7 @@ class Parts:
     feeder: Feeder
     directories: Directories
     writer: Writer
+    creations: Creations
     reader: Reader
     orphans: Orphans
     closings: Closings
@@ -96,6 +98,7 @@ class Operations(pyfuse3.Operations):
         self._feeder = parts.feeder
         self._directories = parts.directories
         self._writer = parts.writer
+        self._creations = parts.creations
         self._reader = parts.reader
         self._orphans = parts.orphans
         self._closings = parts.closings
@@ -123,16 +126,21 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        _check_name(name)
+        held = self.lookup_now(parent_inode, name)
+        if held is not None:
+            return held
         answer = await self._directories.lookup(parent_inode, name)
         ttl_s = self._lease.ttl_s() if answer.fresh else 0.0
         if answer.attributes is None:
             return absent_entry(ttl_s)
-        return entry_of(self._writer.overlay(answer.attributes), ttl_s)
+        return entry_of(self._overlay(answer.attributes), ttl_s)
 
     def lookup_now(self, parent: int, name: bytes) -> EntryAttributes | None:
-        """Answer a lookup of what is known to be absent; None: it is to be looked up."""
+        """Answer a lookup of what is known to be absent, or was just made here; None: it is to be looked up."""
         _check_name(name)
+        ino = self._creations.find(parent, name)
+        if ino is not None:
+            return self.getattr_now(ino)
         return absent_entry(self._lease.ttl_s()) if self._directories.lacks(parent, name) else None
 
     @answered
@@ -286,6 +294,8 @@ class Operations(pyfuse3.Operations):
     def getattr_now(self, ino: int) -> EntryAttributes | None:
         """Return the attributes of a file that was just made here; None: they are to be asked for."""
         new = self._writer.known_new(ino)
+        if new is None and self._creations.is_alone():
+            new = self._creations.closed_file(ino)
         return self._entry(new) if new is not None and self._may_remember and self._lease.left_s() > 0 else None
 
     async def _get_attributes(self, ino: int) -> tuple[wire.Attributes, bool]:
@@ -357,7 +367,11 @@ class Operations(pyfuse3.Operations):
         return data
 
     def _entry(self, attributes: wire.Attributes, fresh: bool = True) -> EntryAttributes:
-        return entry_of(self._writer.overlay(attributes), self._lease.ttl_s() if fresh else 0.0)
+        return entry_of(self._overlay(attributes), self._lease.ttl_s() if fresh else 0.0)
+
+    def _overlay(self, attributes: wire.Attributes) -> wire.Attributes:
+        """Return attributes as they will be when all that was done here is committed."""
+        return self._creations.overlay(self._writer.overlay(attributes))
 
     def _changed_entry(self, attributes: wire.Attributes, fresh: bool = True) -> EntryAttributes:
         """Return what a change is answered with.
@@ -488,6 +502,11 @@ class Operations(pyfuse3.Operations):
         """A file that exists, which the kernel did not know, is answered ESTALE: it then looks again, and opens it."""
         _check_name(name)
         writing = _writes(flags)
+        if writing and self._may_remember:
+            await self._creations.learn(parent_inode)
+        here = self.create_now(parent_inode, name, mode, flags, ctx)
+        if here is not None:
+            return here
         kind = stat.S_IFREG | stat.S_IMODE(mode)
         # Its closing, or an fsync, waits until it is durable; so this need not.
         request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing, writing=writing)
@@ -503,6 +522,21 @@ class Operations(pyfuse3.Operations):
             raise
         return opened, self._changed_entry(made, fresh)
 
+    def create_now(
+        self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes] | None:
+        """Make a file that the metaserver is told of later; None: that cannot be."""
+        _check_name(name)
+        if not _writes(flags) or not self._may_remember:
+            return None
+        made = self._creations.make(parent, name, mode, ctx.uid, ctx.gid)
+        if made is None:
+            return None
+        with self._feeder.begin() as token:
+            opened = self._opened_new(token, made, flags, held=True)
+        self._feeder.made(parent, name, made)
+        return opened, self._changed_entry(made)
+
     @answered
     async def tmpfile(
         self, parent_inode: int, mode: int, flags: int, ctx: RequestContext
@@ -516,10 +550,10 @@ class Operations(pyfuse3.Operations):
         self._orphans.add(made.ino)
         return opened, self._changed_entry(made, fresh)
 
-    def _opened_new(self, token: Token, made: wire.Attributes, flags: int) -> FileInfo:
+    def _opened_new(self, token: Token, made: wire.Attributes, flags: int, *, held: bool = False) -> FileInfo:
         """Open a file that was just made."""
         if _writes(flags):
-            self._writer.open(made, is_new=True)
+            self._writer.open(made, is_new=True, held=held)
             if not self._feeder.unchanged(token, made.ino):
                 self._writer.changed_elsewhere(made.ino)
         self._opened.opened(made.ino, made.version)
@@ -598,6 +632,11 @@ class Operations(pyfuse3.Operations):
     @answered_of_inode
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._sync(fh, self._writer.sync)
+
+    def flush_now(self, fh: int) -> bool:
+        """Flush a new file that is committed later; else return False, with nothing done."""
+        handle = handles.decode(fh)
+        return handle.writing and not self._is_earlier_writer(fh) and self._writer.flush_now(handle.ino)
 
     async def _sync(self, fh: int, sync: Callable[..., Awaitable[None]]) -> None:
         """Commit what was written through any handle; say once what an earlier worker may have lost."""
@@ -708,7 +747,7 @@ class Operations(pyfuse3.Operations):
     def _ended_writing(self, ino: int, closed: Closed | None) -> None:
         if closed is not None:
             self._feeder.closed(closed)
-        if not self._writer.is_open(ino):
+        if not self._writer.is_open(ino) and ino not in self._creations:
             self._closings.closed(ino)
 
 

@@ -63,6 +63,7 @@ _REPEATABLE: Final = (
     wire.Lookup, wire.FetchDirectory, wire.GetAttributes, wire.ReadLink, wire.GetXattr, wire.ListXattrs,
     wire.GetContent, wire.GetStatistics, wire.ListSlices, wire.InspectSlices, wire.Seek, wire.NewSlices, wire.Reap,
     wire.ForgetSlices, wire.Sync, wire.OpenFile, wire.ClosedForWriting, wire.TestLock, wire.SetLock, wire.CancelLock,
+    wire.ReserveInodes,
 )  # fmt: skip
 
 

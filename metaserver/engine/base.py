@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, TypeVar
 
 from metaserver.errors import Conflict, LimitExceeded
@@ -54,6 +54,10 @@ class Snapshot(abc.ABC):
     @abc.abstractmethod
     def range(self, start: bytes, end: bytes, limit: int | None = None, reverse: bool = False) -> list[Row]:
         """Return the keys in [start, end) with their values, at most ``limit``, from the end if ``reverse``."""
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values of keys, in their order; where a read is a round trip, all in one."""
+        return [self.get(key) for key in keys]
 
     @abc.abstractmethod
     def space(self) -> Space:
@@ -117,6 +121,13 @@ class Engine(abc.ABC):
     async def read_durable(self, body: Callable[[Snapshot], T]) -> T:
         """As :meth:`read`, on a view that holds all that is durable, and nothing that is not."""
 
+    async def scan(self, body: Callable[[Snapshot], T]) -> T:
+        """As :meth:`read`, for a body that reads much, or tells of what it sees as it goes.
+
+        It is run once, or from its beginning again if the store cannot keep the moment that is being read.
+        """
+        return await self.read(body)
+
     @abc.abstractmethod
     def watch(self, callback: Callable[[], object] | None) -> None:
         """Have ``callback`` called, on the event loop, after each time that more has become durable."""
@@ -128,8 +139,8 @@ class Engine(abc.ABC):
         or a short time makes it durable.
 
         An exception of the body aborts the transaction and is passed on. A conflict is retried. Raises
-        :exc:`Conflict` after many of them, :exc:`LimitExceeded`, :exc:`EngineFull` and :exc:`EngineClosed`, all with
-        nothing committed, and :exc:`Unknown`.
+        :exc:`Conflict` after many of them, :exc:`LimitExceeded`, :exc:`EngineFull`, :exc:`EngineClosed` and
+        :exc:`EngineUnavailable`, all with nothing committed, and :exc:`Unknown`.
         """
         pause = _FIRST_PAUSE
         for _ in range(_ATTEMPTS - 1):

@@ -116,7 +116,7 @@ class Check:
                 raise
             return scan
 
-        return await self._engine.read(body)
+        return await self._engine.scan(body)
 
     async def _apply(self, findings: Iterable[Finding]) -> None:
         waiting = iter(findings)
@@ -150,11 +150,11 @@ class Check:
     # Objects
 
     async def _check_store(self, scan: Scan) -> None:
-        await self._engine.read(functools.partial(self._tell_slices, scan.uses))
+        await self._engine.scan(functools.partial(self._tell_slices, scan.uses))
         lost, last = self._listener.losses()
         with Sorter(4) as sorted_losses, Queue() as queue:
             losses.sorted_losses(lost, scan.uses, sorted_losses)
-            await self._engine.read(
+            await self._engine.scan(
                 lambda snapshot: self._find_losses(snapshot, sorted_losses, scan.links, last, queue)
             )
             for finding in queue:

@@ -33,6 +33,11 @@ MAX_OPEN: Final = 8192
 #: The largest size of a file, in bytes.
 MAX_FILE: Final = 2**56
 MAX_TARGET: Final = 4095
+
+#: Files that one request makes, the bytes of their content in all, and inode numbers that one reserves.
+MAX_NEW_FILES: Final = 14
+MAX_NEW_BYTES: Final = 128 * 1024
+MAX_RESERVED: Final = 4096
 MAX_XATTR_NAME: Final = 255
 MAX_XATTR_VALUE: Final = 60 * 1024
 ROOT_INO: Final = 1

@@ -37,9 +37,11 @@ from metaserver.wire.namespace import (
     Found,
     GetAttributes,
     GetXattr,
+    InodesReserved,
     Link,
     ListXattrs,
     Lookup,
+    MakeFiles,
     MakeNode,
     MakeTemporary,
     ReadLink,
@@ -47,6 +49,7 @@ from metaserver.wire.namespace import (
     Remove,
     RemoveXattr,
     Rename,
+    ReserveInodes,
     SetAttributes,
     SetXattr,
     TargetIs,
@@ -82,12 +85,12 @@ Request = (
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
     | CopyRange | Seek | OpenFile | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
     | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge
-    | CreateIdentity | RevokeIdentity | ListIdentities | GetStatus | EvictSession
+    | CreateIdentity | RevokeIdentity | ListIdentities | GetStatus | EvictSession | MakeFiles | ReserveInodes
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs
     | XattrNames | Content | SliceIds | Statistics | Sought | SlicesInspected | LockIs | LockAnswer | LocksLost
-    | LockSettled | Break | EventPage | Identities | Status
+    | LockSettled | Break | EventPage | Identities | Status | InodesReserved
 )
 _T = TypeVar("_T")
 _ENCODER: Final = msgspec.msgpack.Encoder()

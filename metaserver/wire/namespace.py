@@ -10,10 +10,13 @@ from metaserver.wire.base import (
     MAX_ALSO,
     MAX_FETCH,
     MAX_INLINE,
+    MAX_NEW_FILES,
+    MAX_RESERVED,
     U32,
     U63,
     Attributes,
     DirectoryEntry,
+    Inline,
     Ino,
     Message,
     Name,
@@ -156,6 +159,43 @@ class MakeTemporary(Message, tag=27):
     writing: bool = False
 
 
+class ReserveInodes(Message, tag=60):
+    """Reserve inode numbers for :class:`MakeFiles`. A number is never given twice, to whomever."""
+
+    count: Annotated[int, Meta(ge=1, le=MAX_RESERVED)]
+
+
+class NewFile(Message):
+    """A regular file as its client has made it: ``ino`` is of those reserved for it.
+
+    ``made_ns``: when it was made, which its directory's times are not before. ``content`` is all that it holds.
+    ``writing``: it is open for writing, as after :class:`OpenFile`.
+    """
+
+    parent: Ino
+    name: Name
+    ino: Ino
+    mode: U32
+    uid: U32
+    gid: U32
+    made_ns: Nanoseconds
+    atime_ns: Nanoseconds
+    mtime_ns: Nanoseconds
+    ctime_ns: Nanoseconds
+    content: Inline = b""
+    writing: bool = False
+
+
+class MakeFiles(Message, tag=61):
+    """Make files that this client has made by itself, while no other client saw the volume; all or none.
+
+    EXISTS: a name is taken. INVALID: a number was not reserved, or is in use. ``lazy`` as in :class:`MakeNode`.
+    """
+
+    files: Annotated[list[NewFile], Meta(min_length=1, max_length=MAX_NEW_FILES)]
+    lazy: bool = False
+
+
 class Found(Message, tag=69):
     """One inode's attributes; ``cookie`` is that of the entry looked up, else 0. ``data`` as in DirectoryEntry."""
 
@@ -180,7 +220,8 @@ class Changed(Message, tag=71):
     """A change is committed and durable: the attributes of every inode it touched, the request's subject first.
 
     For Rename: the moved inode, both parents, then the replaced or exchanged inode if any. For Remove: the removed
-    inode (``nlink`` 0: an orphan now), the parent. For MakeNode and Link: the inode, the parent.
+    inode (``nlink`` 0: an orphan now), the parent. For MakeNode and Link: the inode, the parent. For MakeFiles: the
+    files, then their directories.
     ``done``: for requests that change a range, how many of its bytes have been dealt with.
     """
 
@@ -195,6 +236,14 @@ class TargetIs(Message, tag=72):
 
 class XattrIs(Message, tag=73):
     value: XattrValue
+
+
+class InodesReserved(Message, tag=91):
+    """The numbers ``first``, ``first + step`` and so on, ``count`` of them."""
+
+    first: Ino
+    step: Annotated[int, Meta(ge=1, le=2**16)]
+    count: Annotated[int, Meta(ge=1, le=MAX_RESERVED)]
 
 
 class XattrNames(Message, tag=74):

@@ -9,6 +9,8 @@
 4. A crash takes back no commit of a change that was promised to be durable. What was there before comes back; for some
    time both that and what was lost may be seen.
 5. What a program writes is seen at once by all on its machine; by others when it is committed.
+6. So is a file that it makes, with its attributes. That is committed when it is closed, if it is promised to be durable
+   then; until then it may be gone with the worker. Its commit may hold what was changed of it meanwhile.
 
 Changes are told apart by the commits that they match, so nothing is searched: each read is given the oldest version
 that is allowed, which leaves most room for those after it. Content may be committed a second time for another session
@@ -32,6 +34,8 @@ _KINDS: Final = ("owner", "mode", "atime", "xattr", "data", "record")
 _IDLE: Final = ("mode", "xattr", "data")
 #: And these are written, so they may be committed once for each session of their client.
 _WRITTEN: Final = ("data", "record")
+#: The mode of a symlink, whose content comes with its name always.
+_SYMLINK: Final = 0o777
 _BEGINNING: Final = Stamp(0, -math.inf)
 #: What registers are before anybody has changed them; others do not exist.
 _ABSENT: Final[dict[str, Value]] = {"name": 0, "xattr": b"", "record": 0}
@@ -54,32 +58,41 @@ class Version:
 Authors = dict[Register, Change]
 
 
-def check(history: History, commits: Sequence[Commit], given: int = 0, settling_s: float = 0.0) -> list[str]:
+def check(
+    history: History, commits: Sequence[Commit], given: int = 0, settling_s: float = 0.0, *, faults: bool = True
+) -> list[str]:
     """Return what is wrong, a line each. The first ``given`` commits are what was there at the beginning.
 
     ``settling_s`` seconds after a crash everybody must know what was lost, and after a failed close its machine must
-    have dropped what could not be written.
+    have dropped what could not be written. Without ``faults`` nothing that was told to be done may be lost.
     """
     complaints: list[str] = []
     authors = _attribute(history.changes, commits, given, complaints)
     registers = _versions(commits, authors, settling_s)
-    complaints += _unmade(history.changes, authors, registers, {n for commit in commits for n in commit.undoes or ()})
+    lost = {number for commit in commits for number in commit.undoes or ()}
+    complaints += _unmade(history.changes, authors, registers, lost, history.makers, faults)
     by_register: defaultdict[Register, list[Read]] = defaultdict(list)
     for read in history.reads:
         by_register[read.register].append(read)
     writes: defaultdict[Register, list[Change]] = defaultdict(list)
     for change in history.changes:
         for register in change.effect:
-            if register[0] in _WRITTEN:
+            if register[0] in _WRITTEN or change.held:
                 writes[register].append(change)
     for register, reads in by_register.items():
         versions = registers.get(register) or [Version(_ABSENT.get(register[0], 0), _BEGINNING)]
-        complaints += _Register(versions, writes[register], settling_s).check(reads)
+        maker = history.makers.get(register[1]) if register[0] != "name" else None
+        complaints += _Register(versions, writes[register], settling_s, maker).check(reads)
     return complaints
 
 
 def _unmade(
-    changes: Iterable[Change], authors: dict[int, Authors], registers: dict[Register, list[Version]], lost: set[int]
+    changes: Iterable[Change],
+    authors: dict[int, Authors],
+    registers: dict[Register, list[Version]],
+    lost: set[int],
+    held: dict[int, Change],
+    faults: bool,
 ) -> list[str]:
     """Return what was acknowledged and is not there."""
     made = {id(change) for number, each in authors.items() if number not in lost for change in each.values()}
@@ -91,19 +104,43 @@ def _unmade(
         if id(change) in taken_back:
             if change.durable:
                 complaints.append(f"{change} was durable, and a crash took it back")
-        elif not _is_idle(change, registers) and not _is_overwritten(change, registers):
+            continue
+        if change.held and not change.durable and (faults or change.doubted or change.gone < math.inf):
+            continue
+        if _came_with(change, held, registers):
+            continue
+        if not _is_idle(change, registers) and not _is_overwritten(change, registers):
             complaints.append(f"{change} was acknowledged and never committed")
     return complaints
+
+
+def _came_with(change: Change, held: dict[int, Change], registers: dict[Register, list[Version]]) -> bool:
+    """Say whether a change is of a file that its client had made and kept to itself when it began."""
+    register = next(iter(change.effect))
+    maker = held.get(register[1]) if register[0] != "name" else None
+    if maker is None or maker.client != change.client:
+        return False
+    versions = registers.get(register, [])
+    return change.invoked.order < versions[0].committed.order if versions else not change.durable
 
 
 # Whose a commit is
 
 
 def efforts(commit: Commit) -> list[dict[Register, Value]]:
-    """Return what of a commit tells whose it was, for each change that it may hold: all names, or each of the rest."""
+    """Return what of a commit tells whose it was, for each change that it may hold: all names, or each of the rest.
+
+    New files may come several at once, each with what was written to it.
+    """
     changes = commit.changes
     if names := {register: value for register, value in changes.items() if register[0] == "name"}:
-        return [names]
+        made = {register: value for register, value in names.items() if ("owner", value, b"") in changes}
+        written = [register for register in changes if register[0] == "data" and register[1] in made.values()]
+        others = {register: value for register, value in names.items() if register not in made}
+        efforts = [{register: value} for register, value in made.items()]
+        written = [register for register in written if changes["mode", register[1], b""] != _SYMLINK]
+        efforts += [{register: changes[register]} for register in written if changes[register]]
+        return [*efforts, others] if others else efforts
     return [{register: changes[register]} for kind in _KINDS for register in changes if register[0] == kind]
 
 
@@ -150,7 +187,8 @@ def _may_be_again(change: Change, session: bytes | None, commit: Commit) -> bool
 def _may_be(change: Change, commit: Commit, effect: dict[Register, Value]) -> bool:
     if change.outcome is Outcome.FAILED or change.invoked.order > commit.at.order:
         return False
-    if change.outcome is Outcome.OK and change.returned is not None and change.returned.order < commit.at.order:
+    last = change.returned if not change.held else change.due
+    if change.outcome is Outcome.OK and last is not None and last.order < commit.at.order:
         return False
     return all(agrees(value, change.effect[register]) for register, value in effect.items())
 
@@ -219,6 +257,8 @@ class _Register:
     versions: list[Version]
     writes: list[Change]
     settling_s: float
+    #: Of an inode: the making of it.
+    maker: Change | None = None
     seen: list[tuple[Read, int]] = field(default_factory=list)
 
     def check(self, reads: list[Read]) -> list[str]:
@@ -226,7 +266,7 @@ class _Register:
         for read in sorted(reads, key=lambda each: each.invoked.order):
             oldest = max(self._replaced(read), self._seen_before(read))
             found = self._first(read, oldest)
-            if found is None and not self._is_being_written(read):
+            if found is None and not self._is_being_written(read) and not self._is_held(read):
                 complaints.append(self._complaint(read, oldest))
             elif found is not None:
                 self.seen.append((read, found))
@@ -242,8 +282,22 @@ class _Register:
             for each in self.writes
         )
 
+    def _is_held(self, read: Read) -> bool:
+        """Say whether a read of an inode's machine was of what it kept to itself."""
+        maker = self.maker
+        if (
+            maker is None
+            or not maker.held
+            or maker.client != read.client
+            or read.invoked.time > maker.gone + self.settling_s
+        ):
+            return False
+        return self.versions[0].committed is _BEGINNING or read.invoked.order < self.versions[0].committed.order
+
     def _may_be_left(self, write: Change, read: Read) -> bool:
         """Say whether a write of the read's machine was under way, or had just failed."""
+        if write.held:
+            return read.invoked.time <= write.gone + self.settling_s
         if write.returned is None or read.invoked.order < write.returned.order:
             return True
         return write.outcome is Outcome.UNKNOWN and read.invoked.time < write.returned.time + self.settling_s
@@ -265,6 +319,8 @@ class _Register:
             if 0.0 < self.versions[index].settled < read.invoked.time:
                 return index
             if change is None or change.outcome is not Outcome.OK or change.returned is None:
+                continue
+            if change.parted and read.invoked.order < self.versions[index].committed.order:
                 continue
             if change.returned.order < read.invoked.order:
                 return index

@@ -69,6 +69,8 @@ class Client:
         self._session: str | None = None
         #: Called, with the index, when a worker has its session.
         self.on_ready: Callable[[int], None] = lambda index: None
+        #: Called, with the index, when a worker has lost its session.
+        self.on_lost: Callable[[int], None] = lambda index: None
         self.kernel: Kernel
         self.maps: Maps | None
         self.node: Node
@@ -97,6 +99,7 @@ class Client:
     async def _run(self, worker: Worker) -> None:
         while True:
             mount = Mount(self._config(), self.maps or NoKernelCache(), Notifier(self, worker))
+            self._watch(mount)
             try:
                 await mount.open()
                 break
@@ -104,6 +107,20 @@ class Client:
                 await asyncio.sleep(0.2)
         worker.mount = mount
         self._loop.post(self.node, self._ready, worker, mount.session_id.hex())
+
+    def holds(self, ino: int) -> bool:
+        """Whether the worker has made a file that the metaserver does not know of."""
+        return self.worker.mount is not None and ino in self.worker.mount._creations
+
+    def _watch(self, mount: Mount) -> None:
+        """Tell when a mount loses its session."""
+        drop = mount._session._on_lost
+
+        def lost() -> None:
+            self.on_lost(self.index)
+            drop()
+
+        mount._session._on_lost = lost
 
     def _ready(self, worker: Worker, session: str) -> None:
         if worker is self.worker:

@@ -122,6 +122,15 @@ class Change:
     durable: bool = False
     #: Its program was told that it may be lost.
     doubted: bool = False
+    #: It is the making of a file, which its client may keep to itself: up to ``due``, if it has come to that.
+    held: bool = False
+    due: Stamp | None = None
+    #: What was changed of the file meanwhile.
+    along: list[Change] = field(default_factory=list)
+    #: Since when it may be gone with the worker that kept it.
+    gone: float = math.inf
+    #: Its client lost its session before others knew of it, so that they may learn of it late.
+    parted: bool = False
 
     def __str__(self) -> str:
         return f"client {self.client}'s {self.what} ({self.outcome.value})"
@@ -146,6 +155,8 @@ class History:
     pending: dict[int, tuple[Node, str]] = field(default_factory=dict)
     #: Up to when each client knows that what it did may be lost.
     told: dict[int, int] = field(default_factory=dict)
+    #: The making of files, by inode.
+    makers: dict[int, Change] = field(default_factory=dict)
     #: When a client's worker must have noticed that its machine was suspended.
     awake: dict[int, float] = field(default_factory=dict)
 
@@ -181,6 +192,26 @@ class History:
         if effect is not None:
             change.effect = effect
 
+    def made(self, change: Change, ino: int, *, held: bool) -> None:
+        """A file was made, and is open: if ``held``, others may come to know of it when it is closed, not later."""
+        change.held = held
+        self.makers[ino] = change
+
+    def along(self, change: Change, ino: int) -> None:
+        """An inode was changed; if its making may still be its client's own business, so may this be."""
+        maker = self.makers.get(ino)
+        if maker is not None and maker.client == change.client and maker.due is None:
+            change.held = True
+            maker.along.append(change)
+
+    def due(self, change: Change, *, durable: bool) -> None:
+        """A file that was made is closed; if that makes it ``durable``, everybody can know of it."""
+        change.durable, change.doubted = durable and change.gone == math.inf, False
+        if change.durable or not change.held:
+            change.due = self.now()
+            for each in change.along:
+                each.due = change.due
+
     def synced(self, client: int, invoked: Stamp) -> None:
         """All that a client had done before it began to sync is durable, but for what it was told may be lost."""
         since = self.told.get(client, 0)
@@ -188,10 +219,23 @@ class History:
             returned = change.returned
             if change.client == client and returned is not None and since < returned.order < invoked.order:
                 change.durable |= change.outcome is Outcome.OK and not change.doubted
+                if change.held and change.due is None and change.durable:
+                    change.due = self.now()
 
     def sync_failed(self, client: int) -> None:
         """A client was told by a sync that what it had done may be lost; or it is started anew, and cannot be told."""
         self.told[client] = self.now().order
+
+    def lose_held(self, client: int) -> None:
+        """A client's worker has died, with what it kept to itself."""
+        for change in self.changes:
+            if change.client == client and change.held and change.due is None:
+                change.gone = min(change.gone, self.loop.now)
+
+    def session_lost(self, client: int) -> None:
+        """A client has lost its session, and with it the right to keep anything to itself."""
+        for change in self.changes:
+            change.parted |= change.client == client and change.held and change.due is None
 
     def worker_died(self, client: int) -> None:
         """What a client's worker had in hand is not known to the client until there is another worker."""

@@ -176,9 +176,16 @@ class Program:
         change = self._history.begin(self._client.index, f"create of {name!r} in {parent}", {register: PRESENT})
         ino, handle = await self._changing(change, self._kernel.create(parent, name), exists=register)
         self._history.end(change, Outcome.OK, {register: ino})
+        self._history.made(change, ino, held=self._client.holds(ino))
         change.doubted = True
-        await self._write_and_close(ino, handle, content)
-        change.doubted, change.durable = False, self._durable
+        if self._rng.random() < 0.3:
+            await asyncio.sleep(self._rng.uniform(0, 3.0))
+        try:
+            await self._write_and_close(ino, handle, content, made=True)
+        except Failed:
+            change.gone = min(change.gone, self._history.now().time)
+            raise
+        self._history.due(change, durable=self._durable)
         return ino
 
     async def mkdir(self, parent: int, name: bytes) -> None:
@@ -238,6 +245,9 @@ class Program:
         change = self._history.begin(self._client.index, what, effect)
         await self._changing(change, call)
         self._history.end(change, Outcome.OK)
+        kind, ino, _ = next(iter(effect))
+        if kind in ("owner", "mode", "atime"):
+            self._history.along(change, ino)
 
     async def write(self, ino: int, content: bytes, *, truncate: bool = False) -> None:
         """Open a file, write it and close it."""
@@ -270,7 +280,8 @@ class Program:
         for change in changes:
             self._history.end(change, outcome, durable=self._durable and outcome is Outcome.OK)
 
-    async def _write_and_close(self, ino: int, handle: int, content: bytes | None) -> None:
+    async def _write_and_close(self, ino: int, handle: int, content: bytes | None, *, made: bool = False) -> None:
+        """``made``: the file was made with this handle."""
         if content is None:
             await self._closing(ino, handle)
             return
@@ -295,6 +306,8 @@ class Program:
             self._history.end(change, Outcome.UNKNOWN)
             raise Failed from failure
         self._history.end(change, Outcome.OK, durable=self._durable)
+        if made and self._client.holds(ino):
+            change.held = True
 
     async def _changing(
         self,

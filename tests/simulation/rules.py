@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
+from fuseclient.worker.creations import Creations
 from fuseclient.worker.guard import Guard
 from fuseclient.worker.invalidation import Invalidator
 from metaserver import fencing
@@ -31,6 +32,8 @@ class Rule(NamedTuple):
 
     replaced: tuple[tuple[Any, str, Any], ...]
     faults: tuple[str, ...] = ()
+    #: It is for a client that is the only one for a while.
+    late: bool = False
     #: It is for two metaservers.
     standby: bool = False
 
@@ -49,6 +52,8 @@ RULES: Final[dict[str, Rule]] = {
     "epoch of the authority": Rule(((Tenure, "check", _nothing),), ("freeze_a_metaserver",), standby=True),
     "grace": Rule(((Grace, "over", _at_once),), ("restart_the_server", "partition", "freeze_a_worker")),
     "remembered outcomes": Rule(((fencing, "outcome", _nothing),), ("cut_a_connection", "restart_the_server")),
+    "new files before others": Rule(((Creations, "commit_all", _at_once),), ("cut_a_connection",), late=True),
+    "new files in order": Rule(((Creations, "before", _at_once),), ("cut_a_connection",), late=True),
     "one connection": Rule(((Change, "is_current", True),), ("kill_a_worker",)),
 }
 

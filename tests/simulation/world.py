@@ -59,6 +59,8 @@ class Setup:
     accel: bool = True
     #: The engine acknowledges before it is durable.
     lazy: bool = False
+    #: Only the first client is there from the beginning: the others come later, one by one.
+    late: bool = False
     #: There are two metaservers, one of which stands by.
     standby: bool = False
     #: The kinds of faults that there are; empty: all.
@@ -79,6 +81,7 @@ def setup_of(seed: int) -> Setup:
         accel=rng.random() < 0.8,
         lazy=rng.random() < 0.25,
         standby=rng.random() < 0.25,
+        late=rng.random() < 0.5,
     )
 
 
@@ -182,16 +185,23 @@ class World:
 
     # Clients
 
-    def add_clients(self) -> None:
-        """Boot all clients."""
-        for index in range(self.setup.clients):
-            rng = random.Random(self.rng.random())
-            client = Client(self.loop, rng, index, self.addresses, VOLUME, self.setup.accel)
-            client.on_ready = self.history.worker_ready
-            self.clients.append(client)
+    def add_client(self) -> Client:
+        """Boot another client."""
+        rng = random.Random(self.rng.random())
+        client = Client(self.loop, rng, len(self.clients), self.addresses, VOLUME, self.setup.accel)
+        client.on_ready = self.history.worker_ready
+        client.on_lost = self.history.session_lost
+        self.clients.append(client)
+        return client
+
+    async def _add_late_clients(self) -> None:
+        while len(self.clients) < self.setup.clients:
+            await asyncio.sleep(self.rng.uniform(0.1, 4.0) * self.setup.lease_s)
+            self.start_programs(self.add_client())
 
     def kill_worker(self, client: Client) -> None:
         self.history.worker_died(client.index)
+        self.history.lose_held(client.index)
         client.kill_worker()
         self.network.died(client.worker.node)
 
@@ -200,6 +210,7 @@ class World:
         client.kill()
         self.network.died(client.worker.node)
         self._programs = [(owner, task) for owner, task in self._programs if owner is not client]
+        self.history.lose_held(client.index)
         self.history.abandon(client.node)
         self.history.sync_failed(client.index)
 
@@ -251,13 +262,15 @@ class World:
         await connection.call(wire.CloseSession(), wire.Done)
         connection.abort()
         self.setup_commits = len(self.witness.commits)
-        self.add_clients()
+        for _ in range(1 if self.setup.late else self.setup.clients):
+            self.add_client()
 
     async def run_programs(self) -> None:
         """Let random programs and faults do what they do; then heal, and let all end in time."""
         for client in self.clients:
             self.start_programs(client)
         faults = asyncio.create_task(self.faults.run()) if self.setup.faults else None
+        await self._add_late_clients()
         await self._until(lambda: not self._running(), 60 * self.setup.lease_s)
         if faults is not None:
             self.faults.ending = True
@@ -306,7 +319,8 @@ class World:
         """Return what is to be said of all that happened."""
         complaints = [f"not ended: {what}" for _, what in self.history.pending.values()]
         settling_s = 2 * self.setup.lease_s + 5
-        complaints += checker.check(self.history, self.witness.commits, self.setup_commits, settling_s)
+        faults = self.setup.faults
+        complaints += checker.check(self.history, self.witness.commits, self.setup_commits, settling_s, faults=faults)
         complaints += self.exceptions + self.witness.complaints
         complaints += [f"a program failed: {error!r}" for error in self._errors()]
         complaints += check_tree(self.engine.entries(1), self.engine.inodes(1))

@@ -1,0 +1,203 @@
+"""Servers of storage engines on loopback, each in a directory of its own: for measurements, and for the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+_START_S: Final = 60.0
+_numbers = itertools.count()
+
+
+class Unavailable(Exception):
+    """A server cannot be had here."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def listens(port: int) -> bool:
+    """Say whether somebody listens on a port."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
+        return True
+    return False
+
+
+class Server:
+    """A process of a server, in a directory of its own."""
+
+    name = ""
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix=f"bpfuse-{self.name}-"))
+        self.port = free_ports(1)[0]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        """Return the command that runs it in the foreground."""
+        raise NotImplementedError
+
+    def url(self, port: int | None = None) -> str:
+        """Return the URL of an engine that nobody has used; on another port, where a proxy listens."""
+        raise NotImplementedError
+
+    def ready(self) -> bool:
+        return listens(self.port)
+
+    def start(self) -> None:
+        """Start it, on what an earlier start left, and return when it is ready."""
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + _START_S
+        while not self.ready():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{self.name} did not start: {(self.directory / 'log').read_text()[-2000:]}")
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait()
+            self.process = None
+
+    def close(self) -> None:
+        """End it and remove what it has stored."""
+        self._end(signal.SIGKILL)
+        shutil.rmtree(self.directory)
+
+
+def _program(name: str, *places: str) -> str:
+    for place in places:
+        if (Path(place) / name).exists():
+            return str(Path(place) / name)
+    found = shutil.which(name)
+    if found is None:
+        raise Unavailable(f"there is no {name}")
+    return found
+
+
+def as_user(name: str) -> list[str]:
+    """Return what begins a command that is to run as a user other than root, for servers that refuse to be root's."""
+    if os.getuid() != 0:
+        return []
+    return [_program("setpriv"), f"--reuid={name}", f"--regid={name}", "--clear-groups"]
+
+
+class Etcd(Server):
+    """A cluster of one member."""
+
+    name = "etcd"
+
+    def __init__(self) -> None:
+        self.program = _program("etcd")
+        super().__init__()
+        self._peers = free_ports(1)[0]
+
+    def command(self) -> list[str]:
+        client, peer = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self._peers}"
+        return [
+            self.program, "--name=test", f"--data-dir={self.directory}/data", f"--listen-client-urls={client}",
+            f"--advertise-client-urls={client}", f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}",
+            f"--initial-cluster=test={peer}", "--log-level=warn", "--logger=zap",
+        ]  # fmt: skip
+
+    def url(self, port: int | None = None) -> str:
+        return f"etcd://127.0.0.1:{port or self.port}/test/{next(_numbers)}"
+
+
+class Postgres(Server):
+    """A cluster of its own, which its superuser needs no password for."""
+
+    name = "postgresql"
+
+    def __init__(self) -> None:
+        places = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+        self._program = _program("postgres", *map(str, reversed(places)))
+        initdb = _program("initdb", *map(str, reversed(places)))
+        self._prefix = as_user("postgres")
+        super().__init__()
+        if self._prefix:
+            shutil.chown(self.directory, "postgres", "postgres")
+        (self.directory / "log").touch()
+        made = [*self._prefix, initdb, "--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8"]
+        subprocess.run([*made, f"{self.directory}/data"], check=True, capture_output=True, cwd="/")
+
+    def command(self) -> list[str]:
+        return [
+            *self._prefix, self._program, "-D", f"{self.directory}/data", "-p", str(self.port),
+            "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={self.directory}",
+            "-c", "shared_buffers=32MB", "-c", "max_connections=60",
+        ]  # fmt: skip
+
+    def ready(self) -> bool:
+        return "ready to accept connections" in (self.directory / "log").read_text().rpartition("starting")[2]
+
+    def kill(self) -> None:
+        """End it and its children at once."""
+        assert self.process is not None
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        super().kill()
+        for each in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(children, timeout=_START_S)
+
+    def close(self) -> None:
+        self._end(signal.SIGQUIT)
+        shutil.rmtree(self.directory)
+
+    def url(self, port: int | None = None) -> str:
+        schema = f"test{next(_numbers)}"
+        return f"postgresql://postgres@127.0.0.1:{port or self.port}/postgres?schema={schema}"
+
+
+class Mariadb(Server):
+    """A server without accounts: whoever reaches it may do anything, and it needs no setting up."""
+
+    name = "mariadb"
+
+    def __init__(self) -> None:
+        self._program = _program("mariadbd", "/usr/sbin")
+        super().__init__()
+        (self.directory / "data" / "test").mkdir(parents=True)
+        (self.directory / "data" / "test" / "db.opt").write_text("default-character-set=utf8mb4\n")
+        self._common = [
+            self._program, "--no-defaults", f"--datadir={self.directory}/data", "--innodb-buffer-pool-size=32M",
+            "--innodb-log-file-size=32M", *(["--user=root"] * (os.getuid() == 0)),
+        ]  # fmt: skip
+        # A server that is killed before its first shutdown does not start again.
+        made = [*self._common, "--bootstrap"]
+        subprocess.run(made, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_START_S)
+
+    def command(self) -> list[str]:
+        return [
+            *self._common, f"--socket={self.directory}/socket", "--bind-address=127.0.0.1", f"--port={self.port}",
+            "--skip-grant-tables", "--skip-name-resolve",
+        ]  # fmt: skip
+
+    def url(self, port: int | None = None) -> str:
+        return f"mysql://root@127.0.0.1:{port or self.port}/test?tables=test{next(_numbers)}"
+
+
+SERVERS: Final[dict[str, type[Server]]] = {"etcd": Etcd, "postgresql": Postgres, "mysql": Mariadb}

@@ -1,0 +1,236 @@
+"""Engines on a store elsewhere: round trips, lost answers, other processes, and stores that are away."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import operator
+from collections.abc import AsyncIterator
+
+import pytest
+from local_store import LocalStore
+from namespaces import Files
+
+from metaserver import recovery
+from metaserver.engine import Snapshot, Transaction
+from metaserver.engine.remote import RemoteEngine
+from metaserver.engine.store import Lost
+from metaserver.errors import EngineUnavailable, EngineUnusable, LimitExceeded, Unknown
+
+
+@pytest.fixture
+def store() -> LocalStore:
+    return LocalStore()
+
+
+@pytest.fixture
+async def engine(store: LocalStore) -> AsyncIterator[RemoteEngine]:
+    engine = RemoteEngine(store, "test", patience_s=0.2)
+    yield engine
+    store.is_away = False
+    await engine.close()
+
+
+def add(txn: Transaction, key: bytes = b"n") -> int:
+    value = int(txn.get(key) or b"0") + 1
+    txn.put(key, b"%d" % value)
+    return value
+
+
+def get(snapshot: Snapshot) -> bytes | None:
+    return snapshot.get(b"n")
+
+
+async def test_transactions_that_wait_share_a_commit(engine: RemoteEngine, store: LocalStore) -> None:
+    """Though each depends on the one before, and none is seen before it is stored."""
+    await engine.write(add)
+    values = await asyncio.gather(*(engine.write(add) for _ in range(200)))
+    assert sorted(values) == list(range(2, 202))
+    assert store.now.rows == {b"n": b"201"}
+    assert store.commits <= 5
+
+
+async def test_what_is_at_hand_is_not_fetched_again(engine: RemoteEngine, store: LocalStore) -> None:
+    await engine.write(add)
+    before = store.fetches
+    for _ in range(10):
+        await engine.write(add)
+    assert store.fetches == before
+    assert await asyncio.gather(*(engine.read(get) for _ in range(10))) == [b"11"] * 10
+    assert store.fetches <= before + 2
+
+
+async def test_many_keys_are_one_round_trip(engine: RemoteEngine, store: LocalStore) -> None:
+    await engine.write(add)
+    keys = [b"%d" % n for n in range(1000)]
+    before = store.fetches
+    assert await engine.read(lambda snapshot: snapshot.get_many([*keys, b"n"])) == [None] * 1000 + [b"1"]
+    assert store.fetches == before + 1
+
+
+@pytest.mark.parametrize("step", [1, 2, 1000])
+async def test_keys_that_lie_together_are_read_as_a_range(engine: RemoteEngine, store: LocalStore, step: int) -> None:
+    """And give the same as those that do not, while others write some of them; a key of another length, too."""
+    keys = [b"i" + (number * step).to_bytes(8) for number in range(60)]
+
+    def write(txn: Transaction, number: int, value: bytes) -> None:
+        txn.put(keys[number], value)
+
+    other = RemoteEngine(store, "other")
+    for number in range(0, 60, 3):
+        await other.write(functools.partial(write, number=number, value=b"1"))
+    asked = keys, [*keys, b"i"]
+    reading = [asyncio.create_task(engine.read(operator.methodcaller("get_many", each))) for each in asked]
+    await asyncio.gather(*(engine.write(functools.partial(write, number=n, value=b"2")) for n in range(0, 60, 6)))
+    for values in await asyncio.gather(*reading):
+        assert [value is not None for value in values[:60]] == [number % 3 == 0 for number in range(60)]
+        assert set(values[3:60:6]) == {b"1"}
+    assert await engine.read(lambda s: s.get_many(keys[::6])) == [b"2"] * 10
+    await other.close()
+
+
+async def test_a_long_body_is_run_once_and_sees_one_moment(engine: RemoteEngine, store: LocalStore) -> None:
+    """On a thread, with a round trip a row, while others write."""
+
+    def write(txn: Transaction, value: bytes) -> None:
+        for number in range(50):
+            txn.put(b"k%02d" % number, value)
+
+    runs: list[int] = []
+
+    def body(snapshot: Snapshot) -> set[bytes | None]:
+        runs.append(1)
+        return {snapshot.get(b"k%02d" % number) for number in range(50)}
+
+    await engine.write(functools.partial(write, value=b"0"))
+    reading = asyncio.create_task(engine.scan(body))
+    other = RemoteEngine(store, "other")
+    for number in range(1, 20):
+        await (engine if number % 2 else other).write(functools.partial(write, value=b"%d" % number))
+    assert len(await reading) == 1
+    assert len(runs) == 1
+    other_body = await other.read(body)  # one that does not say that it is long
+    assert other_body == {b"19"}
+    await other.close()
+
+
+async def test_another_process_between_two_commits(engine: RemoteEngine, store: LocalStore) -> None:
+    other = RemoteEngine(store, "other")
+    for _ in range(5):
+        await engine.write(add)
+        await other.write(add)
+    assert await engine.read(get) == await other.read(get) == b"10"
+    await other.close()
+
+
+@pytest.mark.parametrize("done", [True, False], ids=["after it was made", "before it was made"])
+async def test_a_lost_answer_is_found_out(engine: RemoteEngine, store: LocalStore, done: bool) -> None:
+    """Whether it was committed or not, the transaction is made exactly once."""
+    await engine.write(add)
+    losses = iter([Lost("cut")] * 2)
+
+    def lose() -> None:
+        if (error := next(losses, None)) is not None:
+            raise error
+
+    if done:
+        store.after = lose
+    else:
+        store.before = lose
+    assert await engine.write(add) == 2
+    assert store.now.rows == {b"n": b"2"}
+
+
+async def test_a_lost_answer_with_another_process_behind_it(engine: RemoteEngine, store: LocalStore) -> None:
+    """It was committed, its answer was lost, and others have committed since."""
+    await engine.write(add)
+    other = RemoteEngine(store, "other")
+    tasks: list[asyncio.Task[int]] = []
+
+    def lose() -> None:
+        store.after = lambda: None
+        tasks.append(asyncio.create_task(other.write(add)))
+        raise Lost("cut")
+
+    store.after = lose
+    assert await engine.write(add) == 2
+    assert await tasks[0] == 3
+    assert await engine.write(add) == 4
+    await other.close()
+
+
+async def test_an_unknown_outcome_is_said_and_what_is_late_is_refused(engine: RemoteEngine, store: LocalStore) -> None:
+    """A commit that is still on its way when patience ends cannot arrive after something else was done."""
+    await engine.write(add)
+    late = store.now.tip.version
+
+    def lose() -> None:
+        store.is_away = True
+        raise Lost("cut")
+
+    store.before = lose
+    with pytest.raises(Unknown):
+        await engine.write(add)
+    store.is_away, store.before = False, lambda: None
+    assert await engine.read(get) == b"1"
+    assert store.now.tip.version > late
+
+
+async def test_who_depends_on_a_failed_commit_runs_again(engine: RemoteEngine, store: LocalStore) -> None:
+    await engine.write(add)
+
+    def lose() -> None:
+        store.is_away = True
+        store.before = lambda: None
+        raise Lost("cut")
+
+    store.before = lose
+    first = asyncio.create_task(engine.write(add))
+    first.add_done_callback(lambda _: setattr(store, "is_away", False))
+    while not store.is_away:  # noqa: ASYNC110 - the commit is under way when it is
+        await asyncio.sleep(0)
+    second = asyncio.create_task(engine.write(add))
+    with pytest.raises(Unknown):
+        await first
+    assert await second == 2
+    assert store.now.rows == {b"n": b"2"}
+
+
+async def test_a_store_that_is_away(engine: RemoteEngine, store: LocalStore) -> None:
+    store.is_away = True
+    with pytest.raises(EngineUnusable, match="test does not answer: it is away"):
+        await engine.read(get)
+    store.is_away = False
+    await engine.write(add)
+    store.is_away = True
+    with pytest.raises(EngineUnavailable):
+        await engine.read(get)
+    store.is_away = False
+    assert await engine.write(add) == 2
+
+
+async def test_a_store_that_takes_less_than_it_should(engine: RemoteEngine, store: LocalStore) -> None:
+    """Batches become smaller; what one transaction writes is refused whole."""
+    store.most_writes = 10
+
+    def write(txn: Transaction, first: int, count: int) -> None:
+        for number in range(first, first + count):
+            txn.put(b"%d" % number, b"")
+
+    await asyncio.gather(*(engine.write(functools.partial(write, first=first, count=8)) for first in range(0, 80, 8)))
+    assert len(store.now.rows) == 80
+    with pytest.raises(LimitExceeded):
+        await engine.write(functools.partial(write, first=100, count=11))
+    assert len(store.now.rows) == 80
+
+
+async def test_nothing_is_lost_when_a_server_is_killed(engine: RemoteEngine) -> None:
+    """So the next one skips no numbers, and has no client drop what it has; unless fsck has repaired something."""
+    files = await Files.create(engine)
+    assert not await recovery.prepare(engine)
+    before = await files.make(b"before")
+    assert not await recovery.prepare(engine)
+    assert await files.make(b"before2") < before + 1000
+    await recovery.spoil(engine)
+    assert await recovery.prepare(engine)
+    assert await files.make(b"after") > before + 1000

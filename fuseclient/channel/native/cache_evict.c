@@ -15,6 +15,7 @@ enum {
 	ROOM_SHARE = 32,    /* this part of the capacity is made free at once */
 	MEMBERS_FACTOR = 3, /* members remembered at most, by the capacity: most may be of entries that are gone */
 	FIRST_EVICTED = 1024,
+	MOST_EVICTED = 1 << 20, /* keys that wait to be taken; more are lost, which is told */
 };
 
 static void tell(struct bpfuse_cache *cache, __u64 key)
@@ -23,7 +24,7 @@ static void tell(struct bpfuse_cache *cache, __u64 key)
 	__u64 *keys;
 
 	if (cache->evicted.count == cache->evicted.room) {
-		keys = realloc(cache->evicted.keys, room * sizeof(*keys));
+		keys = room > MOST_EVICTED ? NULL : realloc(cache->evicted.keys, room * sizeof(*keys));
 		if (!keys) {
 			cache->evicted.lost = true;
 			return;

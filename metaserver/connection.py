@@ -156,7 +156,7 @@ class _Gone(Exception):
 class Connection(asyncio.Protocol):
     """The protocol object of one accepted socket; ``connections`` holds all those of its server."""
 
-    def __init__(self, service: Service, gate: Gate | Unguarded, limits: Limits, connections: set[Connection]) -> None:
+    def __init__(self, service: Service, gate: Gate | Unguarded, limits: Limits, connections: dict[Connection, None]) -> None:
         self._service = service
         self._gate = gate
         self._limits = limits
@@ -192,7 +192,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=self._limits.unsent_bytes)
-        self._connections.add(self)
+        self._connections[self] = None
         self._gate.halves.enter(self)
         if self._closing:
             return
@@ -383,7 +383,7 @@ class Connection(asyncio.Protocol):
 
     def _release(self) -> None:
         if self._transport is None and not self._tasks:
-            self._connections.discard(self)
+            self._connections.pop(self, None)
             self._ended.set()
 
     # Replies and the end

@@ -64,7 +64,7 @@ class Front:
         self._lost: asyncio.Event
         self.server: Server | None = None
         self._standby: Standby
-        self._told: set[Connection] = set()
+        self._told: dict[Connection, None] = {}
         self._listening: list[asyncio.Server] = []
         #: Tasks that accept connections of TLS, and tasks of those until it is agreed on.
         self._accepting: list[asyncio.Task[None]] = []

@@ -65,7 +65,7 @@ class Server:
         self.sessions = Sessions(int(lease_s * 1000) * 1_000_000, clock, feed_changes)
         self.janitor = Janitor(self._engine, self.sessions, wall)
         self.coherence = self.janitor.coherence = Coherence(self.sessions, self.janitor.evict)
-        self.connections: set[Connection] = set()
+        self.connections: dict[Connection, None] = {}
         self.gate = Gate(self._engine, access, limits.half_open, wall)
         self._service = Service(
             self._engine, self.tenure, self.sessions, self.coherence, self.janitor, self.gate, limits, wall

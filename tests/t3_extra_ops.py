@@ -530,6 +530,7 @@ def test_another_worker_takes_over(mount: MountFactory, accel: str) -> None:
         os.fsync(fd)
         worker = mounted.process("worker").pid
         os.kill(worker, signal.SIGKILL)
+        rig.wait_for(lambda: not Path(f"/proc/{worker}").exists(), "it has died, and takes no more requests")
         assert data_map(fd) == [(0, 200_000)]
         fallocate(fd, PUNCH_HOLE | KEEP_SIZE, 50_000, 50_000)
         assert os.copy_file_range(fd, other, 200_000, 0, 0) == 200_000

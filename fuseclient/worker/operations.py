@@ -602,11 +602,14 @@ class Operations(pyfuse3.Operations):
         return self._locks.may_write(ino) and self._writer.write_now(ino, off, data)
 
     def may_post(self, fh: int) -> int:
-        """Return how many bytes may be written through a handle without waiting for a word of it."""
+        """Return how many bytes may be written through a handle without waiting for a word of it.
+
+        None while there are locks: a write under one that is lost is to be refused.
+        """
         ino = handles.decode(fh).ino
         if fh & handles.APPENDS or self._is_earlier_writer(fh) or self._passthrough.has(ino):
             return 0
-        return self._writer.credit(ino) if self._locks.may_write(ino) else 0
+        return 0 if self._locks.has(ino) else self._writer.credit(ino)
 
     def take_posted(self, fh: int, off: int, data: memoryview) -> None:
         """Take a write that was answered already, because :meth:`may_post` said so."""

@@ -152,8 +152,14 @@ static void fill_handle(struct request *request)
 	memcpy(request->parts[1].iov_base, &handle, sizeof(handle));
 }
 
+/* Whether a request's first field is a handle, and it ends what may be posted to the handle's file. */
+static bool ends_posting(uint32_t opcode)
+{
+	return opcode == FUSE_RELEASE || opcode == FUSE_SETLK || opcode == FUSE_SETLKW;
+}
+
 /*
- * Prepares a write, or a release, for what posting.c is about. Returns the write if nobody is to wait for it.
+ * Prepares a write, or what ends the posting of writes, for what posting.c is about. Returns the write if nobody is to wait for it.
  * The bytes may be sent again later, so they are to say each time whether that is so.
  */
 static struct fuse_write_in *post(struct bpfuse_channel *channel, struct pending *pending, struct request *request,
@@ -161,7 +167,7 @@ static struct fuse_write_in *post(struct bpfuse_channel *channel, struct pending
 {
 	struct fuse_write_in *in = request->parts[1].iov_base;
 
-	if (pending->opcode == FUSE_RELEASE && request->parts[1].iov_len >= sizeof(in->fh))
+	if (ends_posting(pending->opcode) && request->parts[1].iov_len >= sizeof(in->fh))
 		posting_end(channel, in->fh);
 	if (pending->opcode != FUSE_WRITE || request->parts[1].iov_len < sizeof(*in))
 		return NULL;

@@ -7,7 +7,8 @@
  * the worker's memory: by the next write that waits, by fsync and by close.
  *
  * The worker cannot refuse such a write, nor have it wait. So a grant ends when a handle of the file is released, when
- * something is appended to it, when its worker is lost, and when it is used up; then a write waits, and may bring the next.
+ * something is appended to it, when its locks change (writing under one that is lost is to be refused), when its worker
+ * is lost, and when it is used up; then a write waits, and may bring the next.
  * Small ones that follow each other are gathered here and sent as one, before anything else is sent, and after GATHER_MS:
  * waking the worker is what costs.
  * All with the lock held.
@@ -39,6 +40,9 @@ bool posting_covers(struct bpfuse_channel *channel, const struct fuse_write_in *
 {
 	const struct posting *posting = posting_of(channel, in->fh);
 
+	/* The kernel writes back pages when the worker asks for it, and answers that on another socket. */
+	if (in->write_flags & FUSE_WRITE_CACHE)
+		return false;
 	return posting && in->size && posting->credit >= in->size && !(in->offset >> FAR_BITS);
 }
 

@@ -156,7 +156,9 @@ class _Gone(Exception):
 class Connection(asyncio.Protocol):
     """The protocol object of one accepted socket; ``connections`` holds all those of its server."""
 
-    def __init__(self, service: Service, gate: Gate | Unguarded, limits: Limits, connections: dict[Connection, None]) -> None:
+    def __init__(
+        self, service: Service, gate: Gate | Unguarded, limits: Limits, connections: dict[Connection, None]
+    ) -> None:
         self._service = service
         self._gate = gate
         self._limits = limits

@@ -166,9 +166,10 @@ def test_scenario_02_a_worker_that_stands_still_past_its_deadline(cluster: Clust
             written = time.monotonic()
             if accel == "bpf":
                 assert len(watcher.seen) > began, "BPF answers while the worker stands still"
-                assert figures.outcome(holder, "miss_deadline") > 0
             with pytest.raises(TimeoutError):
                 background.until_blocked(lambda: os.stat(holder.path / "file")).result(LEASE_S / 4)
+            if accel == "bpf":
+                assert figures.outcome(holder, "miss_deadline") > 0
         watcher.wait_for(b"after!")
     watcher.check(b"before", b"after!", written)
     know(holder, holder.path / "file", b"after!")

@@ -19,7 +19,8 @@ from typing import Final
 from bench import measure
 from bench.protocol import Clients
 from bench.results import Figure, Result, Samples
-from bench.systems import Proof, Tree, bpfuse, proof, stats
+from bench.systems import Proof, Tree, bpfuse, mounted, proof, stats
+from fuseclient.bench import works
 
 _DIRECTORIES: Final = 10
 _HOLDERS: Final = 100
@@ -33,7 +34,7 @@ def run(directory: Path, rounds: int, *, small: bool) -> Result:
         figures = asyncio.run(_protocol(address, samples, rounds, changes))
         volume = f"bpfuse://{address}/mounts"
         bpfuse("format", volume, "--store", f"file://{directory}/blocks")
-        with _mounted(volume, directory / "one") as one, _mounted(volume, directory / "two") as two:
+        with mounted(volume, directory / "one") as one, mounted(volume, directory / "two") as two:
             figures += [_visible(one, two, samples, changes)]
             figures += _revalidated(one, two, directory, samples, rounds, names)
     return Result("coherence", rounds, {"changes": changes, "names": names, "holders": _HOLDERS}, samples, figures)
@@ -54,16 +55,6 @@ def metaserver(directory: Path) -> Iterator[str]:
     finally:
         server.terminate()
         server.communicate()
-
-
-@contextlib.contextmanager
-def _mounted(volume: str, point: Path) -> Iterator[Path]:
-    point.mkdir()
-    bpfuse("mount", volume, point)
-    try:
-        yield point
-    finally:
-        bpfuse("umount", point)
 
 
 # Mounts
@@ -107,7 +98,7 @@ def _revalidated(one: Path, two: Path, directory: Path, samples: Samples, rounds
         samples.add("revalidate", "bpfuse", measure.run("stat_all", paths=paths)[0] / names)
         after = stats(two)["requests"]["LOOKUP"]
         if after["kernel"] - before["kernel"] < names:
-            raise measure.Wrong("the names were not asked for again, so nothing was measured")
+            raise works.Wrong("the names were not asked for again, so nothing was measured")
         by_daemon = max(by_daemon, after["daemon"] - before["daemon"])
     ratio = samples.ratio("revalidate", "bpfuse", "proof", 1.4)
     return [*ratio, Figure("revalidate, not answered by BPF", "bpfuse", "", by_daemon, "names", 0)]

@@ -16,6 +16,8 @@ from typing import Final
 
 import psutil
 
+from bench.ports import listens
+
 _START_S: Final = 60.0
 _numbers = itertools.count()
 
@@ -31,13 +33,6 @@ def free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
-
-
-def listens(port: int) -> bool:
-    """Say whether somebody listens on a port."""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0):
-        return True
-    return False
 
 
 class Server:

@@ -15,11 +15,13 @@ from typing import Final
 
 from bench import measure
 from bench.databases import SERVERS, Server, Unavailable
-from bench.peers.base import Daemon, Peer, free_ports, fresh, listens
+from bench.peers.base import Daemon, Peer, fresh
 from bench.peers.juicefs import Juicefs, JuicefsRedis
 from bench.peers.own import Bpfuse
+from bench.ports import free_ports, listens
 from bench.results import Figure, Result, Samples
 from bench.systems import bpfuse
+from fuseclient.bench import works
 
 #: The forms in which JuiceFS wants its URLs.
 _JUICEFS_URLS: Final = {
@@ -77,7 +79,7 @@ def _measure(kind: type[Peer], name: str, directory: Path, files: int, samples: 
             found = sorted(entry.name for entry in entries if entry.stat().st_size)
         samples.add("directory", name, time.perf_counter() - start, files)
         if found != names:
-            raise measure.Wrong(f"{name}: the listing is another after a remount")
+            raise works.Wrong(f"{name}: the listing is another after a remount")
 
 
 def _own(server: Server, kind: str) -> type[Peer]:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from bench.peers.base import free_ports
+from bench.ports import free_ports
 from bench.results import Figure, Result, Samples
-from bench.systems import bpfuse
+from bench.systems import bpfuse, mounted
 from fuseclient.observe import status
 
 _KILLS: Final = 20
@@ -38,7 +38,7 @@ def run(directory: Path, rounds: int, *, small: bool) -> Result:
     with _metaservers(directory) as servers:
         url = f"bpfuse://{','.join(servers)}/failover"
         bpfuse("format", url, "--store", f"file://{directory}/blocks")
-        with _mounted(url, directory / "mnt") as point, _Writer(point) as writer:
+        with mounted(url, directory / "mnt") as point, _Writer(point) as writer:
             for _ in range(kills):
                 samples.add("failover", "bpfuse", _pause(url, servers, writer))
     setting = {"kills": kills, "lease_s": int(_LEASE_S), "closes that told of a loss": writer.told}
@@ -85,16 +85,6 @@ def _metaservers(directory: Path) -> Iterator[dict[str, _Metaserver]]:
     finally:
         for each in servers.values():
             each.end()
-
-
-@contextlib.contextmanager
-def _mounted(url: str, point: Path) -> Iterator[Path]:
-    point.mkdir()
-    bpfuse("mount", url, point)
-    try:
-        yield point
-    finally:
-        bpfuse("umount", point)
 
 
 def _pause(url: str, servers: dict[str, _Metaserver], writer: _Writer) -> float:

@@ -18,12 +18,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from fuseclient.bench.works import STEP, Wrong, large_block, write_large
+
 SMALL_BYTES: Final = 4096
-STEP: Final = 1 << 20
-
-
-class Wrong(Exception):
-    """What was read is not what was written. The text is one line."""
 
 
 def run(work: str, passes: int = 1, **arguments: Any) -> list[float]:
@@ -148,30 +145,6 @@ def make_directories(directory: str, count: int) -> None:
     """Make empty directories."""
     for number in range(count):
         os.mkdir(f"{directory}/d{number}")
-
-
-def write_large(path: str, size: int) -> None:
-    """Write a file and fsync it."""
-    block = large_block()
-    with open(path, "wb", buffering=0) as file:
-        for _ in range(size // STEP):
-            file.write(block)
-        os.fsync(file.fileno())
-
-
-def large_block() -> bytes:
-    return random.Random(2).randbytes(STEP)
-
-
-def check_large(path: str, size: int) -> None:
-    """Raise :exc:`Wrong` unless a file is as :func:`write_large` makes it."""
-    block = large_block()
-    with open(path, "rb", buffering=0) as file:
-        for _ in range(size // STEP):
-            if file.read(STEP) != block:
-                raise Wrong(f"wrong content in {path}")
-        if file.read(1):
-            raise Wrong(f"{path} is too long")
 
 
 def read_large(path: str) -> None:

@@ -54,6 +54,17 @@ def bpfuse(*arguments: str | Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
+@contextlib.contextmanager
+def mounted(url: str, point: Path, *options: str | Path) -> Iterator[Path]:
+    """Mount a volume on a directory, which is made if missing, for the body."""
+    point.mkdir(exist_ok=True)
+    bpfuse("mount", url, point, *options)
+    try:
+        yield point
+    finally:
+        bpfuse("umount", point)
+
+
 def stats(mountpoint: Path) -> dict[str, Any]:
     """Return what a mount tells of itself."""
     answer: dict[str, Any] = control.ask(

@@ -12,6 +12,7 @@ import rig
 
 from bench import measure
 from bench.comparison import NAME, Comparison
+from fuseclient.bench import works
 
 pytestmark = pytest.mark.usefixtures("needs_mounts", "needs_uring")
 
@@ -77,5 +78,5 @@ def test_wrong_content_is_found(tmp_path: Path) -> None:
     measure.create(str(tmp_path), 3)
     measure.check_created(str(tmp_path), 3)
     (tmp_path / "f1").write_bytes(bytes(4096))
-    with pytest.raises(measure.Wrong, match="f1"):
+    with pytest.raises(works.Wrong, match="f1"):
         measure.check_created(str(tmp_path), 3)

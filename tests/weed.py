@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Final
 
 import pytest
 
+from bench.ports import free_ports
 from fuseclient.data.objects import StoreError, open_store
 
 KEY: Final = "test-key"
@@ -44,7 +44,7 @@ class Weed:
     def __init__(self, program: str) -> None:
         self._program = program
         self._directory = Path(tempfile.mkdtemp(prefix="bpfuse-weed-"))
-        self._ports = _free_ports(4)
+        self._ports = free_ports(4, _GRPC)
         identity = {
             "name": "test",
             "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
@@ -120,29 +120,6 @@ class Weed:
         if self._process is not None and self._process.poll() is None:
             self.kill()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return ports that are free, as are those at the distance for gRPC.
-
-    They are not those of outgoing connections, and processes that ask at the same time look far from each other.
-    """
-    found: list[int] = []
-    for port in range(12_000 + os.getpid() * 997 % 8000, 22_000):
-        if all(_is_free(each) for each in (port, port + _GRPC)):
-            found.append(port)
-        if len(found) == count:
-            break
-    return found
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 @contextlib.contextmanager

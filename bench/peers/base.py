@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -174,33 +173,3 @@ class Daemon:
 def is_mounted(point: Path) -> bool:
     """Say whether something is mounted there."""
     return mounts.find_mount(str(point)) is not None
-
-
-def listens(port: int) -> bool:
-    """Say whether something listens on a port of the loopback device."""
-    try:
-        with socket.create_connection(("127.0.0.1", port), 1.0):
-            return True
-    except OSError:
-        return False
-
-
-def free_ports(count: int, *distances: int) -> list[int]:
-    """Return ports that are free, as are those at these distances from each."""
-    found: list[int] = []
-    # Below those that the kernel gives to whoever connects, with the distances, too.
-    for port in range(12_000 + os.getpid() * 7 % 8000, 22_000):
-        if all(_is_free(port + distance) for distance in (0, *distances)):
-            found.append(port)
-            if len(found) == count:
-                return found
-    raise RuntimeError("no free ports")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True

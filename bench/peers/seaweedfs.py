@@ -9,7 +9,8 @@ import urllib.request
 from pathlib import Path
 from typing import Final
 
-from bench.peers.base import Daemon, Peer, drop_kernel_caches, free_ports, is_mounted, need, output, program
+from bench.peers.base import Daemon, Peer, drop_kernel_caches, is_mounted, need, output, program
+from bench.ports import free_ports
 from fuseclient import mounts
 
 #: It opens a gRPC port at this distance of each port.

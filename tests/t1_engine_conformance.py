@@ -472,10 +472,10 @@ def test_secrets_that_others_can_read_are_refused(tmp_path: Path) -> None:
             path.chmod(0o640)
             with pytest.raises(EngineUnusable, match="chmod 600"):
                 open_engine(f"{scheme}?{option}={path}")
-        path.write_bytes(b"\xff")
-        path.chmod(0o600)
-        with pytest.raises(EngineUnusable, match="UTF-8|cannot be used|x: No such file"):
-            open_engine(f"postgresql://me@x/d?{option}={path}")
+    path.write_bytes(b"\xff")
+    path.chmod(0o600)
+    with pytest.raises(EngineUnusable, match="UTF-8"):
+        open_engine(f"postgresql://me@x/d?password_file={path}")
     with pytest.raises(EngineUnusable, match="a certificate needs its key, and ca"):
         open_engine("etcd://x/p?cert=y&key=z")
 

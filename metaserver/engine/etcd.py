@@ -70,7 +70,7 @@ _TOKEN_REFUSED: Final = ("invalid auth token", "revision in header is old", "rev
 _USER_REFUSED: Final = ("authentication failed", "authentication is not enabled", "user name is empty")
 #: What gRPC says of a connection that TLS did not come to be on, and what that means.
 _TLS_REFUSED: Final = {
-    "CERTIFICATE_VERIFY_FAILED": "its certificate cannot be verified by ca=",
+    "TSI_PROTOCOL_FAILURE": "TLS is not agreed on: its certificate may be none that ca= vouches for",
     "TSI_DATA_CORRUPTED": "it refuses this TLS connection: it may ask for a client's certificate (cert=, key=)",
 }
 

@@ -92,7 +92,7 @@ class Location:
     def private_key(self) -> bytes | None:
         """Return the key of our own certificate, if there is one; raise :exc:`EngineUnusable`."""
         given = {"ca", "cert", "key"} & self.options.keys()
-        if "key" in given and "cert" not in given or "cert" in given and given != {"ca", "cert", "key"}:
+        if ("key" in given and "cert" not in given) or ("cert" in given and given != {"ca", "cert", "key"}):
             raise EngineUnusable(f"{self.url}: a certificate needs its key, and ca: whose the server's is")
         return self.private_file("key")
 

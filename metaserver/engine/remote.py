@@ -392,7 +392,7 @@ class RemoteEngine(Engine):
                 self.requests += 1
                 return await self.store.commit(version, marks, writes)
             except (Moved, EngineError) as error:
-                if pause == _FIRST_PAUSE_S or isinstance(error, Moved) and error.tip is not None:
+                if pause == _FIRST_PAUSE_S or (isinstance(error, Moved) and error.tip is not None):
                     raise
                 self._is_uncertain = True
                 raise Unknown(f"{self._name}: {error}") from None

@@ -33,6 +33,7 @@ class SessionLock(Lock, Generic[C]):
         self._token = os.urandom(_TOKEN_BYTES)
         self._session: C | None = None
         self._is_held = False
+        self._announced = ""
 
     @abc.abstractmethod
     async def _connect(self) -> C:
@@ -55,6 +56,14 @@ class SessionLock(Lock, Generic[C]):
         """Say that nobody has the lock, if it was this one, and let it go."""
 
     @abc.abstractmethod
+    async def _announce(self, connection: C, address: str) -> list[str]:
+        """Say that there is a metaserver, unless its address is empty; return all that were there lately."""
+
+    @abc.abstractmethod
+    async def _withdraw(self, connection: C, address: str) -> None:
+        """Say that it is there no more."""
+
+    @abc.abstractmethod
     async def _is_locked(self, session: C) -> bool:
         """Say whether any session has the lock."""
 
@@ -65,12 +74,22 @@ class SessionLock(Lock, Generic[C]):
         await self._careful(self._renew(await self._opened()))
 
     async def holder(self) -> str | None:
-        return await self._careful(self._find_holder(await self._opened()))
+        async with self._store.reader() as connection:  # the session may be in the middle of taking the lock
+            return await self._find_holder(connection)
+
+    async def announce(self, address: str) -> list[str]:
+        self._announced = address
+        async with self._store.reader() as connection:
+            return await self._announce(connection, address)
 
     async def release(self) -> None:
         if self._session is not None:
             async with asyncio.timeout(LAPSE_S):
                 await self._careful(self._give_back(self._session, self._token))
+        announced, self._announced = self._announced, ""
+        if announced:
+            async with asyncio.timeout(LAPSE_S), self._store.reader() as connection:
+                await self._withdraw(connection, announced)
 
     async def close(self) -> None:
         self._end()

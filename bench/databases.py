@@ -103,6 +103,7 @@ class Etcd(Server):
     """A cluster of one member."""
 
     name = "etcd"
+    scheme = "http"
 
     def __init__(self) -> None:
         self.program = _program("etcd")
@@ -110,7 +111,7 @@ class Etcd(Server):
         self._peers = free_ports(1)[0]
 
     def command(self) -> list[str]:
-        client, peer = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self._peers}"
+        client, peer = f"{self.scheme}://127.0.0.1:{self.port}", f"http://127.0.0.1:{self._peers}"
         return [
             self.program, "--name=test", f"--data-dir={self.directory}/data", f"--listen-client-urls={client}",
             f"--advertise-client-urls={client}", f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}",
@@ -125,18 +126,26 @@ class Postgres(Server):
     """A cluster of its own, which its superuser needs no password for."""
 
     name = "postgresql"
+    #: What initdb is told beside the rest.
+    access: tuple[str, ...] = ("--auth=trust",)
 
     def __init__(self) -> None:
         places = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
         self._program = _program("postgres", *map(str, reversed(places)))
         initdb = _program("initdb", *map(str, reversed(places)))
         self._prefix = as_user("postgres")
+        #: Who it has to run as; empty: as this process.
+        self.runs_as = "postgres" if self._prefix else ""
         super().__init__()
-        if self._prefix:
-            shutil.chown(self.directory, "postgres", "postgres")
+        if self.runs_as:
+            shutil.chown(self.directory, self.runs_as, self.runs_as)
         (self.directory / "log").touch()
-        made = [*self._prefix, initdb, "--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8"]
+        self.prepare()
+        made = [*self._prefix, initdb, *self.access, "--username=postgres", "--no-sync", "--encoding=UTF8"]
         subprocess.run([*made, f"{self.directory}/data"], check=True, capture_output=True, cwd="/")
+
+    def prepare(self) -> None:
+        """See to what initdb needs."""
 
     def command(self) -> list[str]:
         return [
@@ -171,24 +180,31 @@ class Mariadb(Server):
     """A server without accounts: whoever reaches it may do anything, and it needs no setting up."""
 
     name = "mariadb"
+    #: What the server is told of accounts, and the statements that make them.
+    access: tuple[str, ...] = ("--skip-grant-tables",)
+    accounts = b""
 
     def __init__(self) -> None:
         self._program = _program("mariadbd", "/usr/sbin")
         super().__init__()
         (self.directory / "data" / "test").mkdir(parents=True)
         (self.directory / "data" / "test" / "db.opt").write_text("default-character-set=utf8mb4\n")
+        self.prepare()
         self._common = [
             self._program, "--no-defaults", f"--datadir={self.directory}/data", "--innodb-buffer-pool-size=32M",
             "--innodb-log-file-size=32M", *(["--user=root"] * (os.getuid() == 0)),
         ]  # fmt: skip
         # A server that is killed before its first shutdown does not start again.
         made = [*self._common, "--bootstrap"]
-        subprocess.run(made, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=_START_S)
+        subprocess.run(made, check=True, capture_output=True, input=self.accounts, timeout=_START_S)
+
+    def prepare(self) -> None:
+        """See to what the server is set up with."""
 
     def command(self) -> list[str]:
         return [
             *self._common, f"--socket={self.directory}/socket", "--bind-address=127.0.0.1", f"--port={self.port}",
-            "--skip-grant-tables", "--skip-name-resolve",
+            *self.access, "--skip-name-resolve",
         ]  # fmt: skip
 
     def url(self, port: int | None = None) -> str:

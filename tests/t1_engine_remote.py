@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import operator
 from collections.abc import AsyncIterator
@@ -14,8 +15,8 @@ from namespaces import Files
 from metaserver import recovery
 from metaserver.engine import Snapshot, Transaction
 from metaserver.engine.remote import RemoteEngine
-from metaserver.engine.store import Lost
-from metaserver.errors import EngineUnavailable, EngineUnusable, LimitExceeded, Unknown
+from metaserver.engine.store import Lost, Moved
+from metaserver.errors import EngineFull, EngineUnavailable, EngineUnusable, LimitExceeded, Unknown
 
 
 @pytest.fixture
@@ -174,6 +175,30 @@ async def test_an_unknown_outcome_is_said_and_what_is_late_is_refused(engine: Re
     store.is_away, store.before = False, lambda: None
     assert await engine.read(get) == b"1"
     assert store.now.tip.version > late
+
+
+@pytest.mark.parametrize("refusal", [EngineFull("no space"), Moved(None)], ids=["full", "moved"])
+async def test_a_refusal_says_nothing_of_a_commit_that_was_lost_before(
+    engine: RemoteEngine, store: LocalStore, refusal: Exception
+) -> None:
+    """It was made: whoever asked is not told that it was not, and asks for the outcome."""
+    await engine.write(add)
+
+    def lose() -> None:
+        store.before, store.after = refuse, lambda: None
+        raise Lost("cut")
+
+    def refuse() -> None:
+        store.before = lambda: None
+        raise refusal
+
+    store.after = lose
+    with pytest.raises(Unknown):
+        await engine.write(add)
+    assert await engine.read(get) == b"2"
+    store.before = refuse
+    with pytest.raises(EngineFull) if isinstance(refusal, EngineFull) else contextlib.nullcontext():
+        await engine.write(add)
 
 
 async def test_who_depends_on_a_failed_commit_runs_again(engine: RemoteEngine, store: LocalStore) -> None:

@@ -66,6 +66,17 @@ _LOST: Final = (
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.INTERNAL,
 )
+_TOKEN_REFUSED: Final = ("invalid auth token", "revision in header is old", "revision of auth store is old")
+_USER_REFUSED: Final = ("authentication failed", "authentication is not enabled", "user name is empty")
+#: What gRPC says of a connection that TLS did not come to be on, and what that means.
+_TLS_REFUSED: Final = {
+    "TSI_PROTOCOL_FAILURE": "TLS is not agreed on: its certificate may be none that ca= vouches for",
+    "TSI_DATA_CORRUPTED": "it refuses this TLS connection: it may ask for a client's certificate (cert=, key=)",
+}
+
+
+class _TokenRefused(Exception):
+    """A token that was given for a password is of no use any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +218,16 @@ class EtcdStore(Store):
 
         Of a stream the first reply is taken.
         """
+        try:
+            return await self._call(stub, method, request)
+        except _TokenRefused:  # it was forgotten by a restart, or has become too old; nothing was done
+            self._token = None
+        try:
+            return await self._call(stub, method, request)
+        except _TokenRefused as refused:
+            raise Lost(str(refused)) from None
+
+    async def _call(self, stub: Callable[[grpc.aio.Channel], Any], method: str, request: Any) -> Any:
         at = self._at
         try:
             metadata = await self._authenticated(at)
@@ -253,11 +274,14 @@ class EtcdStore(Store):
             return EngineFull(f"etcd: {text}")
         if "too many operations" in text or "too large" in text:
             return LimitExceeded(f"etcd: {text}")
-        if "invalid auth token" in text:
-            self._token = None
-            return Lost(text)
-        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED) or "authentication" in text:
+        if any(each in text for each in _TOKEN_REFUSED):
+            return _TokenRefused(text)
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED) or any(
+            each in text for each in _USER_REFUSED
+        ):
             return EngineUnusable(f"etcd refuses this user: {text}")
+        if (why := next((why for sign, why in _TLS_REFUSED.items() if sign in text), None)) is not None:
+            return EngineUnusable(f"{self._settings.endpoints[at]}: {why}")
         if code in _LOST or "future revision" in text or "too many requests" in text:
             if self._at == at:
                 self._at = (at + 1) % len(self._settings.endpoints)

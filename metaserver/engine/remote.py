@@ -48,7 +48,15 @@ from metaserver.engine.store import (
     marked,
 )
 from metaserver.engine.views import Cache, Hand, Memo, Missing, RemoteSnapshot, RemoteTransaction, touches
-from metaserver.errors import Conflict, EngineClosed, EngineUnavailable, EngineUnusable, LimitExceeded, Unknown
+from metaserver.errors import (
+    Conflict,
+    EngineClosed,
+    EngineError,
+    EngineUnavailable,
+    EngineUnusable,
+    LimitExceeded,
+    Unknown,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -373,13 +381,21 @@ class RemoteEngine(Engine):
             self._begin_after(outcome)
 
     async def _commit(self, version: int, marks: bytes, writes: Writes) -> int:
-        """Commit, as often as answers are lost; raise :exc:`Unknown` when patience is at its end."""
+        """Commit, as often as answers are lost; raise :exc:`Unknown` when patience is at its end.
+
+        A refusal says nothing of those that were sent before it: one of them may have been made, or still be.
+        """
         loop = asyncio.get_running_loop()
         end, pause = loop.time() + self._patience_s, _FIRST_PAUSE_S
         while True:
             try:
                 self.requests += 1
                 return await self.store.commit(version, marks, writes)
+            except (Moved, EngineError) as error:
+                if pause == _FIRST_PAUSE_S or (isinstance(error, Moved) and error.tip is not None):
+                    raise
+                self._is_uncertain = True
+                raise Unknown(f"{self._name}: {error}") from None
             except Lost as lost:
                 if loop.time() + pause > end:
                     self._is_uncertain = True

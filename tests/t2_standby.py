@@ -19,7 +19,7 @@ _NOBODY = "tcp:127.0.0.1:1"
 
 
 def _arguments(directory: Path) -> tuple[str, ...]:
-    return ("--engine", f"lmdb://{directory}/meta", "--listen", "tcp:127.0.0.1:0", "--lease-s", "2")
+    return ("--engine", f"lmdb://{directory}/meta", "--listen", "tcp:127.0.0.1:0", "--lease-s", "10")
 
 
 async def _find(addresses: str) -> rpc.Connection:

@@ -39,8 +39,8 @@ MOST_BYTES: Final = 1_400_000
 QUOTA: Final = 2 * 1024**3
 #: Seconds that one request may take.
 _TIMEOUT_S: Final = 5.0
-#: Rows of one page of a range.
-_PAGE: Final = 256
+#: Rows of one page of a range: half of what may be received, if all are as large as can be.
+_PAGE: Final = 512
 #: Seconds for which the past is kept at least.
 _KEPT_S: Final = 600.0
 #: How often, and after which pause in seconds, a revision is asked for again when no answer came.

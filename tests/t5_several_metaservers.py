@@ -17,7 +17,7 @@ LEASE_S = 3.0
 
 @pytest.fixture
 def group(sandbox: rig.Sandbox) -> Iterator[Group]:
-    made = Group(sandbox, 3, LEASE_S)
+    made = Group(sandbox, [f"lmdb://{sandbox.path}/engine"] * 3, LEASE_S)
     try:
         yield made
     finally:

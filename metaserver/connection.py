@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Final, NamedTuple, Protocol, cast
 
@@ -198,7 +197,7 @@ class Connection(asyncio.Protocol):
         self._gate.halves.enter(self)
         if self._closing:
             return
-        _keep_alive(self._transport)
+        wire.keep_alive(self._transport)
         self._cut_after(self._limits.hello_s, "no handshake came in time")
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -489,13 +488,3 @@ class Connection(asyncio.Protocol):
 def failure(code: wire.ErrorCode, message: str) -> wire.Failure:
     """Return a Failure whose message is short enough for the wire."""
     return wire.Failure(code, message[:1000])
-
-
-def _keep_alive(transport: asyncio.Transport) -> None:
-    """Let the kernel find out when a TCP client's machine is gone."""
-    sock: socket.socket | None = transport.get_extra_info("socket")
-    if sock is not None and sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)

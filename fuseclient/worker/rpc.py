@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import ssl
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final, TypeVar, cast
@@ -217,7 +216,7 @@ class _Protocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        _keep_alive(self._transport)
+        wire.keep_alive(self._transport)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.fail(str(error) if error else "closed by the metaserver")
@@ -312,13 +311,3 @@ class _Protocol(asyncio.Protocol):
         """Wait until the metaserver takes what was sent before."""
         while self._resumed is not None:
             await asyncio.shield(self._resumed)
-
-
-def _keep_alive(transport: asyncio.Transport) -> None:
-    """Let the kernel find out when a TCP peer's machine is gone, though nothing is sent to it."""
-    sock: socket.socket | None = transport.get_extra_info("socket")
-    if sock is not None and sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)

@@ -16,6 +16,7 @@ from typing import Final, Generic, TypeVar
 
 from metaserver.engine.authority import LAPSE_S
 from metaserver.engine.remote_authority import RENEW_S, Lock
+from metaserver.engine.sql_store import SqlStore
 from metaserver.errors import EngineBusy
 
 C = TypeVar("C")
@@ -27,7 +28,8 @@ _TOKEN_BYTES: Final = 16
 class SessionLock(Lock, Generic[C]):
     """The lock, and what it takes of the server. Every method below raises Lost and EngineError."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: SqlStore[C]) -> None:
+        self._store = store
         self._token = os.urandom(_TOKEN_BYTES)
         self._session: C | None = None
         self._is_held = False
@@ -35,10 +37,6 @@ class SessionLock(Lock, Generic[C]):
     @abc.abstractmethod
     async def _connect(self) -> C:
         """Begin a session."""
-
-    @abc.abstractmethod
-    def _drop(self, session: C) -> None:
-        """End a session at once."""
 
     @abc.abstractmethod
     async def _try_lock(self, session: C) -> bool:
@@ -76,6 +74,7 @@ class SessionLock(Lock, Generic[C]):
 
     async def close(self) -> None:
         self._end()
+        await self._store.close()
 
     async def _take(self, session: C, address: str) -> None:
         if not await self._try_lock(session):
@@ -119,4 +118,4 @@ class SessionLock(Lock, Generic[C]):
     def _end(self) -> None:
         session, self._session, self._is_held = self._session, None, False
         if session is not None:
-            self._drop(session)
+            self._store.drop(session)

@@ -25,6 +25,7 @@ from metaserver.wire.content import *
 from metaserver.wire.events import *
 from metaserver.wire.frames import *
 from metaserver.wire.identities import *
+from metaserver.wire.keep_alive import *
 from metaserver.wire.locks import *
 from metaserver.wire.namespace import *
 from metaserver.wire.sessions import *

@@ -19,7 +19,14 @@ from typing import Any, Final, NamedTuple, cast
 from pyfuse3 import RequestContext
 
 from fuseclient import levels
-from fuseclient.worker.extra_messages import Malformed, Opcode, encode_attributes, encode_entry, encode_opened
+from fuseclient.worker.extra_messages import (
+    Malformed,
+    Opcode,
+    encode_attributes,
+    encode_entry,
+    encode_opened,
+    encode_written,
+)
 from fuseclient.worker.operations import Operations
 from metaserver import wire
 
@@ -30,7 +37,6 @@ _READ: Final = struct.Struct("=QQIIQII")
 _WRITE: Final = struct.Struct("=QQIIQII")
 _FSYNC: Final = struct.Struct("=QII")
 _DATA_ONLY: Final = 1 << 0
-_WRITTEN: Final = struct.Struct("=II")
 _CREATE: Final = struct.Struct("=IIII")
 
 #: Bits of fuse_setattr_in.valid.
@@ -126,12 +132,12 @@ class DirectOps:
             self._operations.take_posted(fh, offset, data)
             return None
         if self._operations.write_now(fh, offset, data):
-            return _WRITTEN.pack(size, self._operations.may_post(fh))
+            return encode_written(size, self._operations.grant(fh))
         return self._written(fh, offset, bytes(data))
 
     async def _written(self, fh: int, offset: int, data: bytes) -> bytes:
         written = await self._operations.write(fh, offset, data)
-        return _WRITTEN.pack(written, self._operations.may_post(fh))
+        return encode_written(written, self._operations.grant(fh))
 
     def _read(self, asked: Asked) -> Answer:
         fh, offset, size, *_ = _fields(_READ, asked.body)
@@ -146,7 +152,7 @@ class DirectOps:
         name = _name(asked.body, _CREATE.size)
         here = self._operations.create_now(asked.nodeid, name, mode, flags, asked.context)
         if here is not None:
-            return encode_opened(here[1], here[0])
+            return encode_opened(here.entry, here.opened, here.grant)
         return self._created(asked, name, mode, flags)
 
     async def _created(self, asked: Asked, name: bytes, mode: int, flags: int) -> bytes:

@@ -27,7 +27,7 @@ from fuseclient.worker.extra_messages import (
     encode_opened,
     encode_written,
 )
-from fuseclient.worker.operations import Operations
+from fuseclient.worker.operations import Begun, Operations
 from metaserver import wire
 
 _GETATTR: Final = struct.Struct("=IIQ")
@@ -152,12 +152,15 @@ class DirectOps:
         name = _name(asked.body, _CREATE.size)
         here = self._operations.create_now(asked.nodeid, name, mode, flags, asked.context)
         if here is not None:
-            return encode_opened(here.entry, here.opened, here.grant)
+            return _encode_begun(here)
         return self._created(asked, name, mode, flags)
 
     async def _created(self, asked: Asked, name: bytes, mode: int, flags: int) -> bytes:
-        opened, entry = await self._operations.create(asked.nodeid, name, mode, flags, asked.context)
-        return encode_opened(entry, opened)
+        return _encode_begun(await self._operations.create_file(asked.nodeid, name, mode, flags, asked.context))
+
+
+def _encode_begun(begun: Begun) -> bytes:
+    return encode_opened(begun.entry, begun.opened, begun.grant)
 
 
 async def _nothing(work: Coroutine[Any, Any, None]) -> bytes:

@@ -507,6 +507,12 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
+        """Make a file and open it. The channel sends CREATE to direct_ops.py, which does more."""
+        begun = await self.create_file(parent_inode, name, mode, flags, ctx)
+        return begun.opened, begun.entry
+
+    @answered
+    async def create_file(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext) -> Begun:
         """A file that exists, which the kernel did not know, is answered ESTALE: it then looks again, and opens it."""
         _check_name(name)
         writing = _writes(flags)
@@ -514,7 +520,7 @@ class Operations(pyfuse3.Operations):
             await self._creations.learn(parent_inode)
         here = self.create_now(parent_inode, name, mode, flags, ctx)
         if here is not None:
-            return here.opened, here.entry
+            return here
         kind = stat.S_IFREG | stat.S_IMODE(mode)
         # Its closing, or an fsync, waits until it is durable; so this need not.
         request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing, writing=writing)
@@ -528,13 +534,13 @@ class Operations(pyfuse3.Operations):
             if error.code == wire.ErrorCode.EXISTS and not flags & os.O_EXCL:
                 raise FUSEError(errno.ESTALE) from None
             raise
-        return opened, self._changed_entry(made, fresh)
+        return Begun(opened, self._changed_entry(made, fresh), NO_GRANT)
 
     def create_now(self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext) -> Begun | None:
         """Make a file that the metaserver is told of later; None: that cannot be.
 
-        Its attributes are for the kernel to keep: nobody else can change them before the kernel knows the file, for
-        which who drops them waits (see invalidation.py).
+        Its attributes are for the kernel to keep: who drops them waits until it knows the file (see invalidation.py).
+        If the kernel keeps none they are put into the maps, and nothing is granted, which would make them out of date.
         """
         _check_name(name)
         if not _writes(flags) or not self._may_remember:
@@ -544,7 +550,7 @@ class Operations(pyfuse3.Operations):
             return None
         with self._feeder.begin() as token:
             opened = self._opened_new(token, made, flags, held=True)
-        grant = NO_GRANT if _appends(flags) else self.grant(opened.fh)
+        grant = NO_GRANT if _appends(flags) or not self._lease.ttl_s() else self.grant(opened.fh)
         self._feeder.made(parent, name, made)
         self._kernel.making.add(made.ino)
         return Begun(opened, self._entry(made), grant)

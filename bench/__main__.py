@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final, Protocol
@@ -37,6 +39,7 @@ PARTS: Final[dict[str, tuple[_Run, int]]] = {
 _WORKLOADS: Final = tuple(each.name for each in workloads.ALL)
 _USUAL: Final = tuple(each.name for each in workloads.USUAL)
 _ROUNDS: Final = 5
+_MINUTES: Final = 35
 _QUICK_ROUNDS: Final = 2
 _QUICK: Final = Scale(files=200, images=100, file_bytes=16 << 20, most_files=1000, quick=True)
 _SMALL: Final = Scale(files=20, images=20, file_bytes=1 << 20, most_files=1000, quick=True)
@@ -55,6 +58,12 @@ def main(
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each; 5 for a comparison.")] = None,
     systems: Annotated[
         str | None, typer.Option(help=f"Which are compared, with commas: {','.join(each.name for each in peers.ALL)}.")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help=f"End with fewer rounds when it takes longer; {_MINUTES} if neither rounds nor parts are said."
+        ),
     ] = None,
     files: Annotated[int | None, typer.Option(min=20, help="Small files; others have as many, or half.")] = None,
     images: Annotated[int | None, typer.Option(min=20, help="Images of the training set.")] = None,
@@ -93,12 +102,15 @@ def main(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         usual = 1 if small else _QUICK_ROUNDS if quick else _ROUNDS
+        limit_s = 60 * (minutes or (_MINUTES if parts is None and rounds is None else math.inf))
+        end, left = time.monotonic() + limit_s, sum(each.weight for each in workloads.choose(chosen))
         for each in workloads.choose(chosen):
+            limit_s, left = (end - time.monotonic()) * each.weight / left, left - each.weight
             named = systems is not None or each.usual_systems is None
             its = kinds if named else [kind for kind in kinds if kind.name in (each.usual_systems or ())]
             left_out = [] if partial else [f"{kind.name} in {each.name}" for kind in peers.ALL if kind not in kinds]
             its_rounds = rounds or each.usual_rounds or usual
-            found = compare([each], its, its_rounds, scale, directory, left_out, _WORKLOADS)
+            found = compare([each], its, its_rounds, scale, directory, left_out, _WORKLOADS, limit_s)
             met &= bool(found.workloads) or each.missing() is not None
         met &= _tell(Comparison.read(directory / NAME).of(chosen), directory, console)
     raise typer.Exit(0 if met else 1)
@@ -127,7 +139,7 @@ def _tell(comparison: Comparison, directory: Path, console: Console) -> bool:
     else:
         for path in plots.draw_all(comparison, directory):
             console.print(f"{path}")
-    return not any(name.startswith("bpfuse") for each in comparison.workloads for name in each.failed)
+    return not any(name.startswith("bpfuse") for each in comparison.workloads for name in (*each.failed, *each.wrong))
 
 
 def _part(name: str, rounds: int | None, small: bool, directory: Path, console: Console) -> bool:

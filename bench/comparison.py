@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import signal
@@ -49,6 +50,8 @@ class Measured:
     #: Of each system's turn in each round.
     turns_s: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    #: What systems did wrong, without failing, by system; one of each round at most.
+    wrong: dict[str, list[str]] = field(default_factory=dict)
     figures: Figures = field(default_factory=Figures)
 
     def to_json(self) -> dict[str, Any]:
@@ -111,12 +114,13 @@ def compare(
     results: Path,
     left_out: Sequence[str] = (),
     order: Sequence[str] = (),
+    limit_s: float = math.inf,
 ) -> Comparison:
     """Measure, and put what is known into ``results`` after each workload, beside the workloads that are there.
 
     A system that fails in a workload has no more turns in it, and is named with the reason; a workload that cannot be
     prepared is told aloud, and what was known of it stays. ``order``: of the names of all workloads, as others may be
-    there. Returns what was measured now.
+    there. ``limit_s``: no round of a workload begins that would likely end later. Returns what was measured now.
     """
     systems = {kind.name: {"version": kind.version(), "durability": kind.durability} for kind in kinds}
     sizes = {key: int(value) for key, value in asdict(scale).items()}
@@ -132,7 +136,7 @@ def compare(
             os.environ["BPFUSE_RUNTIME_DIR"] = f"{name}/run"
             os.mkdir(f"{name}/run")
             try:
-                _measure(each(Path(name), scale), kinds, measured)
+                _measure(each(Path(name), scale), kinds, measured, limit_s)
             except Exception:
                 traceback.print_exc()
                 _say(f"left out: {each.name}, which broke")
@@ -143,22 +147,33 @@ def compare(
     return known.of(done)
 
 
-def _measure(workload: Workload, kinds: Sequence[type[Peer]], measured: Measured) -> None:
+def _measure(workload: Workload, kinds: Sequence[type[Peer]], measured: Measured, limit_s: float) -> None:
     start = time.monotonic()
     workload.prepare()
     try:
+        longest = 0.0
         for number in range(measured.rounds):
+            round_start = time.monotonic()
+            if number and round_start + longest > start + limit_s:
+                _say(f"{workload.name}: {number} of {measured.rounds} rounds, for want of time")
+                measured.rounds = number
+                break
             for kind in kinds:
                 if kind.name in measured.failed or not workload.suits(kind):
                     continue
                 began = time.monotonic()
-                failure = _turn(workload, Turn(measured.figures, kind))
+                turn = Turn(measured.figures, kind)
+                failure = _turn(workload, turn)
                 took = time.monotonic() - began
                 measured.turns_s.setdefault(kind.name, []).append(round(took, 1))
                 _say(f"{workload.name}, round {number + 1}: {kind.name}, {took:.1f} s")
                 if failure is not None:
                     measured.failed[kind.name] = failure
                     _say(f"{workload.name}: {kind.name} failed: {failure}")
+                if turn.wrong:
+                    measured.wrong.setdefault(kind.name, []).append("; ".join(turn.wrong))
+                    _say(f"{workload.name}: {kind.name} was wrong: {'; '.join(turn.wrong)}")
+            longest = max(longest, time.monotonic() - round_start)
     finally:
         workload.close()
     measured.seconds = round(time.monotonic() - start, 1)

@@ -108,6 +108,7 @@ class _Breaking(Workload):
             time.sleep(60)
         if turn.kind is Passthrough:
             raise KeyError("a mistake")
+        turn.wrong.append("it is wrong")
         turn.time("nothing", 1.0)
 
 
@@ -129,7 +130,17 @@ def test_a_turn_that_hangs_or_breaks_is_named_and_the_others_go_on(
     assert measured.failed == {"ext4": "it took more than 0 s", "passthrough": "KeyError: 'a mistake'"}
     assert measured.figures.rows["nothing"].values == {"bpfuse": [1e3, 1e3]}
     assert {name: len(turns) for name, turns in measured.turns_s.items()} == {"ext4": 1, "passthrough": 1, "bpfuse": 2}
-    assert Comparison.read(tmp_path / NAME).workloads[0].failed == measured.failed
+    assert measured.wrong == {"bpfuse": ["it is wrong", "it is wrong"]}
+    read = Comparison.read(tmp_path / NAME)
+    assert (read.workloads[0].failed, read.workloads[0].wrong) == (measured.failed, measured.wrong)
+    assert "bpfuse was wrong in 2 of 2 rounds" in markdown.whole(read)
+
+
+def test_rounds_end_when_their_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BPFUSE_RUNTIME_DIR", str(tmp_path))
+    (measured,) = compare([_Breaking], [Bpfuse], 7, Scale(), tmp_path, limit_s=0).workloads
+    assert measured.rounds == 1
+    assert measured.figures.rows["nothing"].values == {"bpfuse": [1e3]}
 
 
 def test_the_table_has_a_column_a_system_and_marks_losses() -> None:

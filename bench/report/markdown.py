@@ -66,6 +66,10 @@ def _section(measured: Measured, comparison: Comparison) -> str:
     lines += [f"{measured.date}, {measured.machine['commit']}, {rounds}, {sizes}, {measured.seconds / 60:.1f} minutes."]
     lines += ["", *table(measured.figures.rows.values(), comparison)]
     lines += [f"\n{name} did not come through: {reason}" for name, reason in measured.failed.items()]
+    lines += [
+        f"\n{name} was wrong in {len(found)} of {len(measured.turns_s[name])} rounds, so without a figure: {found[0]}"
+        for name, found in measured.wrong.items()
+    ]
     return "\n".join(lines)
 
 

@@ -30,6 +30,8 @@ class Turn:
     figures: Figures
     kind: type[Peer]
     written: bool = field(init=False)
+    #: What the system did wrong, though it went on; such rows have no figure.
+    wrong: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.written = not self.kind.read_only
@@ -60,6 +62,8 @@ class Workload(ABC):
     usual_systems: ClassVar[tuple[str, ...] | None] = None
     #: In how many rounds, if that is not said; None: as many as all.
     usual_rounds: ClassVar[int | None] = None
+    #: Its part of the time that all may take, beside those of the others.
+    weight: ClassVar[int] = 1
 
     def __init__(self, directory: Path, scale: Scale) -> None:
         self.directory = directory

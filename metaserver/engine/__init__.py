@@ -157,7 +157,7 @@ def _etcd_store(location: Location) -> EtcdStore:
         password=location.password() if location.user else None,
         ca=location.file("ca"),
         certificate=location.file("cert"),
-        key=location.file("key"),
+        key=location.private_key(),
         quota=location.number("quota", etcd.QUOTA, 1 << 20, 1 << 40),
     )
     return etcd.EtcdStore(settings)

@@ -217,6 +217,9 @@ async def ask(connection: Any, statements: str, timeout_s: float | None = TIMEOU
 
 def _meaning(error: BaseException) -> Exception:
     """Return what an error means."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return EngineUnusable(f"the server's certificate: {cause.verify_message}")
     code = error.args[0] if isinstance(error, MySQLError) and error.args else 0
     if code in _RETRIED:
         return Retry(str(error))

@@ -65,6 +65,8 @@ _LOST: Final = (
     asyncpg.TooManyConnectionsError,
     asyncpg.IdleSessionTimeoutError,
     asyncpg.QueryCanceledError,
+    asyncpg.StatementCompletionUnknownError,
+    asyncpg.ReadOnlySQLTransactionError,  # whoever answers there now is a replica
 )
 
 
@@ -198,6 +200,8 @@ async def answer(asked: Awaitable[T]) -> T:
         raise EngineUnusable(f"PostgreSQL: {error}") from None
     except asyncpg.InsufficientPrivilegeError as error:
         raise EngineUnusable(f"PostgreSQL: {error}") from None
+    except ssl.SSLCertVerificationError as error:
+        raise EngineUnusable(f"PostgreSQL: its certificate: {error.verify_message}") from None
     except _LOST as error:
         raise Lost(f"{error or type(error).__name__}") from None
     except asyncpg.PostgresError as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final, Protocol
 
@@ -36,8 +39,10 @@ PARTS: Final[dict[str, tuple[_Run, int]]] = {
 _WORKLOADS: Final = tuple(each.name for each in workloads.ALL)
 _USUAL: Final = tuple(each.name for each in workloads.USUAL)
 _ROUNDS: Final = 5
+_MINUTES: Final = 35
 _QUICK_ROUNDS: Final = 2
-_QUICK: Final = Scale(files=200, images=100, file_bytes=16 << 20, quick=True)
+_QUICK: Final = Scale(files=200, images=100, file_bytes=16 << 20, most_files=1000, quick=True)
+_SMALL: Final = Scale(files=20, images=20, file_bytes=1 << 20, most_files=1000, quick=True)
 _QUICK_SYSTEMS: Final = ["ext4", "bpfuse", "juicefs"]
 _QUICK_WORKLOADS: Final = ("small", "fio", "pytorch", "trees", "metadata")
 
@@ -54,6 +59,12 @@ def main(
     systems: Annotated[
         str | None, typer.Option(help=f"Which are compared, with commas: {','.join(each.name for each in peers.ALL)}.")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help=f"End with fewer rounds when it takes longer; {_MINUTES} if neither rounds nor parts are said."
+        ),
+    ] = None,
     files: Annotated[int | None, typer.Option(min=20, help="Small files; others have as many, or half.")] = None,
     images: Annotated[int | None, typer.Option(min=20, help="Images of the training set.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, files and systems.")] = False,
@@ -63,11 +74,19 @@ def main(
     report: Annotated[
         bool, typer.Option("--readme", help="Measure nothing: write the documentation's figures anew.")
     ] = False,
-    directory: Annotated[Path, typer.Option(help="Where the results are written.")] = results.DIRECTORY,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the results are written. By default bench/results, in which a workload replaces what was known "
+            "of it, or bench/results/partial with --quick, --small or --systems."
+        ),
+    ] = None,
 ) -> None:
     """Measure bpfuse beside what it is to be compared with."""
+    partial = bool(quick or small or systems)
+    directory = directory or (results.DIRECTORY / "partial" if partial else results.DIRECTORY)
     if report:
-        documents.write(Comparison.read(directory / NAME))
+        _document(directory)
         return
     if unknown := [part for part in parts or () if part not in PARTS and part not in _WORKLOADS]:
         raise typer.BadParameter(f"{', '.join(unknown)}; there are {', '.join((*_WORKLOADS, *PARTS))}")
@@ -77,34 +96,50 @@ def main(
         met &= _part(part, rounds, small, directory, console)
     chosen = [each for each in parts or (_QUICK_WORKLOADS if quick else _USUAL) if each in _WORKLOADS]
     if chosen:
-        scale = Scale(files=20, images=20, file_bytes=1 << 20, quick=True) if small else _QUICK if quick else Scale()
-        scale = _scaled(scale, files, images)
+        scale = _scaled(_SMALL if small else _QUICK if quick else Scale(), files, images)
         try:
             kinds = peers.choose(systems.split(",") if systems else _QUICK_SYSTEMS if quick or small else None)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
-        left_out = [] if systems or quick or small else [each.name for each in peers.ALL if each not in kinds]
         usual = 1 if small else _QUICK_ROUNDS if quick else _ROUNDS
-        comparison = compare(workloads.choose(chosen), kinds, rounds or usual, scale, directory, left_out)
-        met &= _tell(comparison, directory, console)
+        limit_s = 60 * (minutes or (_MINUTES if parts is None and rounds is None else math.inf))
+        end, left = time.monotonic() + limit_s, sum(each.weight for each in workloads.choose(chosen))
+        for each in workloads.choose(chosen):
+            limit_s, left = (end - time.monotonic()) * each.weight / left, left - each.weight
+            named = systems is not None or each.usual_systems is None
+            its = kinds if named else [kind for kind in kinds if kind.name in (each.usual_systems or ())]
+            left_out = [] if partial else [f"{kind.name} in {each.name}" for kind in peers.ALL if kind not in kinds]
+            its_rounds = rounds or each.usual_rounds or usual
+            found = compare([each], its, its_rounds, scale, directory, left_out, _WORKLOADS, limit_s)
+            met &= bool(found.workloads) or each.missing() is not None
+        met &= _tell(Comparison.read(directory / NAME).of(chosen), directory, console)
     raise typer.Exit(0 if met else 1)
 
 
 def _scaled(scale: Scale, files: int | None, images: int | None) -> Scale:
-    return Scale(files or scale.files, images or scale.images, scale.file_bytes, scale.quick)
+    return replace(
+        scale, files=files or scale.files, images=images or scale.images, most_files=files or scale.most_files
+    )
+
+
+def _document(directory: Path) -> None:
+    if not (directory / NAME).exists():
+        raise typer.BadParameter(f"{directory / NAME} is not there: make bench comes first")
+    if (missing := plots.missing()) is not None:
+        raise typer.BadParameter(f"plots want {missing}")
+    documents.write(Comparison.read(directory / NAME))
 
 
 def _tell(comparison: Comparison, directory: Path, console: Console) -> bool:
     """Show and write what was found; return whether bpfuse came through everything."""
-    text = markdown.whole(comparison)
-    (directory / "comparison.md").write_text(text)
-    console.print(Markdown(text))
+    (directory / "comparison.md").write_text(markdown.whole(Comparison.read(directory / NAME)))
+    console.print(Markdown(markdown.whole(comparison)))
     if (missing := plots.missing()) is not None:
         console.print(f"no plots, for want of {missing}")
     else:
         for path in plots.draw_all(comparison, directory):
             console.print(f"{path}")
-    return not any(name.startswith("bpfuse") for each in comparison.workloads for name in each.failed)
+    return not any(name.startswith("bpfuse") for each in comparison.workloads for name in (*each.failed, *each.wrong))
 
 
 def _part(name: str, rounds: int | None, small: bool, directory: Path, console: Console) -> bool:

@@ -7,8 +7,8 @@
 * Who has no session and asks for nothing is cut off after ``idle_s``.
 * Replies are not buffered without end: while the client does not take them no request is started and no page of a
   stream is read, and after ``stall_s`` of that it is cut off.
-* Breaks go out as they come, whatever else is waiting, and acknowledgements are taken in as they come: neither is a
-  request.
+* Breaks go out as they come, whatever else is waiting, and acknowledgements and returned leases are taken in as they
+  come: none of these is a request.
 * A frame that is not of the protocol ends the connection, with a Failure of id 0 that says why. No other connection
   is touched by it.
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Final, NamedTuple, Protocol, cast
 
@@ -148,6 +147,8 @@ class Service(Protocol):
 
     def acknowledge(self, caller: Caller, request: wire.Acknowledge) -> None: ...
 
+    def returned(self, caller: Caller, request: wire.ReturnLeases) -> None: ...
+
 
 class _Gone(Exception):
     """The client is gone and nobody waits for the rest of its stream."""
@@ -198,7 +199,7 @@ class Connection(asyncio.Protocol):
         self._gate.halves.enter(self)
         if self._closing:
             return
-        _keep_alive(self._transport)
+        wire.keep_alive(self._transport)
         self._cut_after(self._limits.hello_s, "no handshake came in time")
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -265,7 +266,9 @@ class Connection(asyncio.Protocol):
             return
         if isinstance(frame.request, wire.Acknowledge):
             self._service.acknowledge(self._caller, frame.request)
-        if self._stopping or isinstance(frame.request, wire.Acknowledge):
+        elif isinstance(frame.request, wire.ReturnLeases):
+            self._service.returned(self._caller, frame.request)
+        if self._stopping or isinstance(frame.request, wire.Acknowledge | wire.ReturnLeases):
             return
         account.in_flight += 1
         task = self._loop.create_task(self._run(frame))
@@ -489,13 +492,3 @@ class Connection(asyncio.Protocol):
 def failure(code: wire.ErrorCode, message: str) -> wire.Failure:
     """Return a Failure whose message is short enough for the wire."""
     return wire.Failure(code, message[:1000])
-
-
-def _keep_alive(transport: asyncio.Transport) -> None:
-    """Let the kernel find out when a TCP client's machine is gone."""
-    sock: socket.socket | None = transport.get_extra_info("socket")
-    if sock is not None and sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from bench import check, peers, profile, workloads
-from bench.comparison import NAME, Comparison, Measured
-from bench.report import documents, markdown, plots
+from bench.comparison import NAME, Comparison, Measured, compare
+from bench.peers.local import Ext4, Passthrough
+from bench.peers.own import Bpfuse
+from bench.report import documents, markdown, plots, reasons, targets
 from bench.workloads import fio, sources, stale_reads
+from bench.workloads.base import Scale, Turn, Workload
 from fuseclient.bench import works
 from fuseclient.bench.directories import Size, measure
 from fuseclient.bench.figures import Figures, show
@@ -30,8 +34,10 @@ def comparison() -> Comparison:
         figures.add("first epoch, 0 workers", "juicefs", value * 50, "samples/s")
     systems = {name: {"version": "1", "durability": "none"} for name in ("ext4", "bpfuse", "juicefs")}
     machine = {"cpus": "2 x CPU", "memory": "4 GiB", "kernel": "Linux", "python": "3", "commit": "abc"}
-    measured = Measured("small", "small files", 1.0, figures, {"seaweedfs": "it broke"})
-    return Comparison("2026-01-01", machine, 3, {"files": 3}, systems, ["seaweedfs"], [measured])
+    scale = {"files": 3, "images": 3}
+    measured = Measured("small", "small files", "2026-01-01 10:00", machine, 3, scale, systems, ["lustre"])
+    measured.figures, measured.failed = figures, {"seaweedfs": "it broke"}
+    return Comparison([measured])
 
 
 def test_the_median_and_the_spread() -> None:
@@ -70,7 +76,71 @@ def test_a_comparison_is_read_as_it_was_written(tmp_path: Path) -> None:
     comparison().write(tmp_path)
     read = Comparison.read(tmp_path / NAME)
     assert markdown.whole(read) == markdown.whole(comparison())
-    assert read.scale == {"files": 3}
+    assert read.workloads[0].scale == {"files": 3, "images": 3}
+
+
+def test_a_workload_that_is_measured_anew_replaces_only_itself() -> None:
+    known, trees = comparison(), comparison().workloads[0]
+    trees.name, trees.date, trees.rounds = "trees", "2026-01-02 10:00", 5
+    trees.machine = trees.machine | {"commit": "def"}
+    order = ["trees", "small"]
+    known.add(trees, order)
+    assert [each.name for each in known.workloads] == order
+    anew = comparison().workloads[0]
+    anew.figures = Figures()
+    known.add(anew, order)
+    assert [each.name for each in known.workloads] == order
+    assert not known.figures()["small"].rows
+    assert known.figures()["trees"].rows
+    text = markdown.about(known)
+    assert "2026-01-01 10:00 to 2026-01-02 10:00 at commit def, abc on 2 x CPU, 4 GiB, Linux; 3 to 5 rounds" in text
+
+
+class _Breaking(Workload):
+    """What can go wrong in a turn."""
+
+    name = "breaking"
+    about = "breaks"
+    turn_limit_s = 0.2
+
+    def turn(self, turn: Turn) -> None:
+        if turn.kind is Ext4:
+            time.sleep(60)
+        if turn.kind is Passthrough:
+            raise KeyError("a mistake")
+        turn.wrong.append("it is wrong")
+        turn.time("nothing", 1.0)
+
+
+class _Unprepared(_Breaking):
+    name = "unprepared"
+
+    def prepare(self) -> None:
+        raise RuntimeError("no sources")
+
+
+def test_a_turn_that_hangs_or_breaks_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BPFUSE_RUNTIME_DIR", str(tmp_path))
+    kinds = [Ext4, Passthrough, Bpfuse]
+    monkeypatch.setattr(Passthrough, "version", classmethod(lambda _: "1"))
+    found = compare([_Unprepared, _Breaking], kinds, 2, Scale(), tmp_path)
+    (measured,) = found.workloads
+    assert measured.failed == {"ext4": "it took more than 0 s", "passthrough": "KeyError: 'a mistake'"}
+    assert measured.figures.rows["nothing"].values == {"bpfuse": [1e3, 1e3]}
+    assert {name: len(turns) for name, turns in measured.turns_s.items()} == {"ext4": 1, "passthrough": 1, "bpfuse": 2}
+    assert measured.wrong == {"bpfuse": ["it is wrong", "it is wrong"]}
+    read = Comparison.read(tmp_path / NAME)
+    assert (read.workloads[0].failed, read.workloads[0].wrong) == (measured.failed, measured.wrong)
+    assert "bpfuse was wrong in 2 of 2 rounds" in markdown.whole(read)
+
+
+def test_rounds_end_when_their_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BPFUSE_RUNTIME_DIR", str(tmp_path))
+    (measured,) = compare([_Breaking], [Bpfuse], 7, Scale(), tmp_path, limit_s=0).workloads
+    assert measured.rounds == 1
+    assert measured.figures.rows["nothing"].values == {"bpfuse": [1e3]}
 
 
 def test_the_table_has_a_column_a_system_and_marks_losses() -> None:
@@ -78,13 +148,48 @@ def test_the_table_has_a_column_a_system_and_marks_losses() -> None:
     assert lines[0] == "|  | ext4 | bpfuse | juicefs | to ext4 | to JuiceFS |"
     assert lines[2] == "| create 4 KiB, us | 5.00 (2.50-7.50) | 20.0 (10.0-30.0) | 160 (80.0-240) | **0.250** | 8.00 |"
     assert lines[3].endswith("| 1,000 (500-1,500) |  | 2.00 |")
-    assert markdown.losses(comparison(), "ext4") == [(0.25, "small", "create 4 KiB")]
 
 
 def test_the_whole_names_what_is_missing_and_what_failed() -> None:
     text = markdown.whole(comparison())
-    assert "Left out: seaweedfs." in text
+    assert "Left out: lustre." in text
     assert "seaweedfs did not come through: it broke" in text
+
+
+def _slow_reads() -> Comparison:
+    slow = comparison()
+    for name, speed in (("read 4 KiB shuffled, cold", 9.0), ("read 4 KiB shuffled, warm", 5.0), ("delete", 0.5)):
+        slow.workloads[0].figures.add(name, "bpfuse", 10.0, "us")
+        slow.workloads[0].figures.add(name, "juicefs", 10.0 * speed, "us")
+    return slow
+
+
+def test_rows_are_judged_by_their_targets() -> None:
+    missed = {(each.row, each.target.least): each.speed for each in targets.missed(_slow_reads())}
+    assert missed == {("delete", 1.0): 0.5, ("read 4 KiB shuffled, warm", 8.0): 5.0}
+    text = markdown.whole(_slow_reads())
+    assert (
+        "| 8 times as fast as juicefs at reading small files | 1 of 2 | small: read 4 KiB shuffled, warm, 5.00 |"
+        in text
+    )
+    assert "- small: delete: 0.500 of juicefs\n" in text
+    assert "- small: read 4 KiB shuffled, warm: 5.00 of juicefs (8.00 is wanted)\n" in text
+    assert markdown.verdict(_slow_reads()).startswith("bpfuse is faster than every peer in 4 of 5 rows of small;")
+
+
+def test_a_reason_is_told_once_for_its_rows_and_its_want_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reasons, "REASONS", (reasons.Reason("small", "delete", "juicefs", "A commit is synced."),))
+    lines = markdown.misses(list(targets.judge(_slow_reads())))
+    assert lines == [
+        "A commit is synced.",
+        "",
+        "- small: delete: 0.500 of juicefs",
+        "",
+        "Why is not known yet:",
+        "",
+        "- small: read 4 KiB shuffled, warm: 5.00 of juicefs (8.00 is wanted)",
+    ]
+    assert reasons.reason("small", "delete, 4 processes", "juicefs") is None
 
 
 def test_the_documents_are_written_between_their_marks(tmp_path: Path) -> None:
@@ -100,7 +205,7 @@ def test_the_documents_are_written_between_their_marks(tmp_path: Path) -> None:
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| create 4 KiB, us |" in text
-    assert "### small" in (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "## small" in (tmp_path / "docs" / "benchmarks.md").read_text()
     assert (tmp_path / "docs" / "benchmarks.png").read_bytes().startswith(b"\x89PNG")
     documents.write(comparison(), tmp_path)
     assert readme.read_text() == text

@@ -458,9 +458,26 @@ def test_where_a_password_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("BPFUSE_ENGINE_PASSWORD", "from the environment")
     assert parse("etcd://me@x/p").password() == "from the environment"
     (tmp_path / "password").write_text("from a file\n")
+    (tmp_path / "password").chmod(0o600)
     location = parse(f"etcd://me@x/p?password_file={tmp_path}/password")
     assert location.password() == "from a file"
     assert "from" not in repr(location)
+
+
+def test_secrets_that_others_can_read_are_refused(tmp_path: Path) -> None:
+    for option in ("password_file", "ca=x&cert=x&key"):
+        path = tmp_path / "secret"
+        path.write_text(SECRET)
+        for scheme in ("postgresql://me@x/d", "mysql://me@x/d"):
+            path.chmod(0o640)
+            with pytest.raises(EngineUnusable, match="chmod 600"):
+                open_engine(f"{scheme}?{option}={path}")
+    path.write_bytes(b"\xff")
+    path.chmod(0o600)
+    with pytest.raises(EngineUnusable, match="UTF-8"):
+        open_engine(f"postgresql://me@x/d?password_file={path}")
+    with pytest.raises(EngineUnusable, match="a certificate needs its key, and ca"):
+        open_engine("etcd://x/p?cert=y&key=z")
 
 
 def test_a_foreign_file_is_unusable(tmp_path: Path) -> None:

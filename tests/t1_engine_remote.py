@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import operator
 from collections.abc import AsyncIterator
@@ -14,8 +15,8 @@ from namespaces import Files
 from metaserver import recovery
 from metaserver.engine import Snapshot, Transaction
 from metaserver.engine.remote import RemoteEngine
-from metaserver.engine.store import Lost
-from metaserver.errors import EngineUnavailable, EngineUnusable, LimitExceeded, Unknown
+from metaserver.engine.store import Lost, Moved
+from metaserver.errors import EngineFull, EngineUnavailable, EngineUnusable, LimitExceeded, Unknown
 
 
 @pytest.fixture
@@ -176,6 +177,30 @@ async def test_an_unknown_outcome_is_said_and_what_is_late_is_refused(engine: Re
     assert store.now.tip.version > late
 
 
+@pytest.mark.parametrize("refusal", [EngineFull("no space"), Moved(None)], ids=["full", "moved"])
+async def test_a_refusal_says_nothing_of_a_commit_that_was_lost_before(
+    engine: RemoteEngine, store: LocalStore, refusal: Exception
+) -> None:
+    """It was made: whoever asked is not told that it was not, and asks for the outcome."""
+    await engine.write(add)
+
+    def lose() -> None:
+        store.before, store.after = refuse, lambda: None
+        raise Lost("cut")
+
+    def refuse() -> None:
+        store.before = lambda: None
+        raise refusal
+
+    store.after = lose
+    with pytest.raises(Unknown):
+        await engine.write(add)
+    assert await engine.read(get) == b"2"
+    store.before = refuse
+    with pytest.raises(EngineFull) if isinstance(refusal, EngineFull) else contextlib.nullcontext():
+        await engine.write(add)
+
+
 async def test_who_depends_on_a_failed_commit_runs_again(engine: RemoteEngine, store: LocalStore) -> None:
     await engine.write(add)
 
@@ -194,6 +219,23 @@ async def test_who_depends_on_a_failed_commit_runs_again(engine: RemoteEngine, s
         await first
     assert await second == 2
     assert store.now.rows == {b"n": b"2"}
+
+
+async def test_closing_does_not_wait_for_a_store_that_is_away(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose authority is lost is to stand for it again soon; what it was about to commit is of an unknown outcome."""
+    monkeypatch.setattr("metaserver.engine.remote._CLOSE_S", 0.05)
+    engine = RemoteEngine(store, "test", patience_s=3600)
+    await engine.write(add)
+    store.is_away = True
+    writing = asyncio.create_task(engine.write(add))
+    while not engine._batches:  # noqa: ASYNC110 - it is under way when there is one
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await engine.close()
+        with pytest.raises(Unknown):
+            await writing
 
 
 async def test_a_store_that_is_away(engine: RemoteEngine, store: LocalStore) -> None:

@@ -81,7 +81,7 @@ async def test_credentials_are_in_a_file_that_nobody_else_reads(
     lines = f"aws_access_key_id = {weed.KEY}\naws_secret_access_key = {weed.SECRET}\n"
     wrong = {
         "cannot be read: No such file": None,
-        "only its owner can read: chmod 600": f"[default]\n{lines}",
+        "make it private: chmod 600": f"[default]\n{lines}",
         "not a file of credentials": lines,
         r"no section \[default\]": f"[other]\n{lines}",
         "no aws_secret_access_key in section": f"[default]\naws_access_key_id = {weed.KEY}\n",

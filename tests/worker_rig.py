@@ -126,6 +126,9 @@ class Maps:
             self.drop_inode(ino)
         self.evicted.append((directory, inodes))
 
+    def missing(self, inodes: array[int]) -> array[int]:
+        return array("Q", [ino for ino in inodes if ino not in self.inodes])
+
     def take_evicted(self) -> Evicted:
         told, self.evicted = self.evicted, []
         inodes = array("Q", [ino for _, inodes in told for ino in inodes])
@@ -135,7 +138,7 @@ class Maps:
         return True if self._has_entries(directory) else None
 
     def _has_entries(self, directory: int) -> bool:
-        return any(parent == directory for parent, _ in self.names)
+        return directory in self.wholes or any(parent == directory for parent, _ in self.names)
 
     def has_all(self, inodes: array[int], *, content: bool) -> bool:
         there = [self.inodes.get(each & (1 << 48) - 1) for each in inodes]
@@ -249,6 +252,9 @@ class Kernel:
     async def invalidate_written(self, ino: int) -> bool:
         await self._pass("written", ino)
         return True
+
+    async def invalidate_unused(self, inos: array[int]) -> None:
+        await self._pass("unused", sorted(inos))
 
     async def invalidate_attributes(self, ino: int) -> bool:
         await self._pass("attributes", ino)

@@ -10,6 +10,7 @@ from typing import Final
 
 from bench.comparison import Comparison
 from bench.report import markdown, plots
+from bench.report.targets import judge
 from fuseclient.bench.figures import Row
 
 _REPOSITORY: Final = Path(__file__).parent.parent.parent
@@ -62,7 +63,8 @@ def chosen_rows(comparison: Comparison) -> list[Row]:
 def write(comparison: Comparison, repository: Path = _REPOSITORY) -> None:
     """Write README's part, docs/benchmarks.md and docs/benchmarks.png."""
     rows, docs = chosen_rows(comparison), repository / "docs"
-    title = f"bpfuse beside others, {comparison.date}, {comparison.machine['cpus']}"
+    latest = max(comparison.workloads, key=lambda each: each.date)
+    title = f"bpfuse beside others, {latest.date}, {latest.machine['cpus']}"
     plots.draw(rows, list(comparison.systems), title, docs / "benchmarks.png")
     heading = (
         "# Benchmarks\n\nMade by `make bench` and `make bench-readme`; how, and what it means, is in `bench/`.\n\n"
@@ -74,6 +76,8 @@ def write(comparison: Comparison, repository: Path = _REPOSITORY) -> None:
 
 def _part(comparison: Comparison, rows: list[Row]) -> str:
     lines = [markdown.about(comparison), "", *markdown.table(rows, comparison, spread=False)]
+    if judged := list(judge(comparison)):
+        lines += ["", *markdown.targets_table(judged), "", markdown.verdict(comparison)]
     lines += ["", "![the same as a plot](docs/benchmarks.png)", "", "Every row, with its spread: `docs/benchmarks.md`."]
     return "\n".join(lines)
 

@@ -17,7 +17,9 @@ class Scale:
 
     files: int = 600
     images: int = 600
-    file_bytes: int = 64 << 20
+    file_bytes: int = 128 << 20
+    #: Up to so many files costs are seen to grow.
+    most_files: int = 100_000
     quick: bool = False
 
 
@@ -28,6 +30,8 @@ class Turn:
     figures: Figures
     kind: type[Peer]
     written: bool = field(init=False)
+    #: What the system did wrong, though it went on; such rows have no figure.
+    wrong: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.written = not self.kind.read_only
@@ -52,6 +56,14 @@ class Workload(ABC):
     name: ClassVar[str]
     #: What the report says of it.
     about: ClassVar[str]
+    #: A system whose turn takes longer is interrupted and named: it hangs.
+    turn_limit_s: ClassVar[float] = 600.0
+    #: The systems that are measured with it if none is named; None: all.
+    usual_systems: ClassVar[tuple[str, ...] | None] = None
+    #: In how many rounds, if that is not said; None: as many as all.
+    usual_rounds: ClassVar[int | None] = None
+    #: Its part of the time that all may take, beside those of the others.
+    weight: ClassVar[int] = 1
 
     def __init__(self, directory: Path, scale: Scale) -> None:
         self.directory = directory

@@ -65,6 +65,7 @@ class Clients(Workload):
     """Workload 6."""
 
     name = "clients"
+    weight = 2
     about = (
         f"one mount reads {_FILES} cached files of 4 KiB over and over, while another changes 1, 10 and 100 of them a "
         "second; stale: a read that began after a change had returned, and gave what was before it"

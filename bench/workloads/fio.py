@@ -37,6 +37,7 @@ class Fio(Workload):
     """Workload 2."""
 
     name = "fio"
+    weight = 5
     about = (
         "fio's job files in bench/fio/, each read compared with its checksum; cached: as far as the kernel caches; "
         "writes end with an fsync"

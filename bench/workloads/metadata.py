@@ -21,6 +21,7 @@ class Metadata(Workload):
     """Workload 5."""
 
     name = "metadata"
+    weight = 2
     about = "empty files and directories, microseconds each; nothing is cold, nothing is synced but what a close syncs"
 
     def suits(self, kind: type[Peer]) -> bool:

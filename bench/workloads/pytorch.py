@@ -18,7 +18,7 @@ from bench.peers.base import Peer, fresh
 from bench.workloads.base import Turn, Workload
 
 _CLASSES: Final = 20
-_WORKERS: Final = (0, 2, 4)
+_WORKERS: Final = (0, 2)
 _TIMEOUT_S: Final = 3600.0
 _LEAST: Final = 4 << 10
 _MOST: Final = 100 << 10
@@ -28,6 +28,7 @@ class Pytorch(Workload):
     """Workload 3."""
 
     name = "pytorch"
+    weight = 5
     about = (
         "a DataLoader over JPEG files of 4 to 100 KiB in 20 classes, shuffled: samples a second, decoding included; "
         "each file is compared by its checksum"

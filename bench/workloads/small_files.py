@@ -23,6 +23,7 @@ class SmallFiles(Workload):
     """Workload 1."""
 
     name = "small"
+    weight = 5
     about = "small files, microseconds each; cold: all daemons new and the page cache dropped"
 
     def turn(self, turn: Turn) -> None:

@@ -5,9 +5,11 @@ What was written is compared with its source afterwards, off the clock. Nothing 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +18,7 @@ from bench.peers.base import Peer, fresh
 from bench.workloads import sources
 from bench.workloads.base import Turn, Workload
 from fuseclient.bench.timing import timed
+from fuseclient.bench.works import Wrong
 
 _PROGRAMS: Final = ("git", "rsync", "tar", "gcc", "make")
 _QUIET_GIT: Final = ("git", "-c", "advice.detachedHead=false", "-c", "gc.auto=0")
@@ -25,6 +28,7 @@ class Trees(Workload):
     """Workload 4."""
 
     name = "trees"
+    weight = 3
     about = "trees made and read by other programs, milliseconds each, compared with their sources afterwards"
 
     @classmethod
@@ -55,10 +59,14 @@ class Trees(Workload):
     def _copy(self, turn: Turn, root: Path) -> None:
         tar, copied = root / "tar", root / "rsync"
         tar.mkdir()
-        _time(turn, "tar extract", ["tar", "-xf", str(self._archive), "-C", str(tar)])
-        measure.check_unpacked(str(tar), str(self._archive))
-        _time(turn, "rsync", ["rsync", "-a", f"{self._unpacked}/", str(copied)])
-        _compare(self._unpacked, copied)
+        with _right(turn, "tar extract"):
+            seconds = _seconds(["tar", "-xf", str(self._archive), "-C", str(tar)])
+            measure.check_unpacked(str(tar), str(self._archive))
+            turn.time("tar extract", seconds)
+        with _right(turn, "rsync"):
+            seconds = _seconds(["rsync", "-a", f"{self._unpacked}/", str(copied)])
+            _compare(self._unpacked, copied)
+            turn.time("rsync", seconds)
 
     def _git(self, turn: Turn, peer: Peer) -> None:
         clone = peer.root / "clone"
@@ -86,9 +94,22 @@ class Trees(Workload):
             raise RuntimeError(f"{compiled} modules are compiled, not {modules}")
 
 
+@contextlib.contextmanager
+def _right(turn: Turn, name: str) -> Iterator[None]:
+    """What the body finds wrong is told, and the rest is measured all the same."""
+    try:
+        yield
+    except (RuntimeError, Wrong) as error:
+        turn.wrong.append(f"{name}: {error}")
+
+
 def _time(turn: Turn, name: str, command: list[str], directory: Path | None = None) -> None:
+    turn.time(name, _seconds(command, directory))
+
+
+def _seconds(command: list[str], directory: Path | None = None) -> float:
     arguments = {"arguments": command, "directory": None if directory is None else str(directory)}
-    turn.time(name, timed("command", [arguments], bound=False)[0])
+    return timed("command", [arguments], bound=False)[0]
 
 
 def _compare(source: Path, copy: Path) -> None:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import configparser
 import os
-import stat
 from collections.abc import Mapping
 from typing import Final
 
 from fuseclient.data.store_errors import StoreError
+from metaserver import wire
 
 _FILE: Final = "AWS_SHARED_CREDENTIALS_FILE"
 _NAMES: Final = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-#: The largest file, in bytes.
-_MOST: Final = 64 * 1024
 
 
 def from_file() -> dict[str, str]:
@@ -47,13 +45,9 @@ def from_file() -> dict[str, str]:
 
 def _read(path: str) -> str:
     try:
-        with open(path, "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077 or found.st_uid not in (0, os.geteuid()):
-                raise StoreError(f"{path} must be a file that only its owner can read: chmod 600 {path}")
-            return file.read(_MOST).decode()
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from None
+        return wire.read_private(path).decode()
+    except wire.NotPrivate as error:
+        raise StoreError(str(error)) from None
 
 
 def secrets(credentials: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import ssl
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final, TypeVar, cast
@@ -194,6 +193,14 @@ class Connection:
         """Tell the metaserver that all a break told has left every cache, and what is open here. Waits for nothing."""
         self._protocol.acknowledge(number, still_open)
 
+    async def writable(self) -> None:
+        """Return when the metaserver takes what was sent before, or the connection is lost."""
+        await self._protocol.writable()
+
+    def return_leases(self, directories: list[int], inodes: list[int]) -> bool:
+        """Tell the metaserver what is in no cache any more; say whether it was sent. Waits for nothing."""
+        return self._protocol.tell(wire.ReturnLeases(directories, inodes))
+
     def when_lost(self, callback: Callable[[], object]) -> None:
         """Call back, on the event loop, once the connection is closed."""
         self._protocol.closed.add_done_callback(lambda _: callback())
@@ -217,7 +224,7 @@ class _Protocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        _keep_alive(self._transport)
+        wire.keep_alive(self._transport)
 
     def connection_lost(self, error: Exception | None) -> None:
         self.fail(str(error) if error else "closed by the metaserver")
@@ -254,8 +261,15 @@ class _Protocol(asyncio.Protocol):
 
     def acknowledge(self, number: int, still_open: Sequence[int] = ()) -> None:
         """Send an acknowledgement, unless the connection is lost or nobody waits for it."""
-        if number and self.lost is None and self._transport is not None:
-            self._transport.write(wire.encode(0, wire.Acknowledge(number, list(still_open))))
+        if number:
+            self.tell(wire.Acknowledge(number, list(still_open)))
+
+    def tell(self, message: wire.Acknowledge | wire.ReturnLeases) -> bool:
+        """Send what has no reply; say whether the connection was there to take it."""
+        if self.lost is not None or self._transport is None:
+            return False
+        self._transport.write(wire.encode(0, message))
+        return True
 
     def send(
         self,
@@ -312,13 +326,3 @@ class _Protocol(asyncio.Protocol):
         """Wait until the metaserver takes what was sent before."""
         while self._resumed is not None:
             await asyncio.shield(self._resumed)
-
-
-def _keep_alive(transport: asyncio.Transport) -> None:
-    """Let the kernel find out when a TCP peer's machine is gone, though nothing is sent to it."""
-    sock: socket.socket | None = transport.get_extra_info("socket")
-    if sock is not None and sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)

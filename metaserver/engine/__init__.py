@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from metaserver.engine.lmdb import LmdbEngine
     from metaserver.engine.mysql import MysqlStore
     from metaserver.engine.postgres import PostgresStore
+    from metaserver.engine.remote_authority import Lock
+    from metaserver.engine.store import Store
 
 __all__ = [
     "DURABILITIES",
@@ -42,8 +44,7 @@ DURABILITIES: Final = ("commit", "interval")
 
 def check_url(url: str) -> None:
     """Raise EngineUnusable for what cannot be an engine's URL, or has a password in it."""
-    if parse(url).scheme not in _KINDS:
-        raise EngineUnusable(f"{url}: no such storage engine; known are {FORMS}")
+    _parsed(url)
 
 
 def open_engine(url: str, durability: str = "commit") -> Engine:
@@ -52,9 +53,8 @@ def open_engine(url: str, durability: str = "commit") -> Engine:
     ``durability`` "interval" concerns LMDB; the others have every commit durable before it is acknowledged. Servers
     are connected to at the first request, which raises EngineUnusable if they do not answer.
     """
-    check_url(url)
-    location = parse(url)
-    return _KINDS[location.scheme].open(location, durability)
+    kind, location = _parsed(url)
+    return kind.open(location, durability)
 
 
 def candidate(url: str, address: str, durability: str = "commit") -> Candidate:
@@ -62,9 +62,20 @@ def candidate(url: str, address: str, durability: str = "commit") -> Candidate:
 
     It opens the engine, as :func:`open_engine` does, once it has the authority.
     """
-    check_url(url)
+    kind, location = _parsed(url)
+    return kind.stand(location, address, durability)
+
+
+class _Kind(NamedTuple):
+    open: Callable[[Location, str], Engine]
+    stand: Callable[[Location, str, str], Candidate]
+
+
+def _parsed(url: str) -> tuple[_Kind, Location]:
     location = parse(url)
-    return _KINDS[location.scheme].stand(location, address, durability)
+    if location.scheme not in _KINDS:
+        raise EngineUnusable(f"{url}: no such storage engine; known are {FORMS}")
+    return _KINDS[location.scheme], location
 
 
 # Memory
@@ -106,24 +117,30 @@ def _lmdb_place(location: Location) -> tuple[str, int]:
     return location.path, location.number("map_size", 0, _LEAST_MAP, _MOST_MAP) // _PAGE * _PAGE
 
 
-# etcd
+# Servers elsewhere
 
 
-def _etcd(location: Location, durability: str) -> Engine:
-    from metaserver.engine.remote import RemoteEngine
+def _remote(store: Callable[[Location], Store], lock: Callable[[Location], Lock]) -> _Kind:
+    """Return the kind of an engine on a store; the lock has a store of its own."""
 
-    return RemoteEngine(_etcd_store(location), location.url)
+    def opened(location: Location, durability: str) -> Engine:
+        from metaserver.engine.remote import RemoteEngine
+
+        return RemoteEngine(store(location), location.url)
+
+    def stand(location: Location, address: str, durability: str) -> Candidate:
+        from metaserver.engine.remote import RemoteEngine
+        from metaserver.engine.remote_authority import RemoteCandidate
+
+        return RemoteCandidate(address, lock(location), lambda: RemoteEngine(store(location), location.url))
+
+    return _Kind(opened, stand)
 
 
-def _stand_for_etcd(location: Location, address: str, durability: str) -> Candidate:
+def _etcd_lock(location: Location) -> Lock:
     from metaserver.engine.etcd_lock import EtcdLock
-    from metaserver.engine.remote import RemoteEngine
-    from metaserver.engine.remote_authority import RemoteCandidate
 
-    def opened() -> RemoteEngine:
-        return RemoteEngine(_etcd_store(location), location.url)
-
-    return RemoteCandidate(address, EtcdLock(_etcd_store(location)), opened)
+    return EtcdLock(_etcd_store(location))
 
 
 def _etcd_store(location: Location) -> EtcdStore:
@@ -140,30 +157,16 @@ def _etcd_store(location: Location) -> EtcdStore:
         password=location.password() if location.user else None,
         ca=location.file("ca"),
         certificate=location.file("cert"),
-        key=location.file("key"),
+        key=location.private_key(),
         quota=location.number("quota", etcd.QUOTA, 1 << 20, 1 << 40),
     )
     return etcd.EtcdStore(settings)
 
 
-# PostgreSQL
-
-
-def _postgres(location: Location, durability: str) -> Engine:
-    from metaserver.engine.remote import RemoteEngine
-
-    return RemoteEngine(_postgres_store(location), location.url)
-
-
-def _stand_for_postgres(location: Location, address: str, durability: str) -> Candidate:
+def _postgres_lock(location: Location) -> Lock:
     from metaserver.engine.postgres_lock import PostgresLock
-    from metaserver.engine.remote import RemoteEngine
-    from metaserver.engine.remote_authority import RemoteCandidate
 
-    def opened() -> RemoteEngine:
-        return RemoteEngine(_postgres_store(location), location.url)
-
-    return RemoteCandidate(address, PostgresLock(_postgres_store(location)), opened)
+    return PostgresLock(_postgres_store(location))
 
 
 def _postgres_store(location: Location) -> PostgresStore:
@@ -185,24 +188,10 @@ def _postgres_store(location: Location) -> PostgresStore:
     return postgres.PostgresStore(settings)
 
 
-# MySQL's protocol
-
-
-def _mysql(location: Location, durability: str) -> Engine:
-    from metaserver.engine.remote import RemoteEngine
-
-    return RemoteEngine(_mysql_store(location), location.url)
-
-
-def _stand_for_mysql(location: Location, address: str, durability: str) -> Candidate:
+def _mysql_lock(location: Location) -> Lock:
     from metaserver.engine.mysql_lock import MysqlLock
-    from metaserver.engine.remote import RemoteEngine
-    from metaserver.engine.remote_authority import RemoteCandidate
 
-    def opened() -> RemoteEngine:
-        return RemoteEngine(_mysql_store(location), location.url)
-
-    return RemoteCandidate(address, MysqlLock(_mysql_store(location)), opened)
+    return MysqlLock(_mysql_store(location))
 
 
 def _mysql_store(location: Location) -> MysqlStore:
@@ -225,15 +214,10 @@ def _mysql_store(location: Location) -> MysqlStore:
     return mysql.MysqlStore(settings)
 
 
-class _Kind(NamedTuple):
-    open: Callable[[Location, str], Engine]
-    stand: Callable[[Location, str, str], Candidate]
-
-
 _KINDS: Final = {
     "memory": _Kind(_memory, _stand_for_memory),
     "lmdb": _Kind(_lmdb, _stand_for_lmdb),
-    "etcd": _Kind(_etcd, _stand_for_etcd),
-    "postgresql": _Kind(_postgres, _stand_for_postgres),
-    "mysql": _Kind(_mysql, _stand_for_mysql),
+    "etcd": _remote(_etcd_store, _etcd_lock),
+    "postgresql": _remote(_postgres_store, _postgres_lock),
+    "mysql": _remote(_mysql_store, _mysql_lock),
 }

@@ -37,8 +37,11 @@ MOST_OPERATIONS: Final = 128
 MOST_BYTES: Final = 1_400_000
 #: etcd's default quota, in bytes; a client is not told of another one.
 QUOTA: Final = 2 * 1024**3
-#: Seconds that one request may take.
-_TIMEOUT_S: Final = 5.0
+#: Seconds that one request may take: at first, and when others took long.
+_TIMEOUT_S: Final = 1.0
+_LONGEST_S: Final = 10.0
+#: How many times longer than the last answer the next one may take.
+_SLOWER: Final = 4.0
 #: Rows of one page of a range.
 _PAGE: Final = 256
 #: Seconds for which the past is kept at least.
@@ -66,6 +69,17 @@ _LOST: Final = (
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.INTERNAL,
 )
+_TOKEN_REFUSED: Final = ("invalid auth token", "revision in header is old", "revision of auth store is old")
+_USER_REFUSED: Final = ("authentication failed", "authentication is not enabled", "user name is empty")
+#: What gRPC says of a connection that TLS did not come to be on, and what that means.
+_TLS_REFUSED: Final = {
+    "TSI_PROTOCOL_FAILURE": "TLS is not agreed on: its certificate may be none that ca= vouches for",
+    "TSI_DATA_CORRUPTED": "it refuses this TLS connection: it may ask for a client's certificate (cert=, key=)",
+}
+
+
+class _TokenRefused(Exception):
+    """A token that was given for a password is of no use any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +111,8 @@ class EtcdStore(Store):
         self._rows = settings.prefix + _ROWS
         self._tip = settings.prefix + _TIP
         self._at = 0
+        #: How long an answer is waited for: some members may hang, or have no leader, while others know the next one.
+        self._timeout_s = _TIMEOUT_S
         #: Made when they are first used: a channel belongs to the loop that runs then.
         self._channels: list[grpc.aio.Channel | None] = [None] * len(settings.endpoints)
         self._token: str | None = None
@@ -207,27 +223,42 @@ class EtcdStore(Store):
 
         Of a stream the first reply is taken.
         """
-        at = self._at
+        try:
+            return await self._call(stub, method, request)
+        except _TokenRefused:  # it was forgotten by a restart, or has become too old; nothing was done
+            self._token = None
+        try:
+            return await self._call(stub, method, request)
+        except _TokenRefused as refused:
+            raise Lost(str(refused)) from None
+
+    async def _call(self, stub: Callable[[grpc.aio.Channel], Any], method: str, request: Any) -> Any:
+        at, began = self._at, asyncio.get_running_loop().time()
         try:
             metadata = await self._authenticated(at)
-            call = getattr(stub(self._channel(at)), method)(request, timeout=_TIMEOUT_S, metadata=metadata)
-            if not isinstance(call, grpc.aio.StreamStreamCall):
-                return await call
-            if (reply := await call.read()) is grpc.aio.EOF:
+            call = getattr(stub(self._channel(at)), method)(request, timeout=self._timeout_s, metadata=metadata)
+            try:
+                reply = await (call.read() if isinstance(call, grpc.aio.StreamStreamCall) else call)
+            finally:
+                call.cancel()
+            if reply is grpc.aio.EOF:
                 raise Lost(f"{self._settings.endpoints[at]}: no answer")
-            call.cancel()
-            return reply
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._timeout_s = min(_LONGEST_S, 2 * self._timeout_s)
             raise self._meaning(error, at) from None
         except grpc.aio.UsageError as error:  # the channel is closed
             raise EngineError(f"etcd: {error}") from None
+        took_s = asyncio.get_running_loop().time() - began
+        self._timeout_s = min(_LONGEST_S, max(_TIMEOUT_S, _SLOWER * took_s))
+        return reply
 
     async def _authenticated(self, at: int) -> tuple[tuple[str, str], ...]:
         if self._settings.user is None:
             return ()
         if self._token is None:
             request = rpc_pb2.AuthenticateRequest(name=self._settings.user, password=self._settings.password or "")
-            reply = await rpc_pb2_grpc.AuthStub(self._channel(at)).Authenticate(request, timeout=_TIMEOUT_S)
+            reply = await rpc_pb2_grpc.AuthStub(self._channel(at)).Authenticate(request, timeout=self._timeout_s)
             self._token = str(reply.token)
         return (("token", self._token),)
 
@@ -253,11 +284,14 @@ class EtcdStore(Store):
             return EngineFull(f"etcd: {text}")
         if "too many operations" in text or "too large" in text:
             return LimitExceeded(f"etcd: {text}")
-        if "invalid auth token" in text:
-            self._token = None
-            return Lost(text)
-        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED) or "authentication" in text:
+        if any(each in text for each in _TOKEN_REFUSED):
+            return _TokenRefused(text)
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED) or any(
+            each in text for each in _USER_REFUSED
+        ):
             return EngineUnusable(f"etcd refuses this user: {text}")
+        if (why := next((why for sign, why in _TLS_REFUSED.items() if sign in text), None)) is not None:
+            return EngineUnusable(f"{self._settings.endpoints[at]}: {why}")
         if code in _LOST or "future revision" in text or "too many requests" in text:
             if self._at == at:
                 self._at = (at + 1) % len(self._settings.endpoints)

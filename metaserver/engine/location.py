@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qsl, unquote
 
+from metaserver import wire
 from metaserver.errors import EngineUnusable
 
 #: Holds the password of the user that a URL names, unless its option ``password_file`` names a file.
@@ -21,7 +22,8 @@ FORMS: Final = (
 
 _URL: Final = re.compile(r"(?P<scheme>[a-z]+)://(?P<where>[^/?#]*)(?P<path>/[^?#]*)?(?:\?(?P<query>[^#]*))?")
 _HOST: Final = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?")
-_MOST_PASSWORD: Final = 4096
+#: Bytes of a certificate, at most.
+_MOST_FILE: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,14 @@ class Location:
     options: Mapping[str, str]
 
     def password(self) -> str | None:
-        """Return the user's password, if there is one; raise :exc:`EngineUnusable` if its file cannot be read."""
-        path = self.options.get("password_file")
-        if path is None:
+        """Return the user's password, if there is one; raise :exc:`EngineUnusable` for a file that others can read."""
+        content = self.private_file("password_file")
+        if content is None:
             return os.environ.get(PASSWORD_VARIABLE)
-        return read_file(path, _MOST_PASSWORD).decode(errors="replace").rstrip("\r\n")
+        try:
+            return content.decode().rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise EngineUnusable(f"{self.options['password_file']}: a password is text in UTF-8") from None
 
     def number(self, option: str, missing: int, least: int, most: int) -> int:
         """Return the value of an option that is a number; raise :exc:`EngineUnusable`."""
@@ -57,20 +62,39 @@ class Location:
     def file(self, option: str) -> bytes | None:
         """Return the content of the file that an option names; raise :exc:`EngineUnusable`."""
         path = self.options.get(option)
-        return None if path is None else read_file(path, 1 << 20)
+        return None if path is None else _read_file(path)
+
+    def private_file(self, option: str) -> bytes | None:
+        """Return the content of the file that an option names, its owner's alone; raise :exc:`EngineUnusable`."""
+        path = self.options.get(option)
+        try:
+            return None if path is None else wire.read_private(path)
+        except wire.NotPrivate as error:
+            raise EngineUnusable(str(error)) from None
 
     def tls(self) -> ssl.SSLContext | None:
-        """Return what a server's certificate is checked by, and our own; ``None``: no authority is named."""
+        """Return what a server's certificate is checked by, and our own; ``None``: no authority is named.
+
+        Raises :exc:`EngineUnusable`, as for a key that others can read.
+        """
         ca, certificate = self.options.get("ca"), self.options.get("cert")
+        self.private_key()
         if ca is None:
             return None
         try:
             context = ssl.create_default_context(cafile=ca)
             if certificate is not None:
-                context.load_cert_chain(certificate, self.options.get("key"))
+                context.load_cert_chain(certificate, self.options.get("key"), _no_password)
         except OSError as error:  # SSLError is one
-            raise EngineUnusable(f"{self.url}: its certificates cannot be used: {error}") from None
+            raise EngineUnusable(f"{self.url}: its certificates cannot be used: {error.strerror or error}") from None
         return context
+
+    def private_key(self) -> bytes | None:
+        """Return the key of our own certificate, if there is one; raise :exc:`EngineUnusable`."""
+        given = {"ca", "cert", "key"} & self.options.keys()
+        if ("key" in given and "cert" not in given) or ("cert" in given and given != {"ca", "cert", "key"}):
+            raise EngineUnusable(f"{self.url}: a certificate needs its key, and ca: whose the server's is")
+        return self.private_file("key")
 
     def allow(self, *options: str) -> None:
         """Raise :exc:`EngineUnusable` if there are other options than these."""
@@ -78,6 +102,10 @@ class Location:
             if name not in options:
                 known = ", ".join(options) or "none"
                 raise EngineUnusable(f"{self.url}: there is no option {name!r}; options are: {known}")
+
+
+def _no_password() -> str:
+    raise EngineUnusable("the key is encrypted; nobody is here to give its password")
 
 
 def parse(url: str) -> Location:
@@ -111,13 +139,12 @@ def _host(url: str, text: str) -> tuple[str, int]:
     return match["host"], int(match["port"] or 0)
 
 
-def read_file(path: str, most: int) -> bytes:
-    """Return the content of a small file; raise :exc:`EngineUnusable`."""
+def _read_file(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            content = file.read(most + 1)
+            content = file.read(_MOST_FILE + 1)
     except OSError as error:
         raise EngineUnusable(f"{path}: {error.strerror}") from None
-    if len(content) > most:
-        raise EngineUnusable(f"{path} is larger than {most} bytes")
+    if len(content) > _MOST_FILE:
+        raise EngineUnusable(f"{path} is larger than {_MOST_FILE} bytes")
     return content

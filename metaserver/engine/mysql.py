@@ -12,10 +12,9 @@ All keys and values go as hexadecimal numbers: nothing depends on escapes or cha
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -23,19 +22,15 @@ import asyncmy
 from asyncmy.constants import CLIENT
 from asyncmy.errors import MySQLError
 
-from metaserver.engine.base import Row, Space
-from metaserver.engine.store import Found, Lost, Moved, Past, Query, Store, Tip, Writes
+from metaserver.engine.sql_store import CONNECT_S, KEYS_PART, TIMEOUT_S, TIP_PART, Fetched, SqlStore
+from metaserver.engine.store import Lost, Moved, Query, Tip, Writes
 from metaserver.errors import EngineError, EngineFull, EngineUnusable
 
 _log = logging.getLogger(__name__)
 
 PORT: Final = 3306
-#: The size that the database is said to have at most, in bytes, as the server does not tell how much room there is.
+#: The size that the database is said to have at most, in bytes.
 CAPACITY: Final = 2**40
-#: Connections for reading, at most; one more commits.
-_READERS: Final = 4
-_TIMEOUT_S: Final = 10.0
-_CONNECT_S: Final = 5
 #: Deadlocks after which a commit is given up as a conflict.
 _TRIES: Final = 5
 
@@ -47,6 +42,9 @@ INSERT IGNORE INTO {0}_tip VALUES (1, 0, x'');
 CREATE TABLE IF NOT EXISTS {0}_authority
 (one TINYINT PRIMARY KEY, address VARBINARY(400) NOT NULL, token VARBINARY(16) NOT NULL) ENGINE=InnoDB
 """
+_READING: Final = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ"
+_WRITING: Final = "SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE"
+_HOLD: Final = "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY"
 _RETRIED: Final = (1205, 1213, 1020)
 _FULL: Final = (1021, 1041, 1114)
 _REFUSED: Final = (1044, 1045, 1049, 1142, 1227, 1698)
@@ -71,7 +69,7 @@ class Settings:
     capacity: int = CAPACITY
 
 
-class MysqlStore(Store):
+class MysqlStore(SqlStore[Any]):
     """The rows of one set of tables."""
 
     #: A packet is to stay far below the server's ``max_allowed_packet``, 16 MiB unless it was made smaller.
@@ -79,18 +77,10 @@ class MysqlStore(Store):
     most_bytes = 4 * 1024 * 1024
 
     def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.capacity)
         self.settings = settings
-        self._is_set_up = False
-        self._setting_up = asyncio.Lock()
-        self._idle: list[Any] = []
-        self._readers = asyncio.Semaphore(_READERS)
-        self._writer: Any = None
 
-    # The store
-
-    async def fetch(self, keys: Sequence[bytes], queries: Sequence[Query]) -> Found:
-        async with self._reader() as connection:
-            return await self.fetch_by(connection, keys, queries)
+    # Commits
 
     async def commit(self, version: int, marks: bytes, writes: Writes) -> int:
         statements = self._statements(version, marks, writes)
@@ -98,7 +88,7 @@ class MysqlStore(Store):
             try:
                 found = await self._commit(statements)
             except Retry:
-                await self._drop_writer()  # which ends the transaction, if it is one still
+                self._drop_writer()  # which ends the transaction, if it is one still
                 continue
             if found.marks == marks:
                 return found.version
@@ -126,13 +116,11 @@ class MysqlStore(Store):
         return "; ".join(statements)
 
     async def _commit(self, statements: str) -> Tip:
-        if self._writer is None:
-            self._writer = await self.connect("SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE")
-            await self._check_durability(self._writer)
+        writer = await self._writing()
         try:
-            ((version, marks),) = await ask(self._writer, statements)
+            ((version, marks),) = await ask(writer, statements)
         except BaseException:
-            await self._drop_writer()
+            self._drop_writer()
             raise
         return Tip(int(version), marks)
 
@@ -141,90 +129,49 @@ class MysqlStore(Store):
         if int(setting) != 1:
             _log.warning("the server does not sync what it commits (innodb_flush_log_at_trx_commit): a crash loses it")
 
-    @contextlib.asynccontextmanager
-    async def past(self) -> AsyncIterator[Past]:
-        connection = await self.connect("SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        try:
-            await ask(connection, "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY")
-            yield _MysqlPast(self, connection)
-        finally:
-            connection.close()
-
-    async def space(self) -> Space:
-        name = _hex(self.settings.database.encode())
-        statement = f"SELECT SUM(data_length + index_length) FROM information_schema.tables WHERE table_schema = {name}"
-        async with self._reader() as connection:
-            ((used,),) = await ask(connection, statement)
-        return Space(self.settings.capacity, max(0, self.settings.capacity - int(used or 0)))
-
-    async def close(self) -> None:
-        for connection in self._idle:
-            connection.close()
-        self._idle.clear()
-        await self._drop_writer()
-
     # Reading
 
-    async def fetch_by(
-        self,
-        connection: Any,
-        keys: Sequence[bytes],
-        queries: Sequence[Query],
-        timeout_s: float | None = _TIMEOUT_S,
-    ) -> Found:
-        """Read by one statement."""
+    async def _select(
+        self, connection: Any, keys: Sequence[bytes], queries: Sequence[Query], timeout_s: float | None
+    ) -> Iterable[Fetched]:
         tables = self.settings.tables
-        parts = [f"SELECT -2, marks, NULL, version FROM {tables}_tip"]
+        parts = [f"SELECT {TIP_PART}, marks, NULL, version FROM {tables}_tip"]
         if keys:
-            parts.append(f"SELECT -1, k, v, 0 FROM {tables}_rows WHERE k IN ({', '.join(map(_hex, keys))})")
+            parts.append(f"SELECT {KEYS_PART}, k, v, 0 FROM {tables}_rows WHERE k IN ({', '.join(map(_hex, keys))})")
         for number, query in enumerate(queries):
             where = f"k >= {_hex(query.start)} AND k < {_hex(query.end)}"
             order = "DESC" if query.reverse else "ASC"
             limit = "" if query.limit is None else f" LIMIT {query.limit}"
             parts.append(f"SELECT {number}, k, v, 0 FROM {tables}_rows WHERE {where} ORDER BY k {order}{limit}")
-        values: dict[bytes, bytes | None] = dict.fromkeys(keys)
-        ranges: list[list[Row]] = [[] for _ in queries]
-        tip = Tip(0, b"")
-        for part, key, value, version in await ask(
-            connection, " UNION ALL ".join(f"({part})" for part in parts), timeout_s
-        ):
-            if part >= 0:
-                ranges[part].append((key, value))
-            elif part == -1:
-                values[key] = value
-            else:
-                tip = Tip(int(version), key)
-        for query, found in zip(queries, ranges, strict=True):
-            found.sort(reverse=query.reverse)
-        return Found(tip, values, dict(zip(queries, ranges, strict=True)))
+        statement = " UNION ALL ".join(f"({part})" for part in parts)
+        return [(part, k, v, int(version)) for part, k, v, version in await ask(connection, statement, timeout_s)]
+
+    async def _used(self, connection: Any) -> int:
+        name = _hex(self.settings.database.encode())
+        statement = f"SELECT SUM(data_length + index_length) FROM information_schema.tables WHERE table_schema = {name}"
+        ((used,),) = await ask(connection, statement)
+        return int(used or 0)
 
     # Connections
 
-    @contextlib.asynccontextmanager
-    async def _reader(self) -> AsyncIterator[Any]:
-        """Have a connection that is in the middle of nothing; one that fails is not used again."""
-        async with self._readers:
-            isolation = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ"
-            connection = self._idle.pop() if self._idle else await self.connect(isolation)
-            try:
-                yield connection
-            except BaseException:
-                for each in (connection, *self._idle):  # what ended this one may have ended the others
-                    each.close()
-                self._idle.clear()
-                raise
-            self._idle.append(connection)
+    async def _connect_reader(self) -> Any:
+        return await self.connect(_READING)
 
-    async def _drop_writer(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
+    async def _connect_past(self) -> Any:
+        connection = await self.connect(_READING)
+        return await self._begun(connection, lambda it: ask(it, _HOLD))
+
+    async def _connect_writer(self) -> Any:
+        return await self._begun(await self.connect(_WRITING), self._check_durability)
+
+    def drop(self, connection: Any) -> None:
+        connection.close()
 
     async def connect(self, statement: str) -> Any:
         """Return a new connection to a database with the tables, after this first statement."""
         settings = self.settings
         try:
-            async with asyncio.timeout(_CONNECT_S):
+            async with asyncio.timeout(CONNECT_S):
                 connection = await asyncmy.connect(
                     host=settings.host.strip("[]"),
                     port=settings.port or PORT,
@@ -234,48 +181,25 @@ class MysqlStore(Store):
                     charset="utf8mb4",
                     ssl=settings.tls,
                     autocommit=True,
-                    connect_timeout=_CONNECT_S,
+                    connect_timeout=CONNECT_S,
                     client_flag=CLIENT.MULTI_STATEMENTS,
                 )
         except (MySQLError, OSError, EOFError, TimeoutError) as error:
             raise _meaning(error) from None
-        try:
-            await ask(connection, statement)
-            await self._set_up(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        return await self._begun(connection, lambda it: ask(it, statement), self._set_up)
 
-    async def _set_up(self, connection: Any) -> None:
-        async with self._setting_up:
-            if self._is_set_up:
-                return
-            name = _hex(f"{self.settings.tables}_authority".encode())
-            where = f"table_schema = DATABASE() AND table_name = {name}"
-            if not await ask(connection, f"SELECT 1 FROM information_schema.tables WHERE {where}"):
-                await ask(connection, _SETUP.format(self.settings.tables))
-            self._is_set_up = True
-
-
-class _MysqlPast(Past):
-    """A transaction that writes nothing."""
-
-    def __init__(self, store: MysqlStore, connection: Any) -> None:
-        self._store = store
-        self._connection = connection
-        self._turn = asyncio.Lock()
-
-    async def fetch(self, keys: Sequence[bytes], queries: Sequence[Query]) -> Found:
-        async with self._turn:
-            return await self._store.fetch_by(self._connection, keys, queries, None)
+    async def _make_tables(self, connection: Any) -> None:
+        name = _hex(f"{self.settings.tables}_authority".encode())
+        where = f"table_schema = DATABASE() AND table_name = {name}"
+        if not await ask(connection, f"SELECT 1 FROM information_schema.tables WHERE {where}"):
+            await ask(connection, _SETUP.format(self.settings.tables))
 
 
 def _hex(data: bytes) -> str:
     return f"x'{data.hex()}'"
 
 
-async def ask(connection: Any, statements: str, timeout_s: float | None = _TIMEOUT_S) -> Sequence[tuple[Any, ...]]:
+async def ask(connection: Any, statements: str, timeout_s: float | None = TIMEOUT_S) -> Sequence[tuple[Any, ...]]:
     """Send statements; return the rows of the last one. Raises :exc:`Lost`, :exc:`Retry` and EngineError.
 
     A connection for which it raised is of no use any more.
@@ -293,6 +217,9 @@ async def ask(connection: Any, statements: str, timeout_s: float | None = _TIMEO
 
 def _meaning(error: BaseException) -> Exception:
     """Return what an error means."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return EngineUnusable(f"the server's certificate: {cause.verify_message}")
     code = error.args[0] if isinstance(error, MySQLError) and error.args else 0
     if code in _RETRIED:
         return Retry(str(error))

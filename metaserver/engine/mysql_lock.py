@@ -16,18 +16,16 @@ _SETTINGS: Final = f"SET SESSION wait_timeout = {math.ceil(LAPSE_S)}"
 class MysqlLock(SessionLock[Any]):
     """The lock of one set of tables."""
 
+    _store: MysqlStore
+
     def __init__(self, store: MysqlStore) -> None:
-        super().__init__()
-        self._store = store
+        super().__init__(store)
         settings = store.settings
         self._name = f"bpfuse-{hashlib.sha256(f'{settings.database}/{settings.tables}'.encode()).hexdigest()[:40]}"
         self._table = f"{settings.tables}_authority"
 
     async def _connect(self) -> Any:
         return await self._store.connect(_SETTINGS)
-
-    def _drop(self, session: Any) -> None:
-        session.close()
 
     async def _try_lock(self, session: Any) -> bool:
         ((taken,),) = await ask(session, f"SELECT GET_LOCK('{self._name}', 0)")
@@ -48,7 +46,3 @@ class MysqlLock(SessionLock[Any]):
     async def _is_locked(self, session: Any) -> bool:
         ((locked,),) = await ask(session, f"SELECT IS_USED_LOCK('{self._name}') IS NOT NULL")
         return bool(locked)
-
-    async def close(self) -> None:
-        await super().close()
-        await self._store.close()

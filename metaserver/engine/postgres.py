@@ -11,28 +11,22 @@ Nothing is listened for: one process writes at a time, and others compare the ti
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 import asyncpg
 
-from metaserver.engine.base import Row, Space
-from metaserver.engine.store import Found, Lost, Moved, Past, Query, Store, Tip, Writes
+from metaserver.engine.sql_store import CONNECT_S, KEYS_PART, TIMEOUT_S, TIP_PART, Fetched, SqlStore
+from metaserver.engine.store import Lost, Moved, Query, Tip, Writes
 from metaserver.errors import EngineError, EngineFull, EngineUnusable
 
 T = TypeVar("T")
 
 PORT: Final = 5432
-#: The size that the database is said to have at most, in bytes, as PostgreSQL does not tell how much room there is.
+#: The size that the database is said to have at most, in bytes.
 CAPACITY: Final = 2**40
-#: Connections for reading, at most; one more commits.
-_READERS: Final = 4
-_TIMEOUT_S: Final = 10.0
-_CONNECT_S: Final = 5.0
 #: Serialisation failures and deadlocks after which a commit is given up as a conflict.
 _TRIES: Final = 5
 
@@ -54,9 +48,10 @@ put AS (INSERT INTO rows SELECT k, v FROM unnest($3::bytea[], $4::bytea[]) AS ne
 gone AS (DELETE FROM rows WHERE k = ANY ($5::bytea[]) AND EXISTS (SELECT FROM moved))
 SELECT version FROM moved
 """
-_TIP: Final = "SELECT -2 AS part, marks AS k, NULL::bytea AS v, version FROM tip"
-_KEYS: Final = "SELECT -1, k, v, 0 FROM rows WHERE k = ANY (${0}::bytea[])"
+_TIP: Final = f"SELECT {TIP_PART} AS part, marks AS k, NULL::bytea AS v, version FROM tip"
+_KEYS: Final = f"SELECT {KEYS_PART}, k, v, 0 FROM rows WHERE k = ANY (${{0}}::bytea[])"
 _RANGE: Final = "(SELECT {0}, k, v, 0 FROM rows WHERE k >= ${1} AND k < ${2} ORDER BY k {4} LIMIT ${3})"
+_HOLD: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _SETTINGS: Final = {"application_name": "bpfuse", "enable_seqscan": "off", "jit": "off"}
 _LOST: Final = (
     OSError,
@@ -70,6 +65,8 @@ _LOST: Final = (
     asyncpg.TooManyConnectionsError,
     asyncpg.IdleSessionTimeoutError,
     asyncpg.QueryCanceledError,
+    asyncpg.StatementCompletionUnknownError,
+    asyncpg.ReadOnlySQLTransactionError,  # whoever answers there now is a replica
 )
 
 
@@ -86,7 +83,7 @@ class Settings:
     capacity: int = CAPACITY
 
 
-class PostgresStore(Store):
+class PostgresStore(SqlStore[asyncpg.Connection]):
     """The rows of a schema."""
 
     #: Far below what PostgreSQL would take: it is a bound for how long the others wait.
@@ -94,23 +91,15 @@ class PostgresStore(Store):
     most_bytes = 8 * 1024 * 1024
 
     def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.capacity)
         self._settings = settings
-        self._is_set_up = False
-        self._setting_up = asyncio.Lock()
-        self._idle: list[asyncpg.Connection] = []
-        self._readers = asyncio.Semaphore(_READERS)
-        self._writer: asyncpg.Connection | None = None
 
     @property
     def schema(self) -> str:
         """Where the tables are."""
         return self._settings.schema
 
-    # The store
-
-    async def fetch(self, keys: Sequence[bytes], queries: Sequence[Query]) -> Found:
-        async with self._reader() as connection:
-            return await answer(fetch(connection, keys, queries))
+    # Commits
 
     async def commit(self, version: int, marks: bytes, writes: Writes) -> int:
         put = {key: value for key, value in writes.items() if value is not None}
@@ -119,11 +108,11 @@ class PostgresStore(Store):
         for _ in range(_TRIES):
             connection = await self._writing()
             try:
-                new = await answer(connection.fetchval(_COMMIT, *arguments, timeout=_TIMEOUT_S))
+                new = await answer(connection.fetchval(_COMMIT, *arguments, timeout=TIMEOUT_S))
             except (asyncpg.SerializationError, asyncpg.DeadlockDetectedError):
                 continue  # nothing was written, and the next try sees what was in the way
             except Lost:
-                await self._drop_writer()
+                self._drop_writer()
                 raise
             if new is None:
                 raise Moved(await self._tip())
@@ -133,53 +122,41 @@ class PostgresStore(Store):
     async def _tip(self) -> Tip:
         return (await self.fetch((), ())).tip
 
-    @contextlib.asynccontextmanager
-    async def past(self) -> AsyncIterator[Past]:
-        connection = await self.connect()
-        try:
-            await answer(connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"))
-            yield _PostgresPast(connection)
-        finally:
-            connection.terminate()
+    # Reading
 
-    async def space(self) -> Space:
-        async with self._reader() as connection:
-            used = await answer(connection.fetchval("SELECT pg_database_size(current_database())"))
-        return Space(self._settings.capacity, max(0, self._settings.capacity - int(used)))
+    async def _select(
+        self, connection: asyncpg.Connection, keys: Sequence[bytes], queries: Sequence[Query], timeout_s: float | None
+    ) -> Iterable[Fetched]:
+        parts, arguments = [_TIP], list[Any]()
+        if keys:
+            arguments.append(list(keys))
+            parts.append(_KEYS.format(len(arguments)))
+        for number, query in enumerate(queries):
+            first = len(arguments) + 1
+            arguments += [query.start, query.end, query.limit]
+            parts.append(_RANGE.format(number, first, first + 1, first + 2, "DESC" if query.reverse else ""))
+        rows: Iterable[Fetched] = await answer(
+            connection.fetch(" UNION ALL ".join(parts), *arguments, timeout=timeout_s)
+        )
+        return rows
 
-    async def close(self) -> None:
-        for connection in self._idle:
-            connection.terminate()
-        self._idle.clear()
-        await self._drop_writer()
+    async def _used(self, connection: asyncpg.Connection) -> int:
+        return int(await answer(connection.fetchval("SELECT pg_database_size(current_database())")))
 
     # Connections
 
-    @contextlib.asynccontextmanager
-    async def _reader(self) -> AsyncIterator[asyncpg.Connection]:
-        """Have a connection that is in the middle of nothing; one that fails is not used again."""
-        async with self._readers:
-            connection = self._idle.pop() if self._idle else await self.connect(default_transaction_read_only="on")
-            try:
-                yield connection
-            except BaseException:
-                for each in (connection, *self._idle):  # what ended this one may have ended the others
-                    each.terminate()
-                self._idle.clear()
-                raise
-            self._idle.append(connection)
+    async def _connect_reader(self) -> asyncpg.Connection:
+        return await self.connect(default_transaction_read_only="on")
 
-    async def _writing(self) -> asyncpg.Connection:
-        if self._writer is None:
-            self._writer = await self.connect(default_transaction_isolation="serializable")
-            if await answer(self._writer.fetchval("SHOW synchronous_commit")) in ("off", "local"):
-                await answer(self._writer.execute("SET synchronous_commit = on"))
-        return self._writer
+    async def _connect_past(self) -> asyncpg.Connection:
+        return await self._begun(await self.connect(), lambda it: answer(it.execute(_HOLD)))
 
-    async def _drop_writer(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.terminate()
+    async def _connect_writer(self) -> asyncpg.Connection:
+        connection = await self.connect(default_transaction_isolation="serializable")
+        return await self._begun(connection, _be_durable)
+
+    def drop(self, connection: asyncpg.Connection) -> None:
+        connection.terminate()
 
     async def connect(self, **more: str) -> asyncpg.Connection:
         """Return a new connection to a server that can be written to, with the schema's tables."""
@@ -192,69 +169,23 @@ class PostgresStore(Store):
                 password=settings.password,
                 database=settings.database,
                 ssl=settings.tls if settings.tls is not None else "prefer",
-                timeout=_CONNECT_S,
+                timeout=CONNECT_S,
                 server_settings={**_SETTINGS, **more, "search_path": settings.schema},
                 target_session_attrs="read-write" if len(settings.hosts) > 1 else None,
             )
         )
-        try:
-            await self._set_up(connection)
-        except BaseException:
-            connection.terminate()
-            raise
-        return connection
+        return await self._begun(connection, self._set_up)
 
-    async def _set_up(self, connection: asyncpg.Connection) -> None:
-        async with self._setting_up:
-            if self._is_set_up:
-                return
-            if await answer(connection.fetchval("SELECT to_regclass('authority')")) is None:
-                setup = f"SELECT pg_advisory_xact_lock({_SETUP_LOCK});" + _SETUP.format(schema=self._settings.schema)
-                await answer(connection.execute(f"BEGIN READ WRITE; {setup} COMMIT"))
-            self._is_set_up = True
+    async def _make_tables(self, connection: asyncpg.Connection) -> None:
+        if await answer(connection.fetchval("SELECT to_regclass('authority')")) is None:
+            setup = f"SELECT pg_advisory_xact_lock({_SETUP_LOCK});" + _SETUP.format(schema=self._settings.schema)
+            await answer(connection.execute(f"BEGIN READ WRITE; {setup} COMMIT"))
 
 
-class _PostgresPast(Past):
-    """A transaction that writes nothing."""
-
-    def __init__(self, connection: asyncpg.Connection) -> None:
-        self._connection = connection
-        self._turn = asyncio.Lock()
-
-    async def fetch(self, keys: Sequence[bytes], queries: Sequence[Query]) -> Found:
-        async with self._turn:
-            return await answer(fetch(self._connection, keys, queries, timeout_s=None))
-
-
-async def fetch(
-    connection: asyncpg.Connection,
-    keys: Sequence[bytes],
-    queries: Sequence[Query],
-    timeout_s: float | None = _TIMEOUT_S,
-) -> Found:
-    """Read by one statement."""
-    parts, arguments = [_TIP], list[Any]()
-    if keys:
-        arguments.append(list(keys))
-        parts.append(_KEYS.format(len(arguments)))
-    for number, query in enumerate(queries):
-        first = len(arguments) + 1
-        arguments += [query.start, query.end, query.limit]
-        parts.append(_RANGE.format(number, first, first + 1, first + 2, "DESC" if query.reverse else ""))
-    rows = await connection.fetch(" UNION ALL ".join(parts), *arguments, timeout=timeout_s)
-    values: dict[bytes, bytes | None] = dict.fromkeys(keys)
-    ranges: list[list[Row]] = [[] for _ in queries]
-    tip = Tip(0, b"")
-    for part, key, value, version in rows:
-        if part >= 0:
-            ranges[part].append((key, value))
-        elif part == -1:
-            values[key] = value
-        else:
-            tip = Tip(version, key)
-    for query, found in zip(queries, ranges, strict=True):
-        found.sort(reverse=query.reverse)
-    return Found(tip, values, dict(zip(queries, ranges, strict=True)))
+async def _be_durable(connection: asyncpg.Connection) -> None:
+    """Have commits synced before they are answered, whatever the server's default is."""
+    if await answer(connection.fetchval("SHOW synchronous_commit")) in ("off", "local"):
+        await answer(connection.execute("SET synchronous_commit = on"))
 
 
 async def answer(asked: Awaitable[T]) -> T:
@@ -269,6 +200,8 @@ async def answer(asked: Awaitable[T]) -> T:
         raise EngineUnusable(f"PostgreSQL: {error}") from None
     except asyncpg.InsufficientPrivilegeError as error:
         raise EngineUnusable(f"PostgreSQL: {error}") from None
+    except ssl.SSLCertVerificationError as error:
+        raise EngineUnusable(f"PostgreSQL: its certificate: {error.verify_message}") from None
     except _LOST as error:
         raise Lost(f"{error or type(error).__name__}") from None
     except asyncpg.PostgresError as error:

@@ -33,16 +33,14 @@ INSERT INTO authority VALUES (true, $1, $2) ON CONFLICT (one) DO UPDATE SET addr
 class PostgresLock(SessionLock[asyncpg.Connection]):
     """The lock of a schema."""
 
+    _store: PostgresStore
+
     def __init__(self, store: PostgresStore) -> None:
-        super().__init__()
-        self._store = store
+        super().__init__(store)
         self._number = zlib.crc32(store.schema.encode()) - 2**31
 
     async def _connect(self) -> asyncpg.Connection:
         return await self._store.connect(**_SETTINGS)
-
-    def _drop(self, session: asyncpg.Connection) -> None:
-        session.terminate()
 
     async def _try_lock(self, session: asyncpg.Connection) -> bool:
         return bool(await answer(session.fetchval("SELECT pg_try_advisory_lock($1, $2)", _CLASS, self._number)))
@@ -60,7 +58,3 @@ class PostgresLock(SessionLock[asyncpg.Connection]):
 
     async def _is_locked(self, session: asyncpg.Connection) -> bool:
         return bool(await answer(session.fetchval(_IS_LOCKED, _CLASS, self._number % 2**32)))
-
-    async def close(self) -> None:
-        await super().close()
-        await self._store.close()

@@ -48,7 +48,15 @@ from metaserver.engine.store import (
     marked,
 )
 from metaserver.engine.views import Cache, Hand, Memo, Missing, RemoteSnapshot, RemoteTransaction, touches
-from metaserver.errors import Conflict, EngineClosed, EngineUnavailable, EngineUnusable, LimitExceeded, Unknown
+from metaserver.errors import (
+    Conflict,
+    EngineClosed,
+    EngineError,
+    EngineUnavailable,
+    EngineUnusable,
+    LimitExceeded,
+    Unknown,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +67,8 @@ CACHE_BYTES: Final = 64 * 1024 * 1024
 #: Seconds that a store may stay away before what waits for it fails; and at the first request.
 PATIENCE_S: Final = 20.0
 FIRST_PATIENCE_S: Final = 10.0
+#: Seconds that closing waits for a commit that is under way.
+_CLOSE_S: Final = 2.0
 #: Seconds of the first and of the longest pause before a request is sent again.
 _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 0.5
@@ -199,9 +209,12 @@ class RemoteEngine(Engine):
         if self._closed:
             return
         self._closed = True
-        if self._committer is not None:
-            await asyncio.wait({self._committer})
+        committer = self._committer
+        if committer is not None:
+            await asyncio.wait({committer}, timeout=_CLOSE_S)
         await self.store.close()
+        if committer is not None:  # what it waits for has failed
+            await asyncio.wait({committer})
 
     def _check_open(self) -> None:
         if self._closed:
@@ -373,15 +386,23 @@ class RemoteEngine(Engine):
             self._begin_after(outcome)
 
     async def _commit(self, version: int, marks: bytes, writes: Writes) -> int:
-        """Commit, as often as answers are lost; raise :exc:`Unknown` when patience is at its end."""
+        """Commit, as often as answers are lost; raise :exc:`Unknown` when patience is at its end.
+
+        A refusal says nothing of those that were sent before it: one of them may have been made, or still be.
+        """
         loop = asyncio.get_running_loop()
         end, pause = loop.time() + self._patience_s, _FIRST_PAUSE_S
         while True:
             try:
                 self.requests += 1
                 return await self.store.commit(version, marks, writes)
+            except (Moved, EngineError) as error:
+                if pause == _FIRST_PAUSE_S or (isinstance(error, Moved) and error.tip is not None):
+                    raise
+                self._is_uncertain = True
+                raise Unknown(f"{self._name}: {error}") from None
             except Lost as lost:
-                if loop.time() + pause > end:
+                if self._closed or loop.time() + pause > end:
                     self._is_uncertain = True
                     raise Unknown(f"{self._name}: {lost}") from None
                 _log.warning("%s: %s: sending a commit again", self._name, lost)

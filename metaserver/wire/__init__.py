@@ -25,8 +25,10 @@ from metaserver.wire.content import *
 from metaserver.wire.events import *
 from metaserver.wire.frames import *
 from metaserver.wire.identities import *
+from metaserver.wire.keep_alive import *
 from metaserver.wire.locks import *
 from metaserver.wire.namespace import *
+from metaserver.wire.private_files import *
 from metaserver.wire.sessions import *
 from metaserver.wire.status import *
 from metaserver.wire.tokens import *

@@ -1,4 +1,4 @@
-"""Tokens, and files that hold secrets: what a client shows of itself, and how both sides read it.
+"""Tokens: what a client shows of itself, and how both sides read it.
 
 A token is ``NAME:SECRET``, the identity's name and 256 random bits. The metaserver keeps a digest of the secret only.
 The text of a token is in no message of an exception.
@@ -7,11 +7,11 @@ The text of a token is in no message of an exception.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
-import stat
 from typing import Final
+
+from metaserver.wire.private_files import NotPrivate, read_private
 
 #: Bytes of a secret.
 SECRET_BYTES: Final = 32
@@ -20,12 +20,6 @@ MAX_TOKEN: Final = 128
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
 _SECRET: Final = re.compile(r"[A-Za-z0-9_-]{43}")
-#: The most bytes that a file of secrets has.
-_FILE_MAX: Final = 1 << 20
-
-
-class NotPrivate(Exception):
-    """A file of secrets cannot be used. The text is one line for the user."""
 
 
 def make_token(name: str) -> str:
@@ -46,26 +40,6 @@ def split_token(token: str) -> tuple[str, str]:
 def digest(secret: str) -> bytes:
     """Return what is kept of a secret. It has 256 bits of chance in it: no salt and no slow hash add anything."""
     return hashlib.sha256(secret.encode()).digest()
-
-
-def read_private(path: str) -> bytes:
-    """Return the content of a file that is its owner's alone; raise :exc:`NotPrivate`."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            _check(path, os.fstat(file.fileno()))
-            return file.read(_FILE_MAX) or b""
-    except OSError as error:
-        raise NotPrivate(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _check(path: str, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise NotPrivate(f"{path} is not a file")
-    if status.st_uid != os.geteuid():
-        raise NotPrivate(f"{path} belongs to uid {status.st_uid}; it has to be owned by uid {os.geteuid()}")
-    if status.st_mode & 0o077:
-        mode = stat.S_IMODE(status.st_mode)
-        raise NotPrivate(f"{path} can be used by others (mode {mode:04o}); make it private: chmod 600 {path}")
 
 
 def read_token(path: str) -> str:

@@ -87,15 +87,21 @@ class Maps:
         self.put_name(parent, name, 0)
 
     def _evict(self) -> None:
-        if not self._names or self._rng.random() >= _FORGETTING:
-            return
-        directory, _ = self._rng.choice(list(self._names))
+        here = [*(parent for parent, _ in self._names), *self._wholes]
+        if here and self._rng.random() < _FORGETTING:
+            self.give_up(self._rng.choice(here))
+
+    def give_up(self, directory: int) -> None:
+        """Evict a directory's entries."""
         self._lose(directory)
         for key in [key for key in self._names if key[0] == directory]:
             ino = self._names.pop(key).ino
             if self._inodes.pop(ino, None) is not None:
                 self._evicted.append(ino)
         self._given_up.append(directory)
+
+    def missing(self, inodes: array[int]) -> array[int]:
+        return array("Q", [ino for ino in inodes if not self.has_all(array("Q", [ino]), content=False)])
 
     def take_evicted(self) -> Evicted:
         directories = [each for each in self._given_up if self.is_used(each) is None]
@@ -104,7 +110,8 @@ class Maps:
         return taken
 
     def is_used(self, directory: int) -> bool | None:
-        return True if any(parent == directory for parent, _ in self._names) else None
+        held = directory in self._wholes or any(parent == directory for parent, _ in self._names)
+        return True if held else None
 
     def drop_name(self, parent: int, name: bytes) -> None:
         self._lose(parent)

@@ -50,7 +50,13 @@ static bool evict_inode(struct bpfuse_cache *cache, __u32 slot, __u64 ino)
 {
 	struct bpfuse_inode_value value;
 
-	if (!ino || bpf_map_lookup_elem(cache->options.inodes_fd, &ino, &value) || value.group != slot)
+	if (!ino)
+		return false;
+	if (bpf_map_lookup_elem(cache->options.inodes_fd, &ino, &value)) {
+		tell(cache, ino);
+		return false;
+	}
+	if (value.group != slot)
 		return false;
 	cache_drop(cache, cache->options.inodes_fd, &ino);
 	cache_drop_xattrs(cache, ino);
@@ -74,6 +80,8 @@ static void evict_group(struct bpfuse_cache *cache, __u32 slot, struct gone *gon
 	struct gone before = *gone;
 	__u64 directory = group->directory;
 
+	if (directory)
+		bpfuse_cache_drop_whole(cache, directory);
 	for (__u32 i = 0; i < group->count; i++) {
 		if (directory)
 			gone->names += evict_name(cache, slot, directory, &group->members[i]);

@@ -228,9 +228,9 @@ def test_a_name_is_not_missed_while_it_is_replaced(make: MakeKernel) -> None:
     writer.start()
     seen: dict[str, int] = {}
     chance = random.Random(2)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     try:
-        while time.monotonic() < deadline and seen.get("ANSWERED_ABSENT", 0) < 500:
+        while time.monotonic() < deadline and seen.get("ANSWERED_ABSENT", 0) < 100:
             for _ in range(20):
                 assert ask(bpf, name_of(chance.choice(FILES))) in ("ANSWERED", "MISS_NAME", "MISS_INODE", "MISS_RACE")
             outcome = ask(bpf, b"x")
@@ -239,4 +239,4 @@ def test_a_name_is_not_missed_while_it_is_replaced(make: MakeKernel) -> None:
         stop.set()
         writer.join(10)
     assert writer.exitcode == 0
-    assert seen["ANSWERED_ABSENT"] >= 500, seen
+    assert seen["ANSWERED_ABSENT"] >= 100, seen

@@ -72,6 +72,8 @@ class Feeder:
         self.warm = WarmDirectories()
         #: Told of what an inode has become by a change made here.
         self.on_changed: Callable[[wire.Attributes], object] = lambda attributes: None
+        #: The same, if something else has changed it meanwhile, here or elsewhere: it may be newer than this.
+        self.on_overtaken: Callable[[wire.Attributes], object] = lambda attributes: None
         #: Says of an inode that is open for writing whether it is nevertheless what these attributes say.
         self.is_shown: Callable[[wire.Attributes], bool] = lambda attributes: False
         #: Told of each inode that is dropped; ``None`` is all of them.
@@ -219,8 +221,7 @@ class Feeder:
             fresh = self._guard.may_put(token, each.ino)
             self.drop_inode(each.ino)
             self._remember(each)
-            if fresh:
-                self.on_changed(each)
+            (self.on_changed if fresh else self.on_overtaken)(each)
             if fresh and self._wanted(each):
                 self._put_inode(each, None)
             elif fresh and self._is_written(each.ino) and each.nlink > 0 and self.is_shown(each):

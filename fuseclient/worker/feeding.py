@@ -117,6 +117,30 @@ class Feeder:
         """Say whether no name of a directory was dropped, made or removed since the token was taken."""
         return self._guard.may_put(token, _listing(ino))
 
+    def losses(self, ino: int) -> int:
+        """To be taken before the names of a whole directory are put, for :meth:`know_whole`."""
+        return self._cache.losses(ino)
+
+    def know_whole(self, token: Token, ino: int, names: Iterable[bytes], losses: int) -> None:
+        """All names of a directory were put, and these are they, if none was dropped, made or removed since the token.
+
+        What it lacks is absent from now on, until one of its names is dropped.
+        """
+        if self.same_names(token, ino):
+            self.whole.know(ino, names)
+            self.put_whole(token, ino, losses)
+
+    def put_whole(self, token: Token, ino: int, losses: int) -> None:
+        """As :meth:`know_whole`, of a directory whose names are not to be remembered here."""
+        if self.same_names(token, ino):
+            self.touched_names.add(ino)
+            self._cache.put_whole(ino, losses)
+
+    def forget_whole(self, ino: int) -> None:
+        """A directory is no more."""
+        self.whole.forget(ino)
+        self._cache.drop_whole(ino)
+
     def listing(
         self, token: Token, ino: int, after: int, entries: Sequence[Entry | wire.DirectoryEntry], *, complete: bool
     ) -> None:
@@ -290,6 +314,7 @@ class Feeder:
         self.generation += 1
         self.whole.forget(ino)
         self.warm.forget(ino)
+        self._cache.drop_whole(ino)
         self._guard.dropped_names(ino)
         self._listings.forget(ino)
 

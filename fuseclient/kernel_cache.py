@@ -57,7 +57,10 @@ class Room(NamedTuple):
 
 
 class Evicted(NamedTuple):
-    """What was given up to make room: inodes, and directories of which nothing is left. ``all_known``: that is all."""
+    """What was given up to make room: inodes, and directories of which nothing is left. ``all_known``: that is all.
+
+    An inode may come twice, and may have been dropped or put again before.
+    """
 
     inodes: array[int]
     directories: list[int]
@@ -74,6 +77,7 @@ class Cache(Protocol):
     def drop_name(self, parent: int, name: bytes) -> None: ...
     def drop_inode(self, ino: int) -> None: ...
     def has_all(self, inodes: array[int], *, content: bool) -> bool: ...
+    def missing(self, inodes: array[int]) -> array[int]: ...
     def take_evicted(self) -> Evicted: ...
     def is_used(self, directory: int) -> bool | None: ...
     @property
@@ -208,6 +212,12 @@ class KernelCache:
         """
         numbers = ffi.from_buffer("__u64[]", inodes)
         return bool(lib.bpfuse_cache_has_all(self._handle(), numbers, len(inodes), content))
+
+    def missing(self, inodes: array[int]) -> array[int]:
+        """Return those of these inodes, an array of type Q, that are not here."""
+        found = array("Q", bytes(8 * len(inodes)))
+        numbers, out = ffi.from_buffer("__u64[]", inodes), ffi.from_buffer("__u64[]", found, require_writable=True)
+        return found[: lib.bpfuse_cache_missing(self._handle(), numbers, len(inodes), out)]
 
     def take_evicted(self) -> Evicted:
         """Return what was given up to make room, and was not returned before."""
@@ -389,6 +399,9 @@ class NoKernelCache:
 
     listing_limit = 0
     room = Room(0, 0)
+
+    def missing(self, inodes: array[int]) -> array[int]:
+        return inodes
 
     def take_evicted(self) -> Evicted:
         return Evicted(array("Q"), [], True)

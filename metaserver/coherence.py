@@ -10,6 +10,9 @@ transaction finds out what it touches, and is given up with :exc:`Held` if someb
 break, and when each has acknowledged or was evicted the transaction is tried again. If nobody else holds anything, the
 first try commits, and nothing is sent or awaited.
 
+A session **returns** what it has given up by itself (ReturnLeases). That is taken in the turn of the loop in which it
+is read, and not answered: the connection says what came before it, and what after.
+
 An inode that a session has open for writing is not granted to others: each reply about it comes with a note that it is
 being written. It counts as held all the same, because what the kernel reads of it stays in its page cache.
 
@@ -24,6 +27,7 @@ holders then; the loop records a holder first and looks at the marks then: so on
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import stat
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -216,6 +220,14 @@ class Coherence:
                 holdings.hold(session.holder, map(inode_key, still_open))
 
         self.breaks.send([session], [], [], dropped, everything=True)
+
+    def returned(self, session: Session, directories: Iterable[int], inodes: Iterable[int]) -> None:
+        """A session has nothing in its caches of these inodes and of the names in these directories.
+
+        What it was granted before this came it does not keep; what it asks for from now on it is granted again.
+        """
+        keys = itertools.chain(map(inode_key, inodes), map(names_key, directories))
+        self._state(session.volume).holdings.release(session.holder, keys)
 
     def held(self, session: Session) -> tuple[int, int]:
         """Return how many directories' names, and how many inodes, a session may have cached."""

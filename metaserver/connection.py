@@ -7,8 +7,8 @@
 * Who has no session and asks for nothing is cut off after ``idle_s``.
 * Replies are not buffered without end: while the client does not take them no request is started and no page of a
   stream is read, and after ``stall_s`` of that it is cut off.
-* Breaks go out as they come, whatever else is waiting, and acknowledgements are taken in as they come: neither is a
-  request.
+* Breaks go out as they come, whatever else is waiting, and acknowledgements and returned leases are taken in as they
+  come: none of these is a request.
 * A frame that is not of the protocol ends the connection, with a Failure of id 0 that says why. No other connection
   is touched by it.
 
@@ -147,6 +147,8 @@ class Service(Protocol):
 
     def acknowledge(self, caller: Caller, request: wire.Acknowledge) -> None: ...
 
+    def returned(self, caller: Caller, request: wire.ReturnLeases) -> None: ...
+
 
 class _Gone(Exception):
     """The client is gone and nobody waits for the rest of its stream."""
@@ -264,7 +266,9 @@ class Connection(asyncio.Protocol):
             return
         if isinstance(frame.request, wire.Acknowledge):
             self._service.acknowledge(self._caller, frame.request)
-        if self._stopping or isinstance(frame.request, wire.Acknowledge):
+        elif isinstance(frame.request, wire.ReturnLeases):
+            self._service.returned(self._caller, frame.request)
+        if self._stopping or isinstance(frame.request, wire.Acknowledge | wire.ReturnLeases):
             return
         account.in_flight += 1
         task = self._loop.create_task(self._run(frame))

@@ -119,6 +119,10 @@ class Guard:
             raise _not_here(ino)
         return self.root if ino == wire.ROOT_INO else ino
 
+    def numbers_inward(self, inos: Iterable[int]) -> list[int]:
+        """Return which inodes are meant, whether they may be reached or not."""
+        return [self.root if self.is_confined and ino == wire.ROOT_INO else ino for ino in inos]
+
     def _lock_inward(self, lock: wire.Lock) -> wire.Lock:
         return msgspec.structs.replace(lock, ino=self._inward(lock.ino))
 

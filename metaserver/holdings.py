@@ -99,10 +99,25 @@ class Holdings:
 
     def release(self, holder: Holder, keys: Iterable[int]) -> None:
         """The holder has dropped these keys."""
+        touched: dict[int, bytearray] = {}
         for key in keys:
-            bitmap = self._blocks.get(key // _BLOCK_BITS, {}).get(holder)
+            block = key // _BLOCK_BITS
+            bitmap = self._blocks.get(block, {}).get(holder)
             if bitmap is not None:
                 bitmap[key % _BLOCK_BITS >> 3] &= ~(1 << (key & 7))
+                touched[block] = bitmap
+        for block, bitmap in touched.items():
+            if not any(bitmap):
+                holder.blocks.discard(block)
+                self._discard(block, holder)
+
+    def _discard(self, block: int, holder: Holder) -> None:
+        """Forget a bitmap."""
+        holders = self._blocks[block]
+        del holders[holder]
+        self.bitmaps -= 1
+        if not holders:
+            del self._blocks[block]
 
     def count(self, holder: Holder) -> tuple[int, int]:
         """Return how many directories' names, and how many inodes, a holder holds as far as is known."""
@@ -117,10 +132,6 @@ class Holdings:
         """The holder holds nothing any more."""
         self._everything.pop(holder, None)
         holder.everything = False
-        self.bitmaps -= len(holder.blocks)
         for block in holder.blocks:
-            holders = self._blocks[block]
-            del holders[holder]
-            if not holders:
-                del self._blocks[block]
+            self._discard(block, holder)
         holder.blocks = set()

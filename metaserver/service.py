@@ -97,6 +97,16 @@ class Service:
         if session is not None:
             self._coherence.acknowledge(session, request.number, request.open)
 
+    def returned(self, caller: Caller, request: wire.ReturnLeases) -> None:
+        """Take note of what a client has given up. Of an earlier connection of its session it says nothing any more."""
+        session = caller.bound()
+        if session is None:
+            return
+        directories, inodes = request.directories, request.inodes
+        if session.guard is not None:
+            directories, inodes = session.guard.numbers_inward(directories), session.guard.numbers_inward(inodes)
+        self._coherence.returned(session, directories, inodes)
+
     async def answer(self, caller: Caller, frame: wire.Frame) -> Answer:
         """Answer any request that is not streamed, nor a Hello; raise :exc:`~metaserver.errors.Refused`."""
         self._notice_losses()

@@ -39,6 +39,9 @@ class Standby:
     def acknowledge(self, caller: Caller, request: wire.Acknowledge) -> None:
         """There is no session, so no break."""
 
+    def returned(self, caller: Caller, request: wire.ReturnLeases) -> None:
+        """Nor does anybody hold anything."""
+
     def _refusal(self) -> Refused:
         where = f"at {self.elsewhere}" if self.elsewhere else "not known yet"
         return Refused(wire.ErrorCode.BUSY, f"this metaserver is a standby; the authority is {where}")

@@ -80,6 +80,7 @@ REQUESTS: Final[list[wire.Request]] = [
     wire.CancelLock(7),
     wire.HoldLocks([LOCK], True),
     wire.Acknowledge(7, [5, 2**48 - 1]),
+    wire.ReturnLeases([1, 2**48 - 1], [5]),
     wire.ReserveInodes(100),
     wire.MakeFiles([wire.NewFile(1, b"name", 99, 0o644, 1, 2, -1, 0, 1, 2, b"content", True)], True),
 ]

@@ -221,6 +221,23 @@ async def test_who_depends_on_a_failed_commit_runs_again(engine: RemoteEngine, s
     assert store.now.rows == {b"n": b"2"}
 
 
+async def test_closing_does_not_wait_for_a_store_that_is_away(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose authority is lost is to stand for it again soon; what it was about to commit is of an unknown outcome."""
+    monkeypatch.setattr("metaserver.engine.remote._CLOSE_S", 0.05)
+    engine = RemoteEngine(store, "test", patience_s=3600)
+    await engine.write(add)
+    store.is_away = True
+    writing = asyncio.create_task(engine.write(add))
+    while not engine._batches:  # noqa: ASYNC110 - it is under way when there is one
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await engine.close()
+        with pytest.raises(Unknown):
+            await writing
+
+
 async def test_a_store_that_is_away(engine: RemoteEngine, store: LocalStore) -> None:
     store.is_away = True
     with pytest.raises(EngineUnusable, match="test does not answer: it is away"):

@@ -128,6 +128,14 @@ def test_it_says_whether_all_of_some_inodes_are_there(bpf: Kernel) -> None:
     assert not bpf.cache.has_all(marked[1:], content=False)
 
 
+def test_it_says_which_of_some_inodes_are_not_there(bpf: Kernel) -> None:
+    bpf.cache.put(ROOT, [file_entry(2, b"data"), file_entry(3, None, 7)])
+    assert bpf.cache.missing(array("Q", [4, 2, 3, 5])) == array("Q", [4, 5])
+    assert bpf.cache.missing(array("Q")) == array("Q")
+    bpf.cache.bump_epoch()
+    assert bpf.cache.missing(array("Q", [2])) == array("Q", [2])
+
+
 def test_a_name_changes_from_absent_to_present_and_back(bpf: Kernel) -> None:
     bpf.cache.put_inode(attributes(2))
     bpf.cache.put_absent(ROOT, b"name")

@@ -48,6 +48,7 @@ async def test_root(fs: Files) -> None:
 
 async def test_tables_cover_the_protocol() -> None:
     session = {wire.OpenSession, wire.Renew, wire.Sync, wire.CloseSession, wire.ClosedForWriting, wire.Acknowledge}
+    session |= {wire.ReturnLeases}
     server = {wire.Hello, wire.CreateVolume, wire.FollowEvents, *session}
     server |= {wire.CreateIdentity, wire.RevokeIdentity, wire.ListIdentities, wire.GetStatus, wire.EvictSession}
     locks = {wire.TestLock, wire.SetLock, wire.CancelLock, wire.HoldLocks}

@@ -229,6 +229,39 @@ async def test_one_who_holds_too_much_is_to_drop_everything(
     assert len(two.told) == told, "it holds nothing any more"
 
 
+async def test_what_is_given_back_is_not_held_and_costs_nothing(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver)
+    made = [await one.make(b"%d" % number) for number in range(20)]
+    assert [page async for page in two.connection.stream(wire.FetchDirectory(ROOT, 0, 100, 0, 0))]
+    (session,) = [each for each in metaserver.server.sessions.all() if each.id == two.session.session]
+    held = metaserver.server.coherence.held
+    assert held(session) == (1, 21)
+    assert two.connection.return_leases([], [node.ino for node in made[:10]])
+    await two.attributes(made[0].ino)
+    assert held(session) == (1, 12), "what was asked for after it is held again"
+    for node in made:
+        await one.change(wire.SetAttributes(node.ino, mode=0o600))
+    assert [told.inodes for told in two.told] == [[node.ino] for node in (made[0], *made[10:])]
+    assert two.connection.return_leases([ROOT], [ROOT])
+    await two.renew(0)
+    assert held(session) == (0, 0)
+    assert not session.holder.blocks, "nor does it take memory"
+    await one.make(b"another")
+    assert len(two.told) == 11
+
+
+async def test_what_an_earlier_connection_gives_back_is_held(metaserver: Metaserver) -> None:
+    one, two = await metaserver.client(), await holder(metaserver)
+    file = await one.make(b"file")
+    again = Holder(await metaserver.connect())
+    assert (await again.open(VOLUME, two.session.session)).resumed
+    await again.attributes(file.ino)
+    assert two.connection.return_leases([ROOT], [file.ino])
+    assert await refused(two.renew(0)) is ErrorCode.STALE_SESSION, "it was read"
+    await one.change(wire.SetAttributes(file.ino, mode=0o600))
+    assert [told.inodes for told in again.told] == [[file.ino]]
+
+
 # The fence and the grace
 
 

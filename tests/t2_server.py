@@ -250,7 +250,7 @@ async def test_every_request(tmp_path: Path, engine: str, address: str | None, m
     monkeypatch.setattr(wire, "encode", noting)
     async with serving(tmp_path, engine, address=address) as metaserver:
         await _every_request(await metaserver.client())
-    assert set(typing.get_args(wire.Request)) - {wire.Acknowledge} <= sent
+    assert set(typing.get_args(wire.Request)) - {wire.Acknowledge, wire.ReturnLeases} <= sent
     assert wire.Failure in sent
 
 
@@ -309,7 +309,7 @@ async def test_a_session_is_needed(metaserver: Metaserver) -> None:
     for request in messages.REQUESTS:
         if isinstance(request, wire.FetchDirectory):
             assert await refused(anext(connection.stream(request))) is ErrorCode.INVALID
-        elif not isinstance(request, (*alone, *operators, wire.Acknowledge)):
+        elif not isinstance(request, (*alone, *operators, wire.Acknowledge, wire.ReturnLeases)):
             assert await refused(connection.call(request, wire.Done)) is ErrorCode.INVALID
     assert await refused(connection.call(wire.Hello(wire.PROTOCOL_VERSION, "again"), wire.Welcome)) is ErrorCode.INVALID
     client = await metaserver.client()

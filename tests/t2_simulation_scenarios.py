@@ -449,7 +449,108 @@ async def _worker_replaced(stage: Stage) -> None:
         await making
 
 
+def _evict(client: Client, directory: int = ROOT) -> None:
+    assert client.maps is not None
+    client.maps.give_up(directory)
+
+
+async def _returned(stage: Stage, client: Client, leases: float = 1.3) -> None:
+    """Have a client's maps give up the root, and wait until it should have given back the lease."""
+    _evict(client)
+    await asyncio.sleep(leases * stage.lease_s)
+
+
+async def _cached_names(stage: Stage) -> None:
+    """What was evicted is still in the kernel's caches, of names and attributes, until the lease is over."""
+    one, two = stage.one, stage.two
+    ino = await stage.do(one, lambda program: program.create(ROOT, FILE))
+    await stage.do(two, lambda program: program.stat(ROOT, FILE))
+    await _returned(stage, two, 0.4)
+    await stage.do(one, lambda program: program.chmod(ino, 0o600))
+    await stage.do(one, lambda program: program.remove(ROOT, FILE, directory=False))
+    await stage.watch(two, stage.lease_s)
+
+
+async def _cached_pages(stage: Stage) -> None:
+    """The kernel keeps pages for longer than the lease, and a later open by a BPF program lets it."""
+    one, two = stage.one, stage.two
+    ino = await stage.do(one, lambda program: program.create(ROOT, FILE, b"content 00000001"))
+    await stage.do(two, lambda program: program.stat(ROOT, FILE))
+    await stage.do(two, lambda program: program.read(ino))
+    await _returned(stage, two)
+    await stage.do(one, lambda program: program.write(ino, b"content 00000002"))
+    await asyncio.sleep(0.2)  # until others may cache it
+    await stage.do(two, lambda program: program.stat(ROOT, FILE))
+    await stage.do(two, lambda program: program.read(ino))
+
+
+async def _told_again(stage: Stage) -> None:
+    """What was evicted is put again, and evicted again before its first wait is over."""
+    one, two = stage.one, stage.two
+    ino = await stage.do(one, lambda program: program.create(ROOT, FILE))
+    await stage.do(two, lambda program: program.stat(ROOT, FILE))
+    await _returned(stage, two, 1.05)
+    await stage.do(two, lambda program: program.stat(ROOT, FILE))
+    await _returned(stage, two, 0.4)
+    await stage.do(one, lambda program: program.chmod(ino, 0o600))
+    await stage.do(one, lambda program: program.remove(ROOT, FILE, directory=False))
+    await stage.watch(two, stage.lease_s)
+
+
+async def _still_open(stage: Stage) -> None:
+    """A file is read through a handle after it was evicted, and unlinked elsewhere."""
+    one, two = stage.one, stage.two
+    await stage.do(one, lambda program: program.create(ROOT, FILE, b"content 00000001"))
+
+    async def read(program: Program) -> None:
+        ino = await program.stat(ROOT, FILE)
+        handle = await two.kernel.open(ino, writing=False)
+        await _returned(stage, two, 2.5)
+        await stage.do(one, lambda program: program.remove(ROOT, FILE, directory=False))
+        await asyncio.sleep(0.2)
+        content, _ = await two.kernel.read(ino, handle)
+        stage.world.exceptions += [] if content == b"content 00000001" else [f"read {content!r}"]
+        await two.kernel.close(ino, handle)
+
+    try:
+        await stage.do(two, read, 6)
+    except FUSEError as error:
+        stage.world.exceptions.append(f"an open file was read: {error}")
+
+
+async def _in_flight(stage: Stage) -> None:
+    """A reply to what was asked for before the lease was given back comes after it."""
+    one, two = stage.one, stage.two
+    ino = await stage.do(one, lambda program: program.create(ROOT, FILE))
+    await stage.do(two, lambda program: program.stat(ROOT, FILE))
+    delivered = rpc._Protocol._deliver
+    held: list[Callable[[], None]] = []
+
+    def late(protocol: rpc._Protocol, number: int, reply: wire.Reply) -> None:
+        if isinstance(reply, wire.Found) and number and reply.attributes.ino == ino:
+            node = two.worker.node
+            held.append(lambda: stage.world.loop.post(node, delivered, protocol, number, reply))
+        else:
+            delivered(protocol, number, reply)
+
+    await _returned(stage, two, 0.9)
+    stage.two.kernel.inode(ino).expires = 0.0
+    with mock.patch.object(rpc._Protocol, "_deliver", late):
+        asking = asyncio.create_task(stage.do(two, lambda program: program.stat(ROOT, FILE), 100))
+        await asyncio.sleep(0.5 * stage.lease_s)
+    await stage.do(one, lambda program: program.chmod(ino, 0o600))
+    for deliver in held:
+        deliver()
+    await asking
+    await stage.watch(two, 0.2 * stage.lease_s)
+
+
 STORIES = {
+    "leases returned when they are over": _cached_names,
+    "leases returned without pages": _cached_pages,
+    "leases returned of what was not told since": _told_again,
+    "leases returned of what is not open": _still_open,
+    "leases returned of what enters no cache": _in_flight,
     "deadline": _partition,
     "grace": _restart_with_a_holder_cut_off,
     "renewal after acknowledgement": _silent_holder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from pathlib import Path
 
@@ -76,3 +77,23 @@ async def test_nobody_has_the_authority(tmp_path: Path) -> None:
         await finding.connect(f"{_NOBODY},unix:{tmp_path}/none")
     with pytest.raises(ValueError, match="not an address"):
         await finding.connect("tcp:127.0.0.1:1,,")
+
+
+async def test_one_that_hangs_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A standby is asked again and again while another address accepts connections and says nothing."""
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    monkeypatch.setattr(rpc.connect, "__kwdefaults__", {"timeout_s": 3600.0})
+    hung = await asyncio.start_unix_server(hang, f"{tmp_path}/hung")
+    async with running(*_arguments(tmp_path)) as one, running(*_arguments(tmp_path)) as two:
+        finding_it = asyncio.create_task(_find(f"unix:{tmp_path}/hung,{two.address}"))
+        while not (await rpc.connect(two.address)).welcome.elsewhere:  # noqa: ASYNC110 - it stands by
+            await asyncio.sleep(0.01)
+        await one.end(signal.SIGTERM)
+        found = await finding_it
+        assert found.welcome.server_epoch == 2
+        found.abort()
+    hung.close()

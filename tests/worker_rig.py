@@ -105,6 +105,9 @@ class Maps:
             self.drop_inode(ino)
         self.evicted.append((directory, inodes))
 
+    def missing(self, inodes: array[int]) -> array[int]:
+        return array("Q", [ino for ino in inodes if ino not in self.inodes])
+
     def take_evicted(self) -> Evicted:
         told, self.evicted = self.evicted, []
         inodes = array("Q", [ino for _, inodes in told for ino in inodes])
@@ -225,6 +228,9 @@ class Kernel:
     async def invalidate_written(self, ino: int) -> bool:
         await self._pass("written", ino)
         return True
+
+    async def invalidate_unused(self, inos: array[int]) -> None:
+        await self._pass("unused", sorted(inos))
 
     async def invalidate_attributes(self, ino: int) -> bool:
         await self._pass("attributes", ino)

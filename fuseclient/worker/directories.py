@@ -395,6 +395,10 @@ class Directories:
         if len(self._misses) > _KNOWN_DIRECTORIES:
             self._misses.popitem(last=False)
 
+    def is_fetching(self, ino: int) -> bool:
+        """Say whether a fetch of a directory is under way."""
+        return ino in self._fetches
+
     def forget_everything(self) -> None:
         """Fetch each directory anew at its next miss."""
         self._misses.clear()

@@ -57,12 +57,15 @@ class Feeder:
         self._recent: OrderedDict[int, int] = OrderedDict()
         #: Rises with everything that is dropped.
         self.generation = 0
+        #: Inodes of which the kernel was told anything, and directories of whose names, since :meth:`untouched`.
+        self.touched = InodeSet()
+        self.touched_names = InodeSet()
         #: The files that the kernel may hold pages of, whoever answered its requests.
-        self.paged = InodeSet()
+        self.paged = InodeSet(also=self.touched)
         #: The directories that it may hold listings of.
-        self.listed = InodeSet()
+        self.listed = InodeSet(also=self.touched_names)
         #: What else it may hold attributes of, which outlive the names that lead there: of directories, links, devices.
-        self.told = InodeSet()
+        self.told = InodeSet(also=self.touched)
         #: What is known of whole directories, to be used while there is a lease.
         self.whole = WholeDirectories()
         #: What was put whole into the maps, and may have been evicted since.
@@ -100,9 +103,10 @@ class Feeder:
                 continue
             if self._may_put_inode(token, entry.attributes):
                 whole.append(entry)
-                self._note_told(entry.attributes)
+                self.tells(entry.attributes)
             else:
-                self._cache.put_name(parent, entry.name, entry.attributes.ino)
+                self._put_name(parent, entry.name, entry.attributes.ino)
+        self.touched_names.add(parent)
         self._cache.put(parent, whole)
         for told in self.on_pages:
             told(page)
@@ -123,14 +127,14 @@ class Feeder:
         """Put what a lookup found; say whether it was fresh."""
         self.inode(token, attributes)
         if self._guard.may_put(token, (parent, name)):
-            self._cache.put_name(parent, name, attributes.ino)
+            self._put_name(parent, name, attributes.ino)
         return self.fresh(token, parent, name, attributes.ino)
 
     def absent(self, token: Token, parent: int, name: bytes) -> bool:
         """Put that a lookup found nothing; say whether it was fresh."""
         fresh = self._guard.may_put(token, (parent, name))
         if fresh:
-            self._cache.put_absent(parent, name)
+            self._put_name(parent, name, 0)
         return fresh
 
     def inode(self, token: Token, attributes: wire.Attributes, content: bytes | None = None) -> bool:
@@ -168,10 +172,19 @@ class Feeder:
             self.listed.add(ino)
 
     def _put_inode(self, attributes: wire.Attributes, content: bytes | None) -> None:
-        self._note_told(attributes)
+        self.tells(attributes)
         self._cache.put_inode(attributes, content)
 
-    def _note_told(self, attributes: wire.Attributes) -> None:
+    def _put_name(self, parent: int, name: bytes, ino: int) -> None:
+        """Put what a name stands for; 0: nothing."""
+        self.touched_names.add(parent)
+        if ino:
+            self._cache.put_name(parent, name, ino)
+        else:
+            self._cache.put_absent(parent, name)
+
+    def tells(self, attributes: wire.Attributes) -> None:
+        """The kernel may keep these, from the maps or from a reply that says so."""
         (self.paged if stat.S_ISREG(attributes.mode) else self.told).add(attributes.ino)
 
     # Changes made through this mount
@@ -203,13 +216,13 @@ class Feeder:
             return
         self._renew_name(parent, name)
         self.whole.named(parent, name)
-        self._cache.put_name(parent, name, ino)
+        self._put_name(parent, name, ino)
 
     def made(self, parent: int, name: bytes, attributes: wire.Attributes) -> None:
         """A file was made here, with a number that was never used before, and is open for writing."""
         self._renew_name(parent, name)
         self.whole.named(parent, name)
-        self._cache.put_name(parent, name, attributes.ino)
+        self._put_name(parent, name, attributes.ino)
         if self.is_shown(attributes):
             self._cache.put_inode(attributes)
         else:
@@ -223,7 +236,7 @@ class Feeder:
             return
         self._renew_name(parent, name)
         self.whole.unnamed(parent, name)
-        self._cache.put_absent(parent, name)
+        self._put_name(parent, name, 0)
 
     def closed(self, closed: Closed) -> None:
         """The last writer of a file has gone; what is known of it is as new as its last change or break."""
@@ -270,6 +283,24 @@ class Feeder:
         self.generation += 1
         self._guard.dropped(ino)
         self._cache.drop_inode(ino)
+
+    def drop_names(self, ino: int) -> None:
+        """Forget what is known of a directory's names, none of which are in the maps, and its listing."""
+        self.generation += 1
+        self.whole.forget(ino)
+        self.warm.forget(ino)
+        self._guard.dropped_names(ino)
+        self._listings.forget(ino)
+
+    def untouched(self, inodes: InodeSet, directories: Iterable[int]) -> None:
+        """From now on it is noted if the kernel is told anything of these inodes, or of names in these directories, of
+        which none is in the maps.
+        """
+        self.touched.subtract(inodes)
+        for ino in directories:
+            self.touched_names.discard(ino)
+            self._guard.dropped(_listing(ino))
+            self._listings.forget(ino)
 
     def drop_everything(self) -> None:
         """Forget all there is."""

@@ -38,6 +38,8 @@ async def connect(addresses: str, *, timeout_s: float = rpc.CONNECT_TIMEOUT_S) -
             return connection
     except TimeoutError:
         raise Disconnected(search.why or f"{addresses} does not answer within {timeout_s:g} s") from None
+    finally:
+        search.end()
 
 
 class _Search:
@@ -53,28 +55,18 @@ class _Search:
     async def ask(self, places: Iterable[str]) -> Connection | None:
         """Ask once, and return the connection to who has the authority; ``None``: there are standbys only, or were.
 
-        If nobody has answered, raises what the last one met.
+        Who has not answered soon after a standby has goes on being asked. If nobody has answered, raises what the last
+        one met.
         """
-        try:
-            return await self._ask(places)
-        finally:
-            for task in self._asked.values():
-                task.add_done_callback(_discard)
-                task.cancel()
-            self._asked.clear()
-
-    async def ask_later(self, places: Iterable[str]) -> Connection | None:
-        """As :meth:`ask`, after a while."""
-        await asyncio.sleep(_AGAIN_S)
-        return await self.ask(places)
-
-    async def _ask(self, places: Iterable[str]) -> Connection | None:
         known: set[str] = set()
         failure: Disconnected | Refused | None = None
         self._add(known, *places)
         while self._asked:
-            await asyncio.wait(self._asked.values(), return_when=asyncio.FIRST_COMPLETED)
-            place = next(place for place, task in self._asked.items() if task.done())
+            patience_s = _AGAIN_S if self._standby else None
+            await asyncio.wait(self._asked.values(), return_when=asyncio.FIRST_COMPLETED, timeout=patience_s)
+            place = next((place for place, task in self._asked.items() if task.done()), None)
+            if place is None:
+                return None
             try:
                 connection = await self._asked.pop(place)
             except (Disconnected, Refused) as error:
@@ -92,9 +84,21 @@ class _Search:
             raise failure
         return None
 
+    async def ask_later(self, places: Iterable[str]) -> Connection | None:
+        """As :meth:`ask`, after a while."""
+        await asyncio.sleep(_AGAIN_S)
+        return await self.ask(places)
+
+    def end(self) -> None:
+        """Ask nobody any more."""
+        for task in self._asked.values():
+            task.add_done_callback(_discard)
+            task.cancel()
+        self._asked.clear()
+
     def _add(self, known: set[str], *places: str) -> None:
         for place in places:
-            if place not in known:
+            if place not in known and place not in self._asked:
                 known.add(place)
                 self._asked[place] = asyncio.create_task(rpc.connect(place + self._query))
 

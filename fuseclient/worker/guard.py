@@ -8,9 +8,12 @@ and of one task loop; between asking :meth:`Guard.may_put` and putting there mus
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TypeVar
 
 #: An inode number, or a directory and a name in it; without a name, the directory's listing.
 Key = int | tuple[int, bytes]
+
+_K = TypeVar("_K")
 
 
 class Token:
@@ -42,9 +45,11 @@ class Guard:
     def __init__(self) -> None:
         self._last = 0
         self._everything = 0
-        # Both in the order of their numbers, oldest first.
+        # Each in the order of their numbers, oldest first.
         self._tokens: dict[Token, None] = {}
         self._drops: dict[Key, int] = {}
+        #: Directories of which every name was dropped, by any name.
+        self._directories: dict[int, int] = {}
 
     def begin(self) -> Token:
         """Return the token of a fetch that is about to be sent."""
@@ -59,30 +64,47 @@ class Guard:
             self._drops.pop(key, None)
             self._drops[key] = self._last
 
+    def dropped_names(self, directory: int) -> None:
+        """Say that what is known of each name in a directory, and of its listing, is out of date as of now."""
+        self._last += 1
+        if self._tokens:
+            self._directories.pop(directory, None)
+            self._directories[directory] = self._last
+
     def dropped_all(self) -> None:
         """Say that everything known is out of date as of now."""
         self._last += 1
         self._everything = self._last
         self._drops.clear()
+        self._directories.clear()
 
     def may_put(self, token: Token, key: Key) -> bool:
         """Whether nothing under this key was dropped since the fetch began. ``False`` for a token that has ended."""
         if token not in self._tokens:
             return False
+        if self._directories and isinstance(key, tuple) and self._directories.get(key[0], 0) > token.began:
+            return False
         return max(self._everything, self._drops.get(key, 0)) <= token.began
 
     def __len__(self) -> int:
         """How many drops are remembered."""
-        return len(self._drops)
+        return len(self._drops) + len(self._directories)
 
     def _end(self, token: Token) -> None:
         self._tokens.pop(token, None)
         oldest = next(iter(self._tokens), None)
         if oldest is None:
             self._drops.clear()
+            self._directories.clear()
+        else:
+            _forget(self._drops, oldest.began)
+            _forget(self._directories, oldest.began)
+
+
+def _forget(drops: dict[_K, int], began: int) -> None:
+    """Forget the drops before a fetch."""
+    while drops:
+        key = next(iter(drops))
+        if drops[key] > began:
             return
-        while self._drops:
-            key = next(iter(self._drops))
-            if self._drops[key] > oldest.began:
-                return
-            del self._drops[key]
+        del drops[key]

@@ -22,6 +22,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Final, Protocol
@@ -47,6 +48,7 @@ class Kernel(Protocol):
 
     async def invalidate_inode(self, ino: int) -> bool: ...
     async def invalidate_written(self, ino: int) -> bool: ...
+    async def invalidate_unused(self, inos: array[int]) -> None: ...
     async def invalidate_attributes(self, ino: int) -> bool: ...
     async def invalidate_entry(self, parent: int, name: bytes) -> None: ...
     async def increment_epoch(self) -> bool: ...
@@ -163,6 +165,10 @@ class Invalidator:
         if not self.busy[ino]:
             await self._drop_names([(ino, _NO_NAME)])
         await self._kernel.invalidate_inode(ino)
+
+    async def drop_unused(self, inos: array[int]) -> None:
+        """Return when the kernel has dropped what it has of inodes that nobody here has open, names aside."""
+        await self._kernel.invalidate_unused(inos)
 
     @contextlib.contextmanager
     def keeping_out(self, inodes: Iterable[int]) -> Iterator[None]:

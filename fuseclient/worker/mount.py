@@ -31,6 +31,7 @@ from fuseclient.worker.locks import Locks
 from fuseclient.worker.operations import Operations, Parts
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.reading import ReadPath
+from fuseclient.worker.returns import Returns
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.session import Acknowledge, Session
 from fuseclient.worker.siblings import Siblings
@@ -133,6 +134,7 @@ class Mount:
         unused = UnusedObjects(self._session, self._store, opened.lease_ms / 1000, lambda: self._writer.bytes > 0)
         self._cleaning = asyncio.create_task(unused.run(), name="unused objects")
         self._compacting = asyncio.create_task(self._compactor.run(), name="compaction")
+        self._returning = asyncio.create_task(self._returns.run(), name="returns")
 
     def _assemble(self, opened: wire.SessionOpened) -> None:
         config, cache, session = self._config, self._cache, self._session
@@ -187,7 +189,7 @@ class Mount:
         writer.when_touched = feeder.written
 
         def is_open(ino: int) -> bool:
-            return open_handles[ino] > 0 or cache.is_open(ino) or writer.is_open(ino)
+            return ino in open_handles or cache.is_open(ino) or writer.is_open(ino)
 
         orphans = Orphans(ordered, is_open)
         room = cache.room
@@ -201,6 +203,11 @@ class Mount:
             siblings=siblings,
         )
         versions = OpenedVersions()
+
+        def is_in_use(ino: int) -> bool:
+            return is_open(ino) or ino in kernel.dropping or ino in kernel.busy or creations.has_below(ino)
+
+        self._returns = Returns(session, feeder, directories, cache, kernel, versions, is_in_use)
         self._reading = reading = ReadPath(
             config, opened, caller=ordered, store=self._store, feeder=feeder, writer=writer, lease=lease,
             cache=cache, kernel=self._notifier,
@@ -309,6 +316,7 @@ class Mount:
             "levels": levels.figures(),
             "directories": self._directories.figures(),
             "content_ahead": self._ahead.figures() if self._ahead is not None else {},
+            "leases": self._returns.figures(),
             "new_files": self._creations.figures(),
             "compaction": self._compactor.figures(),
             "locks": self.locks.figures(),
@@ -319,6 +327,7 @@ class Mount:
         """Commit all that was written, and end the session; without a ``farewell`` it ends with its lease."""
         self._cleaning.cancel()
         self._compacting.cancel()
+        self._returning.cancel()
         await self._walks.close()
         if self._ahead is not None:
             await self._ahead.close()

@@ -15,6 +15,7 @@ import errno
 import os
 import socket
 import struct
+from array import array
 
 from fuseclient._native import lib
 
@@ -31,6 +32,9 @@ _CODE_STORE = 4
 _CODE_INC_EPOCH = 8
 _CODE_BACKING_OPEN = int(lib.BPFUSE_NOTIFY_BACKING_OPEN)
 _CODE_BACKING_CLOSE = int(lib.BPFUSE_NOTIFY_BACKING_CLOSE)
+_CODE_DROP_INODES = int(lib.BPFUSE_NOTIFY_DROP_INODES)
+#: Inodes dropped by one message.
+_AT_ONCE = 512
 
 _GONE = "the channel closed the notification socket"
 
@@ -137,6 +141,11 @@ class Notifier:
     async def invalidate_written(self, ino: int) -> bool:
         """As :meth:`invalidate_inode`, of a file that is being written here: waits for writes, too."""
         return await self._written.notify(_CODE_INVAL_INODE, _INVAL_INODE.pack(ino, 0, 0)) == 0
+
+    async def invalidate_unused(self, inos: array[int]) -> None:
+        """As :meth:`invalidate_inode`, of many (of type Q) that nobody uses, known to the kernel or not."""
+        for start in range(0, len(inos), _AT_ONCE):
+            await self._written.notify(_CODE_DROP_INODES, inos[start : start + _AT_ONCE].tobytes())
 
     async def invalidate_attributes(self, ino: int) -> bool:
         """Drop an inode's attributes only; never waits for a lock. False if the kernel does not know the inode."""

@@ -130,10 +130,9 @@ class Operations(pyfuse3.Operations):
         if held is not None:
             return held
         answer = await self._directories.lookup(parent_inode, name)
-        ttl_s = self._lease.ttl_s() if answer.fresh else 0.0
         if answer.attributes is None:
-            return absent_entry(ttl_s)
-        return entry_of(self._overlay(answer.attributes), ttl_s)
+            return absent_entry(self._lease.ttl_s() if answer.fresh else 0.0)
+        return self._entry(answer.attributes, answer.fresh)
 
     def lookup_now(self, parent: int, name: bytes) -> EntryAttributes | None:
         """Answer a lookup of what is known to be absent, or was just made here; None: it is to be looked up."""
@@ -367,6 +366,8 @@ class Operations(pyfuse3.Operations):
         return data
 
     def _entry(self, attributes: wire.Attributes, fresh: bool = True) -> EntryAttributes:
+        if fresh:
+            self._feeder.tells(attributes)
         return entry_of(self._overlay(attributes), self._lease.ttl_s() if fresh else 0.0)
 
     def _overlay(self, attributes: wire.Attributes) -> wire.Attributes:

@@ -193,6 +193,14 @@ class Connection:
         """Tell the metaserver that all a break told has left every cache, and what is open here. Waits for nothing."""
         self._protocol.acknowledge(number, still_open)
 
+    async def writable(self) -> None:
+        """Return when the metaserver takes what was sent before, or the connection is lost."""
+        await self._protocol.writable()
+
+    def return_leases(self, directories: list[int], inodes: list[int]) -> bool:
+        """Tell the metaserver what is in no cache any more; say whether it was sent. Waits for nothing."""
+        return self._protocol.tell(wire.ReturnLeases(directories, inodes))
+
     def when_lost(self, callback: Callable[[], object]) -> None:
         """Call back, on the event loop, once the connection is closed."""
         self._protocol.closed.add_done_callback(lambda _: callback())
@@ -253,8 +261,15 @@ class _Protocol(asyncio.Protocol):
 
     def acknowledge(self, number: int, still_open: Sequence[int] = ()) -> None:
         """Send an acknowledgement, unless the connection is lost or nobody waits for it."""
-        if number and self.lost is None and self._transport is not None:
-            self._transport.write(wire.encode(0, wire.Acknowledge(number, list(still_open))))
+        if number:
+            self.tell(wire.Acknowledge(number, list(still_open)))
+
+    def tell(self, message: wire.Acknowledge | wire.ReturnLeases) -> bool:
+        """Send what has no reply; say whether the connection was there to take it."""
+        if self.lost is not None or self._transport is None:
+            return False
+        self._transport.write(wire.encode(0, message))
+        return True
 
     def send(
         self,

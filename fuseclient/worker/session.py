@@ -285,6 +285,27 @@ class Session:
                 if begun or not self._may_repeat(error, connection, give_up):
                     raise
 
+    @property
+    def lease_s(self) -> float:
+        """The length of the lease, as it was given last, in seconds."""
+        return self._lease_s
+
+    async def may_tell(self) -> bool:
+        """Wait until the metaserver takes what was sent before; say whether the session is open on a connection."""
+        connection = self._connection
+        if connection is None or not self._bound.is_set():
+            return False
+        await connection.writable()
+        return not connection.lost
+
+    def return_leases(self, directories: list[int], inodes: list[int]) -> bool:
+        """Give back the leases on the names in these directories and on these inodes; say whether that was sent.
+
+        The caller has none of them in any cache, and no call that began before may bring any there.
+        """
+        connection = self._connection
+        return connection is not None and self._bound.is_set() and connection.return_leases(directories, inodes)
+
     def renew_now(self) -> None:
         """Make the keeping task renew, or reconnect, without waiting for its time."""
         self._poked.set()

@@ -67,6 +67,8 @@ CACHE_BYTES: Final = 64 * 1024 * 1024
 #: Seconds that a store may stay away before what waits for it fails; and at the first request.
 PATIENCE_S: Final = 20.0
 FIRST_PATIENCE_S: Final = 10.0
+#: Seconds that closing waits for a commit that is under way.
+_CLOSE_S: Final = 2.0
 #: Seconds of the first and of the longest pause before a request is sent again.
 _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 0.5
@@ -207,9 +209,12 @@ class RemoteEngine(Engine):
         if self._closed:
             return
         self._closed = True
-        if self._committer is not None:
-            await asyncio.wait({self._committer})
+        committer = self._committer
+        if committer is not None:
+            await asyncio.wait({committer}, timeout=_CLOSE_S)
         await self.store.close()
+        if committer is not None:  # what it waits for has failed
+            await asyncio.wait({committer})
 
     def _check_open(self) -> None:
         if self._closed:
@@ -397,7 +402,7 @@ class RemoteEngine(Engine):
                 self._is_uncertain = True
                 raise Unknown(f"{self._name}: {error}") from None
             except Lost as lost:
-                if loop.time() + pause > end:
+                if self._closed or loop.time() + pause > end:
                     self._is_uncertain = True
                     raise Unknown(f"{self._name}: {lost}") from None
                 _log.warning("%s: %s: sending a commit again", self._name, lost)

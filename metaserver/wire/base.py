@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 
 #: A body before the handshake, a request's body, and a reply's body, in bytes.
 MAX_HELLO: Final = 4 * 1024
@@ -29,6 +29,8 @@ MAX_NAME: Final = 255
 
 #: The most inodes that one message tells to be open, or no more.
 MAX_OPEN: Final = 8192
+#: The most inodes, and the most directories, that one message gives back.
+MAX_RETURNED: Final = 8192
 
 #: The largest size of a file, in bytes.
 MAX_FILE: Final = 2**56

@@ -68,6 +68,7 @@ from metaserver.wire.sessions import (
     OpenSession,
     Renew,
     Renewed,
+    ReturnLeases,
     SessionOpened,
     Statistics,
     Sync,
@@ -84,7 +85,7 @@ Request = (
     | MakeNode | Link | Remove | Rename | Reap | ReadLink | GetXattr | ListXattrs | SetXattr | RemoveXattr | GetContent
     | WriteInline | NewSlices | CommitSlices | GetStatistics | ListSlices | ForgetSlices | MakeTemporary | Allocate
     | CopyRange | Seek | OpenFile | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
-    | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge
+    | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge | ReturnLeases
     | CreateIdentity | RevokeIdentity | ListIdentities | GetStatus | EvictSession | MakeFiles | ReserveInodes
 )
 Reply = (

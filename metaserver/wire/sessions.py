@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from metaserver.wire.base import MAX_INLINE, MAX_OPEN, U32, U63, Ino, Message, Name, SessionId, VolumeName
+from metaserver.wire.base import MAX_INLINE, MAX_OPEN, MAX_RETURNED, U32, U63, Ino, Message, Name, SessionId, VolumeName
 from metaserver.wire.events import KEPT_EVENTS, KEPT_S
 from metaserver.wire.tokens import MAX_TOKEN
 
@@ -93,6 +93,17 @@ class Acknowledge(Message, tag=120):
 
     number: U63
     open: Annotated[list[Ino], Meta(max_length=MAX_OPEN)] = []
+
+
+class ReturnLeases(Message, tag=119):
+    """This client has nothing in any cache of these inodes, nor of the names in these directories, and it uses no reply
+    under way to keep anything of them: it need not be told of changes. Sent with id 0; has no reply.
+
+    What it asks for after this, on the same connection, it holds again.
+    """
+
+    directories: Annotated[list[Ino], Meta(max_length=MAX_RETURNED)]
+    inodes: Annotated[list[Ino], Meta(max_length=MAX_RETURNED)]
 
 
 class Welcome(Message, tag=66):

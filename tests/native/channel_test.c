@@ -391,6 +391,10 @@ static void test_notifications(struct bpfuse_channel *channel, struct worker *wo
 		struct fuse_out_header header;
 		struct fuse_notify_inval_inode_out inode;
 	} message = { .header = { .len = sizeof(message), .error = FUSE_NOTIFY_INVAL_INODE }, .inode = { .ino = 3 } };
+	struct {
+		struct fuse_out_header header;
+		uint64_t inodes[3];
+	} many = { .header = { .error = BPFUSE_NOTIFY_DROP_INODES }, .inodes = { 3, 1234567, 2 } };
 
 	worker_start(worker, channel, immortal);
 	wait_ready(channel);
@@ -399,6 +403,9 @@ static void test_notifications(struct bpfuse_channel *channel, struct worker *wo
 	message.inode.ino = 1234567;
 	CHECK(notify(worker, &message, sizeof(message)) == -ENOENT);
 	CHECK(notify(worker, &message, 7) == -EINVAL);
+	many.header.len = sizeof(many);
+	CHECK(notify(worker, &many, sizeof(many)) == 0);
+	CHECK(notify(worker, &many, sizeof(many) - 1) == -EINVAL);
 	printf("ok: notifications return the kernel's result\n");
 }
 

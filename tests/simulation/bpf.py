@@ -84,12 +84,18 @@ class Maps:
     def _evict(self) -> None:
         if not self._names or self._rng.random() >= _FORGETTING:
             return
-        directory, _ = self._rng.choice(list(self._names))
+        self.give_up(self._rng.choice(list(self._names))[0])
+
+    def give_up(self, directory: int) -> None:
+        """Evict a directory's entries."""
         for key in [key for key in self._names if key[0] == directory]:
             ino = self._names.pop(key).ino
             if self._inodes.pop(ino, None) is not None:
                 self._evicted.append(ino)
         self._given_up.append(directory)
+
+    def missing(self, inodes: array[int]) -> array[int]:
+        return array("Q", [ino for ino in inodes if not self.has_all(array("Q", [ino]), content=False)])
 
     def take_evicted(self) -> Evicted:
         directories = [each for each in self._given_up if self.is_used(each) is None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+from array import array
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -218,6 +219,14 @@ class Notifier:
 
     async def invalidate_written(self, ino: int) -> bool:
         return await self._client.notify(self._worker, "written", lambda: self._kernel.invalidate_inode(ino)) == 0
+
+    async def invalidate_unused(self, inos: array[int]) -> None:
+        async def drop() -> int:
+            for ino in inos:
+                await self._kernel.invalidate_inode(ino)
+            return 0
+
+        await self._client.notify(self._worker, "written", drop)
 
     async def invalidate_attributes(self, ino: int) -> bool:
         return await self._client.notify(self._worker, "instant", lambda: self._kernel.invalidate_attributes(ino)) == 0

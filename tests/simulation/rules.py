@@ -10,6 +10,7 @@ from unittest import mock
 from fuseclient.worker.creations import Creations
 from fuseclient.worker.guard import Guard
 from fuseclient.worker.invalidation import Invalidator
+from fuseclient.worker.returns import Returns
 from metaserver import fencing
 from metaserver.breaks import Breaks
 from metaserver.coherence import Change, _State
@@ -54,6 +55,13 @@ RULES: Final[dict[str, Rule]] = {
     "remembered outcomes": Rule(((fencing, "outcome", _nothing),), ("cut_a_connection", "restart_the_server")),
     "new files before others": Rule(((Creations, "commit_all", _at_once),), ("cut_a_connection",), late=True),
     "new files in order": Rule(((Creations, "before", _at_once),), ("cut_a_connection",), late=True),
+    "leases returned when they are over": Rule(((Returns, "_wait_ns", lambda *args: 0),)),
+    "leases returned without pages": Rule(((Invalidator, "drop_unused", _at_once),)),
+    "leases returned of what was not told since": Rule(
+        ((Returns, "_is_touched", lambda *args: False), (Returns, "_is_relisted", lambda *args: False))
+    ),
+    "leases returned of what is not open": Rule(((Returns, "_is_used", lambda *args: False),)),
+    "leases returned of what enters no cache": Rule(((Returns, "_forget", _nothing),)),
     "one connection": Rule(((Change, "is_current", True),), ("kill_a_worker",)),
 }
 

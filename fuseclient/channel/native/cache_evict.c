@@ -50,7 +50,13 @@ static bool evict_inode(struct bpfuse_cache *cache, __u32 slot, __u64 ino)
 {
 	struct bpfuse_inode_value value;
 
-	if (!ino || bpf_map_lookup_elem(cache->options.inodes_fd, &ino, &value) || value.group != slot)
+	if (!ino)
+		return false;
+	if (bpf_map_lookup_elem(cache->options.inodes_fd, &ino, &value)) {
+		tell(cache, ino);
+		return false;
+	}
+	if (value.group != slot)
 		return false;
 	cache_drop(cache, cache->options.inodes_fd, &ino);
 	cache_drop_xattrs(cache, ino);

@@ -565,6 +565,16 @@ int bpfuse_cache_has_all(struct bpfuse_cache *cache, const __u64 *inos, size_t c
 	return 1;
 }
 
+size_t bpfuse_cache_missing(struct bpfuse_cache *cache, const __u64 *inos, size_t count, __u64 *out)
+{
+	size_t missing = 0;
+
+	for (size_t i = 0; i < count; i++)
+		if (!has_inode(cache, inos[i] & INO_MASK, false))
+			out[missing++] = inos[i];
+	return missing;
+}
+
 /* Listings */
 
 static void put_inode(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_inode_value *value)

@@ -84,12 +84,14 @@ void bpfuse_cache_drop_inode(struct bpfuse_cache *cache, __u64 ino);
  * be there, too. Says nothing of how much they are used.
  */
 int bpfuse_cache_has_all(struct bpfuse_cache *cache, const __u64 *inos, size_t count, int content);
+/* Fills `out`, which has room for all, with those of these inodes that are not there; returns how many. */
+size_t bpfuse_cache_missing(struct bpfuse_cache *cache, const __u64 *inos, size_t count, __u64 *out);
 
 /* Marks a directory in what bpfuse_cache_take_evicted() tells. */
 enum bpfuse_evicted { BPFUSE_EVICTED_DIRECTORY_BIT = 63 };
 
 /*
- * Tells what was given up since the last time to make room: inodes, and directories of which no entry is left here; returns how
+ * Tells what was given up since the last time to make room: inodes, some of which were not there any more, and directories of which no entry is left here; returns how
  * many, and in `*lost` whether there was no memory to remember some. At most `room` are told at once.
  */
 size_t bpfuse_cache_take_evicted(struct bpfuse_cache *cache, __u64 *out, size_t room, int *lost);

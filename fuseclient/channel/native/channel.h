@@ -13,11 +13,12 @@ struct bpfuse_channel;
 
 /*
  * What a worker may ask on its notification socket beside FUSE's own notifications, as the `error` of a
- * fuse_out_header. The result of the first is a backing id, or a negative errno as of the second.
+ * fuse_out_header. The result of the first is a backing id, or a negative errno as of the others.
  */
 enum bpfuse_notify {
 	BPFUSE_NOTIFY_BACKING_OPEN = 0x62704f70,  /* a descriptor comes with the message */
 	BPFUSE_NOTIFY_BACKING_CLOSE = 0x6270436c, /* the id, a __u32, follows */
+	BPFUSE_NOTIFY_DROP_INODES = 0x62704472, /* inode numbers, each a __u64, follow; those unknown are passed over */
 };
 
 struct bpfuse_channel_options {

@@ -5,8 +5,9 @@
  * told to drop. They have their own thread because an invalidation may wait for a lock that is held by a request
  * whose reply the bridge has yet to carry.
  *
- * Two more messages look like notifications and are for the channel: a file, as a descriptor that comes with the
- * message, becomes a backing file for passthrough, and its id is the result; or an id is given back.
+ * Three more messages look like notifications and are for the channel: a file, as a descriptor that comes with the
+ * message, becomes a backing file for passthrough, and its id is the result; or an id is given back; or many inodes are
+ * dropped, which costs one message instead of one for each.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -63,6 +64,35 @@ static int32_t backing_close(struct bpfuse_channel *channel, const void *body, s
 	return ioctl(channel->device, IOC_BACKING_CLOSE, &id) ? -errno : 0;
 }
 
+static void count_notifications(struct bpfuse_channel *channel, size_t count)
+{
+	pthread_mutex_lock(&channel->lock);
+	channel->figures.notifications += count;
+	pthread_mutex_unlock(&channel->lock);
+}
+
+/* Has the kernel drop attributes and pages of all inodes that it knows of these; returns the last failure, if any. */
+static int32_t drop_inodes(struct bpfuse_channel *channel, const uint8_t *body, size_t length)
+{
+	struct {
+		struct fuse_out_header header;
+		struct fuse_notify_inval_inode_out inode;
+	} message = { .header = { .len = sizeof(message), .error = FUSE_NOTIFY_INVAL_INODE } };
+	int32_t failure = 0;
+
+	if (length % sizeof(message.inode.ino))
+		return -EINVAL;
+	for (size_t at = 0; at < length; at += sizeof(message.inode.ino)) {
+		memcpy(&message.inode.ino, body + at, sizeof(message.inode.ino));
+		ssize_t written = device_write(channel, &message, sizeof(message));
+
+		if (written < 0 && written != -ENOENT)
+			failure = (int32_t)written;
+	}
+	count_notifications(channel, length / sizeof(message.inode.ino));
+	return failure;
+}
+
 /* Carries out a message; `descriptor` is what came with it, or -1. Returns its result. */
 static int32_t notify_answer(struct bpfuse_channel *channel, const void *message, size_t length, int descriptor)
 {
@@ -73,12 +103,11 @@ static int32_t notify_answer(struct bpfuse_channel *channel, const void *message
 		return backing_open(channel, descriptor);
 	if (length >= sizeof(*header) && header->error == BPFUSE_NOTIFY_BACKING_CLOSE)
 		return backing_close(channel, header + 1, length - sizeof(*header));
+	if (length >= sizeof(*header) && header->error == BPFUSE_NOTIFY_DROP_INODES)
+		return drop_inodes(channel, (const uint8_t *)(header + 1), length - sizeof(*header));
 	result = notify_write(channel, message, length);
-	if (result == -EINVAL)
-		return result;
-	pthread_mutex_lock(&channel->lock);
-	channel->figures.notifications++;
-	pthread_mutex_unlock(&channel->lock);
+	if (result != -EINVAL)
+		count_notifications(channel, 1);
 	return result;
 }
 

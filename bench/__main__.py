@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -83,6 +85,8 @@ def main(
     ] = None,
 ) -> None:
     """Measure bpfuse beside what it is to be compared with."""
+    # What is mounted is to be unmounted however this ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     partial = bool(quick or small or systems)
     directory = directory or (results.DIRECTORY / "partial" if partial else results.DIRECTORY)
     if report:

@@ -12,12 +12,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Final
+from typing import Final, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
 from fuseclient.errors import UserError
+from fuseclient.leaving import leave
 
 _HELP = "A distributed file system whose FUSE requests BPF programs answer in the kernel."
 
@@ -43,8 +44,16 @@ def app_for(words: Sequence[str]) -> typer.Typer:
     return app
 
 
-def main() -> None:
-    """Run the command line and exit."""
+def run() -> NoReturn:
+    """Run the command line, and end the process."""
+    try:
+        main()
+    except SystemExit as ended:
+        leave(ended.code if isinstance(ended.code, int) else 0)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: raise SystemExit."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app_for(sys.argv[1:])(standalone_mode=False)

@@ -21,6 +21,7 @@ def _import_pyfuse3() -> None:
 
 if __name__ == "__main__":
     _import_pyfuse3()
+    from fuseclient.leaving import leave
     from fuseclient.worker.process import main
 
-    sys.exit(main(sys.argv))
+    leave(main(sys.argv))

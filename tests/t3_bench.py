@@ -30,7 +30,7 @@ MEASURED = {
         ("cp -a", "ext4"),
     },
     "cost": {("create, commit", "bpfuse"), ("unpack, interval", "bpfuse")},
-    "failover": {("failover", "bpfuse")},
+    "failover": {("authority", "bpfuse lmdb")},
 }
 
 

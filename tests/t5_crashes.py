@@ -87,7 +87,7 @@ def site(kind: str, store: weed.Weed | None, sandbox: rig.Sandbox) -> Iterator[S
         made = _site(kind, store, sandbox, stack)
         stack.callback(made.group.close)
         made.group.start()
-        blocks = f"file://{sandbox.path}/blocks" if store is None else store.url(f"crashes-{kind}", timeout=5)
+        blocks = f"file://{sandbox.path}/blocks" if store is None else store.url(f"crashes-{kind}")
         sandbox.run("format", made.group.url, "--store", blocks).expect_success()
         try:
             yield made

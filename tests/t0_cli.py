@@ -211,6 +211,23 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main()
 
 
+@pytest.mark.parametrize("imported", ["", "import obstore; "])
+def test_a_process_that_has_used_obstore_is_not_taken_apart(imported: str) -> None:
+    """Its threads may still be about to ask the interpreter for something; what was said and the exit code are kept."""
+    script = (
+        f"{imported}import atexit, sys; from fuseclient import leaving\n"
+        "atexit.register(print, 'taken apart')\n"
+        "def main(): print('said'); sys.exit(3)\n"
+        "leaving.run(main)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=rig.REPOSITORY, check=False
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout.split("\n")[0] == "said"
+    assert ("taken apart" in done.stdout) == (not imported)
+
+
 def test_the_real_command(sandbox: rig.Sandbox) -> None:
     assert sandbox.run("version").expect_success().out.startswith("bpfuse 0.")
     assert "umount" in sandbox.run("--help").expect_success().out

@@ -14,6 +14,7 @@ from types import FrameType
 import typer
 from typer.exceptions import TyperException
 
+from fuseclient import leaving
 from fuseclient.cli import (
     bench,
     doctor,
@@ -60,6 +61,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def run() -> None:
+    """Run the command line and end the process: what ``bpfuse`` is."""
+    leaving.run(main)
 
 
 def _say(error: UserError | TyperException) -> None:

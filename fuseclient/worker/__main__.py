@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from fuseclient import leaving
 from fuseclient.worker.process import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    leaving.run(lambda: main(sys.argv))

@@ -3,6 +3,10 @@
 All are asked at once, so one that is gone, or hangs, holds nothing up. A standby says where the authority is, as far as
 it knows, so it is found at an address that the user did not name, too. While those that answer are about to agree on
 another one they are asked again.
+
+Who has the authority tells of all metaservers there are, and goes on to tell with each renewal of the lease: a mount
+finds the next one though none of those that it began with is left (known.py). Nobody is believed about how they
+are to be asked: it is with the same credentials, and over TLS if the one that told was asked so.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import Final
 
+from fuseclient.credentials import Credentials
 from fuseclient.worker import rpc
 from fuseclient.worker.rpc import Connection, Disconnected, Refused
 from metaserver import wire
@@ -48,6 +53,7 @@ class _Search:
     def __init__(self, query: str) -> None:
         self.why = ""
         self._query = query
+        self._credentials = Credentials.parse(query.removeprefix("?"))
         #: One has answered, so there is, or will be, an authority.
         self._standby = False
         self._asked: dict[str, asyncio.Task[Connection]] = {}
@@ -78,7 +84,7 @@ class _Search:
             elsewhere = connection.welcome.elsewhere
             connection.abort()
             self.why = f"{place} is a standby; the authority is {f'at {elsewhere}' if elsewhere else 'not known yet'}"
-            if _may_follow(place, elsewhere):
+            if may_follow(place, elsewhere, self._credentials):
                 self._add(known, elsewhere)
         if failure is not None and not self._standby:
             raise failure
@@ -103,13 +109,18 @@ class _Search:
                 self._asked[place] = asyncio.create_task(rpc.connect(place + self._query))
 
 
-def _may_follow(place: str, elsewhere: str) -> bool:
-    """Say whether it is an address that this place may name: another machine knows of no socket of this one."""
+def may_follow(place: str, elsewhere: str, credentials: Credentials) -> bool:
+    """Say whether it is an address that this place may name.
+
+    Another machine knows of no socket of this one, and who is asked over TLS may not name one that would not be.
+    """
     try:
-        target = wire.parse_address(elsewhere)
+        teller, target = wire.parse_address(place), wire.parse_address(elsewhere)
     except ValueError:
         return False
-    return isinstance(target, wire.TcpAddress) or place.startswith("unix:")
+    if isinstance(teller, wire.UnixAddress) or isinstance(target, wire.UnixAddress):
+        return isinstance(teller, wire.UnixAddress)
+    return credentials.needs_tls(target.host) or not credentials.needs_tls(teller.host)
 
 
 def _discard(task: asyncio.Task[Connection]) -> None:

@@ -42,8 +42,8 @@ _TIMEOUT_S: Final = 1.0
 _LONGEST_S: Final = 10.0
 #: How many times longer than the last answer the next one may take.
 _SLOWER: Final = 4.0
-#: Rows of one page of a range.
-_PAGE: Final = 256
+#: Rows of one page of a range: half of what may be received, if all are as large as can be.
+_PAGE: Final = 512
 #: Seconds for which the past is kept at least.
 _KEPT_S: Final = 600.0
 #: How often, and after which pause in seconds, a revision is asked for again when no answer came.

@@ -40,6 +40,7 @@ class SessionLock(Lock, Generic[C]):
         self._is_closed = False
         #: A session is asked one thing at a time.
         self._turn = asyncio.Lock()
+        self._announced = ""
 
     @abc.abstractmethod
     async def _connect(self) -> C:
@@ -60,6 +61,14 @@ class SessionLock(Lock, Generic[C]):
     @abc.abstractmethod
     async def _give_back(self, session: C, token: bytes) -> None:
         """Say that nobody has the lock, if it was this one, and let it go."""
+
+    @abc.abstractmethod
+    async def _announce(self, connection: C, address: str) -> list[str]:
+        """Say that there is a metaserver, unless its address is empty; return all that were there lately."""
+
+    @abc.abstractmethod
+    async def _withdraw(self, connection: C, address: str) -> None:
+        """Say that it is there no more."""
 
     @abc.abstractmethod
     async def _is_locked(self, session: C) -> bool:
@@ -92,9 +101,16 @@ class SessionLock(Lock, Generic[C]):
         looking.add_done_callback(_take_note)
         return await asyncio.shield(looking)
 
+    async def announce(self, address: str) -> list[str]:
+        self._announced = address
+        return await self._ask_beside(lambda connection: self._announce(connection, address))
+
     async def release(self) -> None:
         if self._session is not None:
             await self._ask(lambda session: self._give_back(session, self._token))
+        announced, self._announced = self._announced, ""
+        if announced:
+            await self._ask_beside(lambda connection: self._withdraw(connection, announced))
 
     async def close(self) -> None:
         self._is_closed = True
@@ -125,6 +141,14 @@ class SessionLock(Lock, Generic[C]):
             except BaseException:
                 self._end()
                 raise
+
+    async def _ask_beside(self, what: Callable[[C], Awaitable[T]]) -> T:
+        """Ask over another connection than the session, which waits for nobody."""
+        try:
+            async with asyncio.timeout(_ANSWER_S), self._store.reader() as connection:
+                return await what(connection)
+        except TimeoutError:
+            raise Lost(f"no answer within {_ANSWER_S:g} s") from None
 
     def _end(self) -> None:
         session, self._session, self._is_held = self._session, None, False

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from fuseclient import leaving
+from fuseclient.leaving import leave
 from fuseclient.worker.process import main
 
 if __name__ == "__main__":
-    leaving.run(lambda: main(sys.argv))
+    leave(main(sys.argv))

@@ -24,7 +24,7 @@ test: setup ## set up, then run every test, JOBS=2 at a time (ARGS="-k name" cho
 simulate: setup ## run the simulation of clients and a metaserver (SEED=n, or SEEDS=count FIRST=n)
 	cd tests && ../$(BIN)/python -m simulation --jobs $(or $(JOBS),1) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FIRST),--first $(FIRST))
 
-crashes: setup ## kill and hang metaservers under load, COUNT times (50), in the order of SEED=n
+crashes: setup ## kill, hang and cut off metaservers, engines and a store under load, COUNT faults (50) an engine, in the order of SEED=n
 	BPFUSE_CRASHES=$(or $(COUNT),50) $(if $(SEED),BPFUSE_SEED=$(SEED)) $(BIN)/python -m pytest -n0 -s tests/t5_crashes.py
 
 demo: setup ## set up, then show a mounted volume and what BPF answered

@@ -7,42 +7,38 @@ import itertools
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import psutil
 
-from bench.ports import listens
+from bench.ports import free_ports, listens
 
 _START_S: Final = 60.0
 _numbers = itertools.count()
+
+
+def next_number() -> int:
+    """Return a number that no engine of this process has in its URL."""
+    return next(_numbers)
 
 
 class Unavailable(Exception):
     """A server cannot be had here."""
 
 
-def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 class Server:
-    """A process of a server, in a directory of its own."""
+    """A process of a server, in a directory of its own, on one or more ports."""
 
     name = ""
 
-    def __init__(self) -> None:
+    def __init__(self, ports: Sequence[int] = ()) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix=f"bpfuse-{self.name}-"))
-        self.port = free_ports(1)[0]
+        self.port, *self._other_ports = ports or free_ports(2)
         self.process: subprocess.Popen[bytes] | None = None
 
     def command(self) -> list[str]:
@@ -53,13 +49,26 @@ class Server:
         """Return the URL of an engine that nobody has used; on another port, where a proxy listens."""
         raise NotImplementedError
 
+    @property
+    def ports(self) -> list[int]:
+        """Where clients are let in."""
+        return [self.port]
+
     def ready(self) -> bool:
         return listens(self.port)
 
     def start(self) -> None:
         """Start it, on what an earlier start left, and return when it is ready."""
+        self.spawn()
+        self.wait_until_ready()
+
+    def spawn(self) -> None:
+        """Start it."""
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def wait_until_ready(self) -> None:
+        assert self.process is not None
         deadline = time.monotonic() + _START_S
         while not self.ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -69,6 +78,21 @@ class Server:
     def kill(self) -> None:
         """End it at once."""
         self._end(signal.SIGKILL)
+
+    def hang(self) -> None:
+        """Have it stand still, with its children: it accepts connections, and answers nothing."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Have it go on after :meth:`hang`."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        parent = psutil.Process(self.process.pid)
+        for each in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.send_signal(number)
 
     def _end(self, number: signal.Signals) -> None:
         if self.process is not None:
@@ -105,21 +129,25 @@ class Etcd(Server):
     name = "etcd"
     scheme = "http"
 
-    def __init__(self) -> None:
+    def __init__(self, ports: Sequence[int] = ()) -> None:
         self.program = _program("etcd")
-        super().__init__()
-        self._peers = free_ports(1)[0]
+        super().__init__(ports)
+        self.peer = f"http://127.0.0.1:{self._other_ports[0]}"
+        #: What members reach each other at.
+        self.peers = [self.peer]
 
     def command(self) -> list[str]:
-        client, peer = f"{self.scheme}://127.0.0.1:{self.port}", f"http://127.0.0.1:{self._peers}"
+        client = f"{self.scheme}://127.0.0.1:{self.port}"
+        members = ",".join(f"test{number}={peer}" for number, peer in enumerate(self.peers))
         return [
-            self.program, "--name=test", f"--data-dir={self.directory}/data", f"--listen-client-urls={client}",
-            f"--advertise-client-urls={client}", f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}",
-            f"--initial-cluster=test={peer}", "--log-level=warn", "--logger=zap",
+            self.program, f"--name=test{self.peers.index(self.peer)}", f"--data-dir={self.directory}/data",
+            f"--listen-client-urls={client}", f"--advertise-client-urls={client}", f"--listen-peer-urls={self.peer}",
+            f"--initial-advertise-peer-urls={self.peer}", f"--initial-cluster={members}", "--log-level=warn",
+            "--logger=zap",
         ]  # fmt: skip
 
     def url(self, port: int | None = None) -> str:
-        return f"etcd://127.0.0.1:{port or self.port}/test/{next(_numbers)}"
+        return f"etcd://127.0.0.1:{port or self.port}/test/{next_number()}"
 
 
 class Postgres(Server):
@@ -172,7 +200,7 @@ class Postgres(Server):
         shutil.rmtree(self.directory)
 
     def url(self, port: int | None = None) -> str:
-        schema = f"test{next(_numbers)}"
+        schema = f"test{next_number()}"
         return f"postgresql://postgres@127.0.0.1:{port or self.port}/postgres?schema={schema}"
 
 
@@ -208,7 +236,7 @@ class Mariadb(Server):
         ]  # fmt: skip
 
     def url(self, port: int | None = None) -> str:
-        return f"mysql://root@127.0.0.1:{port or self.port}/test?tables=test{next(_numbers)}"
+        return f"mysql://root@127.0.0.1:{port or self.port}/test?tables=test{next_number()}"
 
 
 SERVERS: Final[dict[str, type[Server]]] = {"etcd": Etcd, "postgresql": Postgres, "mysql": Mariadb}

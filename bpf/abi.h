@@ -36,6 +36,26 @@ enum bpfuse_fh_bit {
 	BPFUSE_FH_APPENDS_BIT = 55,  /* of a worker's handle: set by the channel in a WRITE to the end of the file */
 };
 
+/*
+ * What the worker grants of a file that is open for writing, in the last word of its reply to CREATE, OPEN (unless that
+ * names a backing) and WRITE. How many bytes it takes without a word, and above them up to which size it takes the
+ * file's closing so; in units. The kernel sees 0 there.
+ */
+enum bpfuse_grant {
+	BPFUSE_GRANT_UNIT = 1024,
+	BPFUSE_GRANT_MOST = 0xffff,    /* of either */
+	BPFUSE_GRANT_CLOSE_SHIFT = 16, /* the size lies above the bytes */
+};
+
+/*
+ * The worker takes grants back by a reply to nobody: of this unique, its body an inode (__u64; 0: all). The channel says that it
+ * has, by a request of this opcode (and nobody's, either) and this inode; what was posted lies before it on the socket.
+ */
+enum bpfuse_withdrawal {
+	BPFUSE_WITHDRAW_UNIQUE = 4,
+	BPFUSE_WITHDRAWN_OPCODE = 8192,
+};
+
 /* control.profile */
 enum bpfuse_profile {
 	BPFUSE_PROFILE_GENERAL = 0,

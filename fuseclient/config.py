@@ -85,6 +85,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     maps: MapFds | None
     #: Where the locks of programs are kept (lock_store.py); None: with the worker.
     locks_fd: int | None = None
+    #: Where it is kept which metaservers there are beside those in ``address`` (known.py); None: with the worker.
+    metaservers_fd: int | None = None
     #: The session of the worker before this one, to be resumed, as hex; None: open a new one.
     session: str | None
 

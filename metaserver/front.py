@@ -17,7 +17,7 @@ from typing import Final
 
 from metaserver import listener, wire
 from metaserver.connection import Connection, Limits
-from metaserver.engine.authority import Candidate
+from metaserver.engine.authority import ANNOUNCE_S, Candidate
 from metaserver.engine.base import Engine
 from metaserver.errors import EngineBusy, EngineError
 from metaserver.gate import Access, Halves, Unguarded
@@ -70,6 +70,9 @@ class Front:
         self._accepting: list[asyncio.Task[None]] = []
         self._unlocking: set[asyncio.Task[None]] = set()
         self._terms: asyncio.Task[None] | None = None
+        #: Where all metaservers of the engine can be reached, as far as is known; and what finds that out.
+        self._group: list[str] = []
+        self._announcing: asyncio.Task[None] | None = None
 
     async def start(self, *addresses: str, advertise: str | None = None, alone: bool = False) -> str:
         """Listen on addresses and return what the first came to be (a TCP port of 0 is chosen by the kernel).
@@ -96,6 +99,10 @@ class Front:
                 self._accepting.append(asyncio.create_task(self._accept_tls(sock, self._access.tls)))
             else:
                 self._listening.append(await asyncio.get_running_loop().create_server(self._accept, sock=sock))
+        if not alone:
+            if not self._advertised:
+                _log.warning("clients cannot be told of this metaserver: it has no --advertise")
+            self._begin_announcing()
         self._terms = asyncio.create_task(self._run(), name="authority")
         return self.addresses[0]
 
@@ -135,6 +142,7 @@ class Front:
         self._terms.cancel()
         await asyncio.wait({self._terms})
         self._cut_told("the metaserver ends")
+        await self._stop_announcing()
         server, self.server = self.server, None
         if server is not None:
             await server.end()
@@ -208,6 +216,7 @@ class Front:
     async def _lead(self, engine: Engine) -> None:
         lost = self._lost
         server = self._new_server(engine)
+        server.metaservers = lambda: self._group
         server.on_fenced(lambda: self._lose(lost, "another metaserver has taken over the engine"))
         try:
             await server.begin()
@@ -225,10 +234,40 @@ class Front:
 
     async def _give_up(self) -> None:
         """End a term that came to nothing or was lost, and stand again after a while."""
+        announces = await self._stop_announcing()
         with contextlib.suppress(EngineError):
             await self._standing.resign()
         self._stand()
+        if announces:
+            self._begin_announcing()
         await asyncio.sleep(_PAUSE_S)
+
+    # The others
+
+    def _begin_announcing(self) -> None:
+        self._announcing = asyncio.create_task(self._announce(), name="announcing")
+
+    async def _stop_announcing(self) -> bool:
+        """Be silent; say whether this one was not."""
+        announcing, self._announcing = self._announcing, None
+        if announcing is None:
+            return False
+        announcing.cancel()
+        await asyncio.wait({announcing})
+        return True
+
+    async def _announce(self) -> None:
+        """Say that this one is there, again and again, and find out who else is."""
+        fails = False
+        while True:
+            try:
+                self._group = sorted(await self._standing.announce())[: wire.MAX_METASERVERS]
+                fails = False
+            except EngineError as error:
+                if not fails:
+                    _log.warning("it cannot be found out which metaservers there are: %s", error)
+                fails = True
+            await asyncio.sleep(ANNOUNCE_S)
 
     async def _keep_looking(self) -> None:
         while True:

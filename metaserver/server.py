@@ -76,6 +76,15 @@ class Server:
         #: The janitor's, and the one that ends what is overdue.
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def metaservers(self) -> Callable[[], list[str]]:
+        """Returns where the metaservers of the engine are, as clients are told."""
+        return self._service.metaservers
+
+    @metaservers.setter
+    def metaservers(self, metaservers: Callable[[], list[str]]) -> None:
+        self._service.metaservers = metaservers
+
     def on_fenced(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called, on the event loop, each time that another server is found to have taken over."""
         self._engine.on_fenced = callback

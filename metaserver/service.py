@@ -86,10 +86,12 @@ class Service:
         self._wall = wall
         self._followers = Followers(engine)
         self._overview = Overview(tenure, sessions, coherence, janitor.evictions)
+        #: Returns where clients can reach the metaservers of the engine.
+        self.metaservers: Callable[[], list[str]] = list
 
     def welcome(self) -> wire.Welcome:
         """Return the answer to a Hello; its epoch is this run's own."""
-        return wire.Welcome(wire.PROTOCOL_VERSION, SOFTWARE, self._tenure.epoch)
+        return wire.Welcome(wire.PROTOCOL_VERSION, SOFTWARE, self._tenure.epoch, metaservers=self.metaservers())
 
     def acknowledge(self, caller: Caller, request: wire.Acknowledge) -> None:
         """Take note that a client has dropped what a break told."""
@@ -351,7 +353,7 @@ class Service:
         session = caller.session()
         renewed = self._sessions.renew(session, request.seen, now_ns, self._coherence.left_over(session))
         self._locking.is_known(session)
-        return renewed
+        return msgspec.structs.replace(renewed, metaservers=self.metaservers())
 
     def _notice_losses(self) -> None:
         """If the engine has lost what it had acknowledged, have everybody drop everything."""
@@ -498,10 +500,11 @@ class Service:
         return await self._engine.read(lambda snapshot: namespace.open_volume(snapshot, name))
 
     async def _status(self, caller: Caller, request: wire.GetStatus) -> wire.Status:
-        if request.volume is None:
-            return self._overview.status(SOFTWARE, self.grace, None)
-        caller.must_see(request.volume)
-        status = self._overview.status(SOFTWARE, self.grace, await self._volume(request.volume))
+        if request.volume is not None:
+            caller.must_see(request.volume)
+        volume = None if request.volume is None else await self._volume(request.volume)
+        status = self._overview.status(SOFTWARE, self.grace, volume)
+        status = msgspec.structs.replace(status, metaservers=self.metaservers())
         if caller.account.identity.admin:
             return status
         own = {each.id for each in self._sessions.all() if each.owner == caller.account.owner}

@@ -79,6 +79,10 @@ class Commands:
         """Who has the authority, as far as the engine says."""
         return str(await self.standing.holder())
 
+    async def announce(self) -> str:
+        """Say that this one stands: all that have said so."""
+        return " ".join(sorted(await self.standing.announce()))
+
     async def lost(self) -> str:
         """Wait until this one is told that it has lost the authority: how often."""
         await self._lost.wait()
@@ -119,6 +123,7 @@ class InMemory:
 
     async def kill(self) -> None:
         self._standing.lapse()
+        self._standing.vanish()
 
     async def stop(self) -> None:
         self._standing.lapse()

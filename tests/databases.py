@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.databases import SERVERS, Etcd, Server, Unavailable, free_ports
+from bench.databases import SERVERS, Etcd, Server, Unavailable
+from bench.ports import free_ports
 
 __all__ = ["SERVERS", "Databases", "Etcd", "Proxy", "Server", "Unavailable", "free_ports", "proxy", "running"]
 
@@ -61,6 +62,8 @@ class Proxy:
         self.lost: Callable[[], object] = lambda: None
         #: Nobody is let in.
         self.is_closed = False
+        self._passes = asyncio.Event()
+        self._passes.set()
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._handle, "127.0.0.1", 0)
@@ -70,7 +73,12 @@ class Proxy:
         if self.is_closed:
             writer.transport.abort()
             return
-        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        await self._passes.wait()
+        try:
+            there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        except OSError:
+            writer.transport.abort()
+            return
         self._writers |= {writer, back}
         await asyncio.gather(self._pump(reader, back, False), self._pump(there, writer, True))
         self._writers -= {writer, back}
@@ -82,9 +90,19 @@ class Proxy:
                     self.cut()
                     self.lost()
                     break
+                await self._passes.wait()
                 writer.write(data)
                 await writer.drain()
+            await self._passes.wait()
         writer.transport.abort()
+
+    def hold(self) -> None:
+        """Pass nothing on, as a network that is broken: nobody is told, and nobody's connection ends."""
+        self._passes.clear()
+
+    def let_go(self) -> None:
+        """Pass on what was held, and all else again."""
+        self._passes.set()
 
     def cut(self) -> None:
         """Cut every connection."""

@@ -88,7 +88,7 @@ REQUESTS: Final[list[wire.Request]] = [
 REPLIES: Final[list[wire.Reply]] = [
     wire.Failure(wire.ErrorCode.NOT_FOUND, "no such thing"),
     wire.Done(),
-    wire.Welcome(1, "test", 2**63 - 1, "tcp:127.0.0.1:1"),
+    wire.Welcome(1, "test", 2**63 - 1, "tcp:127.0.0.1:1", ["tcp:127.0.0.1:2"]),
     wire.Status(
         "test",
         1,
@@ -98,9 +98,10 @@ REPLIES: Final[list[wire.Reply]] = [
         2,
         [wire.SessionStatus(SESSION, "host:/mnt", "test", wire.SessionState.UNSTABLE, 1, 2, 3, 4, 5, 6)],
         [wire.Eviction(SESSION, "host:/mnt", "its lease had run out", 7)],
+        ["tcp:127.0.0.1:2"],
     ),
     wire.SessionOpened(SESSION, 30_000, 5, "file:///blocks", 65536, False, SESSION, True, True, False),
-    wire.Renewed(30_000, 6, [(1, b"name")], [1, 2], False),
+    wire.Renewed(30_000, 6, [(1, b"name")], [1, 2], False, ["tcp:127.0.0.1:2"]),
     wire.Found(ATTRIBUTES, 4),
     wire.DirectoryPage(ATTRIBUTES, [ENTRY, wire.DirectoryEntry(b"b", 4, ATTRIBUTES)], True, True, True),
     wire.Changed([ATTRIBUTES], 8, 4096),

@@ -114,6 +114,9 @@ class Given(Candidate):
     async def holder(self) -> str | None:
         return self.address
 
+    async def announce(self) -> list[str]:
+        return [self.address]
+
     async def resign(self) -> None:
         pass
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import rig
@@ -13,11 +14,10 @@ from fuseclient.observe import status as observed
 
 
 class Group:
-    """Metaservers on one engine in a sandbox; ``count`` of them, each on a port of its own."""
+    """Metaservers on one engine, each on a port of its own; ``engines`` is the engine's URL for each of them."""
 
-    def __init__(self, sandbox: rig.Sandbox, count: int, lease_s: float) -> None:
-        self._sandbox = sandbox
-        self.servers = [Server(sandbox, lease_s) for _ in range(count)]
+    def __init__(self, sandbox: rig.Sandbox, engines: Sequence[str], lease_s: float) -> None:
+        self.servers = [Server(sandbox, lease_s, engine=engine) for engine in engines]
 
     @property
     def url(self) -> str:
@@ -48,9 +48,23 @@ class Group:
         serving = self.authority()
         return next(each for each in self.servers if each is not serving)
 
+    def wait_for_another(self, server: Server) -> None:
+        """Wait until another one than this serves."""
+        rig.wait_for(lambda: self.status()["authority"] not in (None, server.address), "another one serves")
+
+    def stands_by(self, server: Server) -> bool:
+        """Say whether one answers, and not as the authority."""
+        status = self.status()
+        mine = (each["state"] for each in status["metaservers"] if each["address"] == server.address)
+        return next(mine, None) == "online" and status["authority"] != server.address
+
     def hang(self, server: Server) -> None:
         """Have one stand still, as a process that hangs."""
         os.kill(server.pid, signal.SIGSTOP)
+
+    def go_on(self, server: Server) -> None:
+        """Have one that stood still go on."""
+        os.kill(server.pid, signal.SIGCONT)
 
     def log(self) -> str:
         """What all of them have logged."""

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fuseclient.data.writer import Grant
 from fuseclient.worker.direct_ops import Asked, DirectOps
 from fuseclient.worker.extra_messages import Malformed, Opcode
 from metaserver import wire
@@ -27,8 +28,10 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> Any:
             self.asked.append((name, *arguments))
-            if name == "may_post":
-                return 4096
+            if name == "grant":
+                return Grant(4096, 2048)
+            if name == "create_now":
+                return None
             return True if name == "write_now" else _entry()
 
         return call
@@ -76,9 +79,9 @@ def test_what_is_at_hand_is_answered_at_once(opcode: Opcode) -> None:
 def test_a_posted_write_has_no_answer_and_others_say_what_may_be_posted() -> None:
     operations = Recorder()
     handler = DirectOps(operations).handlers[Opcode.WRITE]  # type: ignore[arg-type]
-    assert handler(asked(struct.pack("=QQIIQII", 9, 8, 3, 0, 0, 0, 0) + b"abc")) == struct.pack("=II", 3, 4096)
+    assert handler(asked(struct.pack("=QQIIQII", 9, 8, 3, 0, 0, 0, 0) + b"abc")) == struct.pack("=IHH", 3, 4, 2)
     assert handler(asked(struct.pack("=QQIIQII", 9, 8, 3, 0, 0, 0, 1) + b"abc")) is None
-    assert operations.asked == [("write_now", 9, 8, b"abc"), ("may_post", 9), ("take_posted", 9, 8, b"abc")]
+    assert operations.asked == [("write_now", 9, 8, b"abc"), ("grant", 9), ("take_posted", 9, 8, b"abc")]
 
 
 def test_every_opcode_is_covered() -> None:

@@ -221,6 +221,7 @@ class FakeConnection:
     def __init__(self, answer: Callable[[wire.Request], Any], welcome: wire.Welcome) -> None:
         self.answer = answer
         self.welcome = welcome
+        self.place = "tcp:127.0.0.1:1"
         self.calls: list[wire.Request] = []
         #: Slot and sequence of each change.
         self.changes: list[tuple[int, int]] = []

@@ -19,7 +19,7 @@ from served import until
 from fuseclient.data.extents import Extents
 from fuseclient.data.objects import NoSpace, StoreError
 from fuseclient.data.uploads import ID_BLOCK, _SliceIds
-from fuseclient.data.writer import CREDIT_BYTES, FLUSH_BYTES, STAGED, Writer
+from fuseclient.data.writer import CREDIT_BYTES, FLUSH_BYTES, NO_GRANT, STAGED, Grant, Writer
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
 
@@ -292,20 +292,20 @@ async def test_what_is_posted_is_gathered_as_long_as_nothing_stands_in_the_way(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     rig = Rig(total_bytes=2 * CREDIT_BYTES)
-    assert rig.writer.credit(INO + 1) == 0
-    assert rig.writer.credit(INO) == CREDIT_BYTES
+    assert rig.writer.grant(INO + 1) == NO_GRANT
+    assert rig.writer.grant(INO) == Grant(CREDIT_BYTES, 0)
     rig.writer.write_posted(INO, 2, memoryview(b"posted"))
     await rig.writer.append(INO, b"appended")
-    assert rig.writer.credit(INO) == 0
+    assert rig.writer.grant(INO) == NO_GRANT
     await rig.writer.flush(INO)
-    assert rig.writer.credit(INO) == CREDIT_BYTES
+    assert rig.writer.grant(INO) == Grant(CREDIT_BYTES, 0)
     assert bytes(rig.server.content()) == b"\0\0postedappended"
     rig.store.fail = NoSpace("it is full")
     for offset in range(0, 2 * CREDIT_BYTES, FLUSH_BYTES):
         rig.writer.write_posted(INO, offset, memoryview(bytes(FLUSH_BYTES)))
-    assert rig.writer.credit(INO) == 0
+    assert rig.writer.grant(INO) == NO_GRANT
     await until(lambda: "it is full" in caplog.text)
-    assert rig.writer.credit(INO) == 0
+    assert rig.writer.grant(INO) == NO_GRANT
     rig.writer.write_posted(INO, 0, memoryview(b"taken all the same"))
     with pytest.raises(NoSpace):
         await rig.writer.write(INO, 0, b"refused")

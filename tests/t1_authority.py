@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from claimant import Claimant, claimants
+from claimant import DEADLINE_S, Claimant, claimants
 from databases import SERVERS, Databases
 
 Make = Callable[[], Awaitable[Claimant]]
@@ -41,6 +41,29 @@ async def test_authority(make: Make) -> None:
     assert await waiting == "3"
     assert await c.do("holder") == "c"
     assert await c.do("write") == "a b c"
+
+
+async def test_who_stands_is_known_to_all(make: Make) -> None:
+    """Whoever has the authority, if anybody: until he resigns, or some time after he has died."""
+    a, b = await make(), await make()
+    assert await a.do("announce") == "a"
+    assert await b.do("announce") == "a b"
+    assert await a.do("take") == "1"
+    assert await a.do("announce") == await a.do("announce") == "a b"
+    assert await a.do("resign") == "done"
+    assert await b.do("announce") == "b"
+    c = await make()
+    assert await c.do("announce") == "b c"
+    await b.kill()
+    await until(lambda: c.do("announce"), "c")
+
+
+async def until(ask: Callable[[], Awaitable[str]], answer: str) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            if await ask() == answer:
+                return
+            await asyncio.sleep(0.1)
 
 
 async def test_claims_at_once(make: Make) -> None:

@@ -6,16 +6,16 @@ import asyncio
 import contextlib
 import functools
 import operator
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
-from local_store import LocalStore
+from local_store import LocalStore, Rows
 from namespaces import Files
 
 from metaserver import recovery
 from metaserver.engine import Snapshot, Transaction
 from metaserver.engine.remote import RemoteEngine
-from metaserver.engine.store import Lost, Moved
+from metaserver.engine.store import Found, Lost, Moved, Query
 from metaserver.errors import EngineFull, EngineUnavailable, EngineUnusable, LimitExceeded, Unknown
 
 
@@ -88,6 +88,35 @@ async def test_keys_that_lie_together_are_read_as_a_range(engine: RemoteEngine, 
         assert set(values[3:60:6]) == {b"1"}
     assert await engine.read(lambda s: s.get_many(keys[::6])) == [b"2"] * 10
     await other.close()
+
+
+@pytest.mark.parametrize(("others", "requests"), [(0, 1), (1, 1), (15, 2)])
+async def test_of_keys_between_others_so_many_are_read_at_most(
+    engine: RemoteEngine, store: LocalStore, others: int, requests: int
+) -> None:
+    """As the inodes of one shard are: those of the others may be there, or not."""
+    numbers = [(number * 16).to_bytes(8) for number in range(1, 101)]
+    rows = {b"i" + number: number for number in numbers}
+    between = {
+        b"i" + (int.from_bytes(n) + more).to_bytes(8): b"other" for n in numbers for more in range(1, others + 1)
+    }
+    store.now = Rows(rows | between, store.now.tip)
+    largest = 0
+    fetch = Rows.fetch
+
+    async def noting(self: Rows, keys: Sequence[bytes], queries: Sequence[Query]) -> Found:
+        nonlocal largest
+        found = await fetch(self, keys, queries)
+        largest = max([largest, *map(len, found.ranges.values())])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rows, "fetch", noting)
+        await engine.read(get)
+        before = store.fetches
+        assert await engine.read(lambda snapshot: snapshot.get_many(list(rows))) == numbers
+    assert store.fetches == before + requests
+    assert 100 <= largest <= 300
 
 
 async def test_a_long_body_is_run_once_and_sees_one_moment(engine: RemoteEngine, store: LocalStore) -> None:
@@ -219,6 +248,23 @@ async def test_who_depends_on_a_failed_commit_runs_again(engine: RemoteEngine, s
         await first
     assert await second == 2
     assert store.now.rows == {b"n": b"2"}
+
+
+async def test_closing_does_not_wait_for_a_store_that_is_away(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose authority is lost is to stand for it again soon; what it was about to commit is of an unknown outcome."""
+    monkeypatch.setattr("metaserver.engine.remote._CLOSE_S", 0.05)
+    engine = RemoteEngine(store, "test", patience_s=3600)
+    await engine.write(add)
+    store.is_away = True
+    writing = asyncio.create_task(engine.write(add))
+    while not engine._batches:  # noqa: ASYNC110 - it is under way when there is one
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await engine.close()
+        with pytest.raises(Unknown):
+            await writing
 
 
 async def test_a_store_that_is_away(engine: RemoteEngine, store: LocalStore) -> None:

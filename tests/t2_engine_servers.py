@@ -9,8 +9,8 @@ import databases as database_servers
 import pytest
 from databases import SERVERS, Databases, Etcd, Proxy, Server
 
-from metaserver.engine import Engine, Snapshot, Transaction, open_engine
-from metaserver.errors import EngineUnusable, LimitExceeded
+from metaserver.engine import Engine, Snapshot, Transaction, candidate, open_engine
+from metaserver.errors import EngineBusy, EngineUnusable, LimitExceeded
 
 _DEADLINE_S = 30.0
 
@@ -102,6 +102,40 @@ async def test_nobody_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(EngineUnusable, match="does not answer"):
         await engine.read(get)
     await engine.close()
+
+
+@pytest.mark.parametrize("server", ["postgresql", "mysql"], indirect=True)
+async def test_looking_who_has_the_authority_does_not_end_it(server: Server) -> None:
+    """A standby looks all the time, while it takes over, too, and is interrupted in that when it has done so."""
+    url = server.url()
+    former, standing = candidate(url, "former"), candidate(url, "next")
+    await former.take()
+    lock, sessions = standing._lock, []  # type: ignore[attr-defined]
+    connect = lock._connect
+
+    async def counted() -> object:
+        sessions.append(await connect())
+        return sessions[-1]
+
+    lock._connect = counted
+
+    async def look() -> None:
+        while True:
+            await asyncio.gather(*(standing.holder() for _ in range(5)))
+
+    looking = asyncio.create_task(look())
+    former._lock._end()  # type: ignore[attr-defined]  # as a crash does
+    former._keeping.cancel()  # type: ignore[attr-defined]
+    async with asyncio.timeout(_DEADLINE_S):
+        engine = await standing.wait()
+        looking.cancel()
+        assert await engine.write(add) == 1
+        with pytest.raises(EngineBusy):
+            await candidate(url, "third").take()
+        assert await standing.holder() == "next"
+    assert len(sessions) == 1
+    await standing.resign()
+    await former.resign()
 
 
 # etcd alone

@@ -18,6 +18,7 @@ import pytest_asyncio
 from served import until
 from worker_rig import INLINE_LIMIT, ME, ROOT, Rig, fails, rigged
 
+from fuseclient.data.writer import NO_GRANT
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
 
@@ -324,6 +325,94 @@ async def test_a_file_that_cannot_be_made_is_reported_and_gone(rig: Rig, quiet: 
     await rig.ops.fsyncdir(0, False)
     assert await known(rig, b"closed", directory)
     await rig.close(fh)
+
+
+async def closed_ahead(rig: Rig, name: bytes, data: bytes) -> tuple[int, int]:
+    """Make a file that the channel has answered the closing of, with what was posted to it still on its way."""
+    fh, ino = await begin(rig, name)
+    assert rig.ops.grant(fh).closes == INLINE_LIMIT
+
+    async def withdraw(_: int) -> None:
+        rig.mount._writer.withdraw = nothing
+        rig.ops.take_posted(fh, 0, memoryview(data))
+
+    async def nothing(_: int) -> None:
+        pass
+
+    rig.mount._writer.withdraw = withdraw
+    return fh, ino
+
+
+async def test_what_was_closed_ahead_is_taken_before_anybody_is_told_of_the_file(rig: Rig) -> None:
+    lazily(rig)
+    fh, ino = await closed_ahead(rig, b"a", b"renamed")
+    await rig.ops.rename(ROOT, b"a", ROOT, b"b", 0, ME)
+    assert (await rig.other.attributes(ino)).size == len(b"renamed")
+    assert rig.ops.grant(fh).closes == 0, "it is not held back any more"
+    await rig.ops.release(fh)
+    fh, ino = await closed_ahead(rig, b"c", b"joined")
+    await joined(rig)
+    assert (await rig.other.attributes(ino)).size == len(b"joined")
+    await rig.ops.release(fh)
+    assert await rig.content(ino) == b"joined"
+    await rig.assert_maps_are_right()
+
+
+async def test_what_may_be_closed_ahead(rig: Rig) -> None:
+    """It cannot fail any more: the file is small, and nobody waits for it to be made."""
+    fh, ino = await begin(rig)
+    assert rig.ops.grant(fh).closes == 0, "closing makes it durable"
+    lazily(rig)
+    assert rig.ops.grant(fh).closes == INLINE_LIMIT
+    await rig.ops.write(fh, INLINE_LIMIT, b"x")
+    assert rig.ops.grant(fh).closes == 0
+    assert rig.ops.grant(fh).credit
+    rig.mount.locks._inos[ino] += 1
+    assert rig.ops.grant(fh) == NO_GRANT
+    rig.mount.locks._inos.clear()
+    await rig.close(fh)
+
+
+async def test_a_file_that_was_closed_ahead_is_made_whatever_stands_in_the_way(rig: Rig, quiet: None) -> None:
+    lazily(rig)
+    fh, ino = await begin(rig)
+    assert rig.ops.grant(fh).closes
+    call, full = rig.session.call, True
+
+    async def refuse(request: wire.Request, reply_type: Any) -> Any:
+        if isinstance(request, wire.MakeFiles) and full:
+            raise Refused(wire.ErrorCode.NO_SPACE, "the engine is full")
+        return await call(request, reply_type)
+
+    rig.session.call = refuse
+    rig.ops.take_posted(fh, 0, memoryview(b"data"))
+    with fails(errno.ENOSPC):
+        await rig.ops.rename(ROOT, b"file", ROOT, b"other", 0, ME)
+    await rig.ops.release(fh)
+    full = False
+    await rig.ops.rename(ROOT, b"file", ROOT, b"other", 0, ME)
+    assert await known(rig, b"other") == ino
+    assert await rig.content(ino) == b"data"
+
+
+async def test_a_break_waits_until_the_kernel_knows_a_file_that_was_just_made(rig: Rig) -> None:
+    """The reply with attributes that the kernel is to keep may still be on its way: it must not come after."""
+    _, made = await begin(rig)
+    knows, asked = False, 0
+
+    async def invalidate(ino: int) -> bool:
+        nonlocal asked
+        asked += ino == made
+        return knows
+
+    rig.mount._kernel._kernel.invalidate_attributes = invalidate  # type: ignore[method-assign]
+    acknowledged: list[object] = []
+    assert rig.mount._changes is not None
+    rig.mount._changes.broken(wire.Break(1, [], [made]), acknowledged.append)
+    await until(lambda: asked > 3)
+    assert not acknowledged
+    knows = True
+    await until(lambda: acknowledged)
 
 
 async def test_a_file_that_stays_open_is_told_of(rig: Rig) -> None:

@@ -21,7 +21,7 @@ _SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
-_CHECKS = 10
+_CHECKS = 12
 
 
 @pytest.fixture(scope="module", params=_SANITIZERS)

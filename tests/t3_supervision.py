@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import re
@@ -181,7 +182,7 @@ def test_requests_of_a_dead_worker_are_repeated_or_refused(mount: MountFactory, 
     old.touch()
     old.stat()  # so that the removal is its first request
     (mounted.path / "file").write_bytes(b"x" * 100_000)
-    fd = os.open(mounted.path / "file", os.O_WRONLY)
+    fd = os.open(mounted.path / "file", os.O_WRONLY | os.O_APPEND)  # such a write is never posted
     with killed_while_stopped(mounted):
         miss = background.until_blocked(lambda: (mounted.path / "directory" / "none").exists())
         writing = background.until_blocked(lambda: os.write(fd, b"written"))
@@ -195,7 +196,7 @@ def test_requests_of_a_dead_worker_are_repeated_or_refused(mount: MountFactory, 
     old.unlink(missing_ok=True)
     assert os.listdir(mounted.path / "other") == []
     fails_with(lambda: os.close(fd), errno.EIO)
-    assert (mounted.path / "file").read_bytes() == b"written" + b"x" * (100_000 - 7)
+    assert (mounted.path / "file").read_bytes() == b"x" * 100_000 + b"written"
 
 
 def test_new_files_neither_closed_nor_synced_go_with_their_worker(mount: MountFactory, accel: str) -> None:
@@ -255,6 +256,90 @@ def linked(path: Path, second: Path) -> os.stat_result:
     """Give a file a second name, and return what is known by it."""
     second.hardlink_to(path)
     return second.stat()
+
+
+def files_are_made_here(mounted: rig.Mount, accel: str) -> None:
+    """Make files until one is made without asking the metaserver, as all are from then on; with acceleration."""
+
+    def one_more() -> bool:
+        (mounted.path / "first").unlink(missing_ok=True)
+        (mounted.path / "first").touch()
+        return accel == "off" or figures.stats(mounted)["caches"]["new_files"]["files"] > 0
+
+    rig.wait_for(one_more, "a file is made here")
+
+
+def synced_size(path: Path) -> int:
+    """Have a file's directory synced, and return the file's size then."""
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize("durability", ["commit", "interval"])
+def test_a_new_files_first_write_is_posted_and_so_is_its_closing_if_that_commits_nothing(
+    mount: MountFactory, accel: str, durability: str
+) -> None:
+    """Unless it has become too long for the metaserver to keep, or somebody has locked it."""
+    mounted = mount(accel, "--durability", durability)
+    files_are_made_here(mounted, accel)
+    closes_ahead = accel == "bpf" and durability == "interval"  # without acceleration the metaserver makes each file
+    before = figures.stats(mounted)["channel"]
+    for number in range(20):
+        descriptor = os.open(mounted.path / f"{number}", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        assert os.fstat(descriptor).st_size == 0
+        os.write(descriptor, b"content")
+        if number == 7:
+            assert os.fstat(descriptor).st_size == 7
+        os.close(descriptor)
+        assert (mounted.path / f"{number}").stat().st_size == 7
+    after = figures.stats(mounted)["channel"]
+    assert after["posted"] - before["posted"] == (20 if accel == "bpf" else 0)
+    assert after["flushed"] - before["flushed"] == (20 if closes_ahead else 0)
+    for number in range(3):
+        descriptor = os.open(mounted.path / f"long{number}", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        os.write(descriptor, b"content")
+        if number == 0:
+            os.pwrite(descriptor, bytes(100_000), 7)
+        elif number == 1:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        else:
+            os.fsync(descriptor)
+        os.close(descriptor)
+        with open(mounted.path / f"long{number}", "rb+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            assert file.read()[:8] == (b"content" if number else b"content\0")
+    assert figures.stats(mounted)["channel"]["flushed"] == after["flushed"]
+    mounted.remount()
+    assert {(mounted.path / f"{number}").read_bytes() for number in range(20)} == {b"content"}
+
+
+def test_what_is_closed_ahead_of_its_worker_is_whole(mount: MountFactory) -> None:
+    """Whoever asks for anything after the closing, finds the file as it was closed."""
+    mounted = mount("bpf", "--durability", "interval")
+    files_are_made_here(mounted, "bpf")
+    worker, flushed = mounted.process("worker").pid, figures.stats(mounted)["channel"]["flushed"]
+    looks: dict[str, Callable[[Path], object]] = {
+        "stat": lambda path: path.stat().st_size,
+        "read": lambda path: len(path.read_bytes()),
+        "rename": lambda path: path.rename(f"{path}-moved").stat().st_size,
+        "link": lambda path: linked(path, Path(f"{path}-second")).st_size,
+        "sync": synced_size,
+        "list": lambda path: next(each for each in os.scandir(path.parent) if each.name == path.name).stat().st_size,
+    }
+    for name, look in looks.items():
+        descriptor = os.open(mounted.path / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        with standing_still(worker):
+            for number in range(10):
+                os.write(descriptor, b"%d" % number)
+            os.close(descriptor)
+            looking = background.until_blocked(lambda look=look, name=name: look(mounted.path / name))  # type: ignore[misc]
+        assert looking.result(rig.WAIT_S) == 10, name
+    assert figures.stats(mounted)["channel"]["flushed"] - flushed == len(looks)
+    mounted.remount()
+    for path in mounted.path.iterdir():
+        assert path.name == "first" or path.read_bytes() == b"0123456789"
 
 
 def test_a_posted_write_waits_for_nobody_and_is_seen_by_everything_after_it(mount: MountFactory, accel: str) -> None:

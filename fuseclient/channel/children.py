@@ -124,6 +124,7 @@ class Worker(Child):
         maps: MapFds | None,
         session: str | None,
         locks_fd: int,
+        metaservers_fd: int,
     ) -> Worker:
         """Start a worker and wait until it has its session; raise :exc:`StartError`."""
         fuse, fuse_theirs = _message_pair()
@@ -145,6 +146,7 @@ class Worker(Child):
             maps=maps,
             session=session,
             locks_fd=locks_fd,
+            metaservers_fd=metaservers_fd,
         )
         with contextlib.ExitStack() as ours:
             for mine in (fuse, extra, notify, *slow, status):
@@ -248,8 +250,7 @@ async def _spawn_worker(config: WorkerConfig, sockets: Sequence[socket.socket]) 
         os.write(descriptor, msgspec.json.encode(config))
         os.lseek(descriptor, 0, os.SEEK_SET)
         inherited = [descriptor, *(end.fileno() for end in sockets), *_descriptors(config.maps)]
-        if config.locks_fd is not None:
-            inherited.append(config.locks_fd)
+        inherited += [each for each in (config.locks_fd, config.metaservers_fd) if each is not None]
         return await _spawn(["-m", "fuseclient.worker", str(descriptor)], inherited)
     finally:
         os.close(descriptor)

@@ -66,6 +66,7 @@ class Mount:
         self._generation = 0
         #: What is locked, which outlives the workers.
         self._locks_fd = make_store()
+        self._metaservers_fd = os.memfd_create("bpfuse-metaservers", os.MFD_CLOEXEC)
         self._ending = False
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
@@ -170,6 +171,7 @@ class Mount:
             maps=None if self._bpf is None else acceleration.map_fds(self._bpf, self.options),
             session=session,
             locks_fd=self._locks_fd,
+            metaservers_fd=self._metaservers_fd,
         )
 
     def _remote_address(self) -> str:
@@ -403,4 +405,5 @@ class Mount:
         if self._server is not None:
             await self._server.stop(_SERVER_END_S)
         os.close(self._locks_fd)
+        os.close(self._metaservers_fd)
         self.directory.remove()

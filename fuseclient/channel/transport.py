@@ -30,6 +30,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     committed: int
     held: int
     posted: int
+    flushed: int
     replayed: int
     refused: int
     interrupted: int

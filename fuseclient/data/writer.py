@@ -28,8 +28,10 @@ A failure in the background is told by the next write, too. Nothing more is take
 goes on is refused with the same error. Only when the last handle is closed in spite of the error is the data given
 up, and the log says so.
 
-Posted writes are answered before they come here: :meth:`Writer.credit` has promised to take them. They are gathered
-whatever stands in the way, which the next one that waits is told of, or a flush, as of what else is gathered.
+Posted writes are answered before they come here: :meth:`Writer.grant` has promised to take them. They are gathered
+whatever stands in the way, which the next one that waits is told of, or a flush, as of what else is gathered. So is the
+closing of a file that is held back and may wait, which fails in nothing: until it is committed, for which that promise
+is taken back first, it is never given up.
 
 What others change is known by breaks: what they say of a file makes its attributes ``stale``, and only attributes that
 were asked for after the last of them make it known again.
@@ -43,9 +45,9 @@ import logging
 import stat
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -118,6 +120,12 @@ class _File:
     held: bool = False
     #: Its attributes are in the maps, because nothing was done to it yet.
     shown: bool = False
+    #: It may be written to without a word, so that they must not be,
+    granted: bool = False
+    #: and be closed without a word, now;
+    closes_ahead: bool = False
+    #: or it may have been, as long as it is held: then it is not given up, whatever stands in the way.
+    trusted: bool = False
     #: Those that wait.
     pending: wire.SetAttributes | None = None
     #: How often it was written to since it was made.
@@ -131,6 +139,16 @@ class _File:
     owed: int = 0
     #: The whole content, when the last flush happened to hold it.
     content: bytes | None = None
+
+
+class Grant(NamedTuple):
+    """What may be done to a file without a word: so many bytes be written, and it be closed up to a size, in bytes."""
+
+    credit: int
+    closes: int
+
+
+NO_GRANT: Final = Grant(0, 0)
 
 
 @dataclass(frozen=True)
@@ -184,6 +202,8 @@ class Writer:
         self.when_given_up: Callable[[int], None] = lambda ino: None
         #: Called with the attributes of a file that was shown, when they are about to be true no more.
         self.when_touched: Callable[[wire.Attributes], None] = lambda attributes: None
+        #: Called with an inode, or 0 for all, to take back what was granted of it; what was done so has come on return.
+        self.withdraw: Callable[[int], Awaitable[None]] = _nothing
         #: Called with the inode of each commit of slices, and how many they were.
         self.when_laid: Callable[[int, list[wire.Slice]], None] = lambda ino, slices: None
 
@@ -242,6 +262,10 @@ class Writer:
 
         Raises what is in the way. This client is not alone any more, so there are no new ones.
         """
+        if ahead := [file for file in self._files.values() if file.closes_ahead]:
+            await self.withdraw(0)
+            for file in ahead:
+                file.closes_ahead = False
         await self.held_files.commit_all()
         await asyncio.gather(*(self._drain(file) for file in self._files.values() if file.pending is not None))
 
@@ -254,7 +278,7 @@ class Writer:
         if file is None:
             return False
         untouched = file.is_new and not file.writes and not _uncommitted(file) and file.pending is None
-        file.shown = untouched and not file.stale and file.attributes == attributes
+        file.shown = untouched and not file.granted and not file.stale and file.attributes == attributes
         return file.shown
 
     def _touch(self, file: _File) -> None:
@@ -296,7 +320,7 @@ class Writer:
         ino = file.attributes.ino
         if file.writers or self._files.get(ino) is not file:
             return None
-        if self.may_wait(ino):
+        if self.may_wait(ino) or (file.held and file.trusted):
             return self._closed_held(file)
         del self._files[ino]
         self._give_up(file)
@@ -308,6 +332,7 @@ class Writer:
         self._stop_timer(file)
         del self._files[shown.ino]
         self.bytes -= file.dirty.bytes
+        file.dirty, file.held, file.pending = Extents(), False, None
         self.held_files.closed(self.held_files.record(shown, content, writing=False))
         return Closed(shown, content)
 
@@ -361,17 +386,25 @@ class Writer:
         self._take(file, offset, data)
         return True
 
-    def credit(self, ino: int) -> int:
-        """Return how many bytes may be posted to a file, until something is appended to it or a handle of it closed."""
+    def grant(self, ino: int) -> Grant:
+        """Return what may be done to a file without a word of it.
+
+        It holds until something is appended to it, a handle of it is closed, or it is taken back (``withdraw``).
+        """
         file = self._files.get(ino)
         if file is None or file.error is not None or file.loss is not None or file.appending:
-            return 0
+            return NO_GRANT
         if (file.appended and _uncommitted(file)) or _has_enough_staged(file) or not self._has_memory(CREDIT_BYTES):
-            return 0
-        return CREDIT_BYTES
+            return NO_GRANT
+        self._touch(file)
+        file.granted = True
+        if not self.may_wait(ino):
+            return Grant(CREDIT_BYTES, 0)
+        file.closes_ahead = file.trusted = True
+        return Grant(CREDIT_BYTES, self._inline_limit)
 
     def write_posted(self, ino: int, offset: int, data: memoryview) -> None:
-        """Gather a write that :meth:`credit` allowed, and that was answered."""
+        """Gather a write that :meth:`grant` allowed, and that was answered."""
         file = self._files[ino]
         if file.appended and _uncommitted(file):
             raise RuntimeError(f"a write to inode {ino} was posted although something is appended")
@@ -381,6 +414,8 @@ class Writer:
     def _take(self, file: _File, offset: int, data: bytes | memoryview) -> None:
         self._touch(file)
         self._gather(file, offset, data)
+        if file.dirty.end > self._inline_limit:
+            file.closes_ahead = file.trusted = False  # who granted that knows
         self._stage_whole(file)
         if file.is_new:
             file.writes += 1
@@ -482,6 +517,7 @@ class Writer:
         try:
             await self._drain(file)
         except BaseException as error:
+            file.trusted = False
             if error is file.loss:
                 _tell_loss(file, for_reader)
             raise
@@ -784,6 +820,9 @@ class Writer:
 
     async def _commit_held(self, file: _File, lazy: bool) -> None:
         """Have a file made that was held back, with its attributes, and its content if that is small."""
+        if file.closes_ahead:
+            await self.withdraw(file.attributes.ino)
+            file.closes_ahead = False
         content = b""
         if not file.staged and file.dirty.end <= self._inline_limit:
             file.flushing, file.dirty = file.dirty, Extents()
@@ -881,6 +920,10 @@ class Writer:
                 self._uploads.discard(below)
             raise
         self.when_laid(ino, slices)
+
+
+async def _nothing(ino: int) -> None:
+    """Nobody was granted anything."""
 
 
 def _content(extents: Extents) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, Final
 
 from rich import box
@@ -10,9 +11,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from fuseclient import runtime
+from fuseclient.credentials import NO_CREDENTIALS, Credentials
 from fuseclient.errors import UserError
 from fuseclient.volumes import Embedded, Volume, parse_volume
 from fuseclient.worker import rpc
+from fuseclient.worker.finding import may_follow
 from metaserver import wire
 
 #: Seconds that each metaserver has to answer.
@@ -60,9 +63,9 @@ async def _read(volume: Volume, addresses: list[str]) -> dict[str, Any]:
     suffix = _suffix(volume)
     answers = await asyncio.gather(*(_ask(each + suffix, volume.name) for each in addresses))
     found = dict(zip(addresses, answers, strict=True))
-    told = {each.elsewhere for each in found.values() if isinstance(each, wire.Status) and each.elsewhere}
-    for each in sorted(told - found.keys()):
-        found[each] = await _ask(each + suffix, volume.name)
+    credentials = NO_CREDENTIALS if isinstance(volume, Embedded) else volume.credentials
+    while told := sorted(_named(found, credentials) - found.keys()):
+        found.update(zip(told, await asyncio.gather(*(_ask(each + suffix, volume.name) for each in told)), strict=True))
     serving = {each: status for each, status in found.items() if isinstance(status, wire.Status) and status.epoch}
     authority = max(serving, key=lambda each: serving[each].epoch, default=None)
     status = serving[authority] if authority is not None else wire.Status("", 0)
@@ -80,6 +83,17 @@ async def _read(volume: Volume, addresses: list[str]) -> dict[str, Any]:
             {"session": each.session.hex(), **_client(each.client), "why": each.why, "ago_s": each.ago_ms / 1000}
             for each in status.evicted
         ],
+    }
+
+
+def _named(found: Mapping[str, wire.Status | Exception], credentials: Credentials) -> set[str]:
+    """Return the metaservers that those who answered have named."""
+    return {
+        place
+        for teller, status in found.items()
+        if isinstance(status, wire.Status)
+        for place in (status.elsewhere, *status.metaservers)
+        if may_follow(teller, place, credentials)
     }
 
 

@@ -19,8 +19,15 @@ from typing import Any, Final, NamedTuple, cast
 from pyfuse3 import RequestContext
 
 from fuseclient import levels
-from fuseclient.worker.extra_messages import Malformed, Opcode, encode_attributes, encode_entry, encode_opened
-from fuseclient.worker.operations import Operations
+from fuseclient.worker.extra_messages import (
+    Malformed,
+    Opcode,
+    encode_attributes,
+    encode_entry,
+    encode_opened,
+    encode_written,
+)
+from fuseclient.worker.operations import Begun, Operations
 from metaserver import wire
 
 _GETATTR: Final = struct.Struct("=IIQ")
@@ -30,7 +37,6 @@ _READ: Final = struct.Struct("=QQIIQII")
 _WRITE: Final = struct.Struct("=QQIIQII")
 _FSYNC: Final = struct.Struct("=QII")
 _DATA_ONLY: Final = 1 << 0
-_WRITTEN: Final = struct.Struct("=II")
 _CREATE: Final = struct.Struct("=IIII")
 
 #: Bits of fuse_setattr_in.valid.
@@ -126,12 +132,12 @@ class DirectOps:
             self._operations.take_posted(fh, offset, data)
             return None
         if self._operations.write_now(fh, offset, data):
-            return _WRITTEN.pack(size, self._operations.may_post(fh))
+            return encode_written(size, self._operations.grant(fh))
         return self._written(fh, offset, bytes(data))
 
     async def _written(self, fh: int, offset: int, data: bytes) -> bytes:
         written = await self._operations.write(fh, offset, data)
-        return _WRITTEN.pack(written, self._operations.may_post(fh))
+        return encode_written(written, self._operations.grant(fh))
 
     def _read(self, asked: Asked) -> Answer:
         fh, offset, size, *_ = _fields(_READ, asked.body)
@@ -146,12 +152,15 @@ class DirectOps:
         name = _name(asked.body, _CREATE.size)
         here = self._operations.create_now(asked.nodeid, name, mode, flags, asked.context)
         if here is not None:
-            return encode_opened(here[1], here[0])
+            return _encode_begun(here)
         return self._created(asked, name, mode, flags)
 
     async def _created(self, asked: Asked, name: bytes, mode: int, flags: int) -> bytes:
-        opened, entry = await self._operations.create(asked.nodeid, name, mode, flags, asked.context)
-        return encode_opened(entry, opened)
+        return _encode_begun(await self._operations.create_file(asked.nodeid, name, mode, flags, asked.context))
+
+
+def _encode_begun(begun: Begun) -> bytes:
+    return encode_opened(begun.entry, begun.opened, begun.grant)
 
 
 async def _nothing(work: Coroutine[Any, Any, None]) -> bytes:

@@ -12,7 +12,9 @@ from typing import Final, NamedTuple, TypeAlias
 
 import pyfuse3
 
+from fuseclient._native import lib
 from fuseclient.data.passthrough import Opening
+from fuseclient.data.writer import NO_GRANT, Grant
 
 _HEADER: Final = struct.Struct("=IIQQIIIHH")
 _REPLY: Final = struct.Struct("=IiQ")
@@ -28,6 +30,8 @@ _ENTRY: Final = struct.Struct("=QQQQII")
 _ATTRIBUTES: Final = struct.Struct("=QQQqqqIIIIIIIIII")
 _ATTRIBUTES_VALID: Final = struct.Struct("=QII")
 _OPEN: Final = struct.Struct("=QII")
+_WRITTEN: Final = struct.Struct("=II")
+_INODE: Final = struct.Struct("=Q")
 _OPEN_REQUEST: Final = struct.Struct("=II")
 _CLOSING: Final = struct.Struct("=QIIq")
 _LOCK: Final = struct.Struct("=QqQQIIII")
@@ -53,6 +57,10 @@ class Malformed(Exception):
     def __init__(self, text: str, unique: int = 0) -> None:
         super().__init__(text)
         self.unique = unique
+
+
+#: Of the channel's word that it has taken back grants.
+WITHDRAWN: Final = int(lib.BPFUSE_WITHDRAWN_OPCODE)
 
 
 class Opcode(enum.IntEnum):
@@ -337,15 +345,31 @@ def _attributes(entry: pyfuse3.EntryAttributes) -> bytes:
     )  # fmt: skip
 
 
-def encode_opened(entry: pyfuse3.EntryAttributes, opened: pyfuse3.FileInfo) -> bytes:
+def encode_opened(entry: pyfuse3.EntryAttributes, opened: pyfuse3.FileInfo, grant: Grant = NO_GRANT) -> bytes:
     """Return the body of a reply to CREATE or TMPFILE: an inode, and a handle of it."""
-    return encode_entry(entry) + _OPEN.pack(opened.fh, _open_flags(opened), 0)
+    return encode_entry(entry) + _OPEN.pack(opened.fh, _open_flags(opened), _grant(grant))
 
 
-def encode_open(opened: pyfuse3.FileInfo, opening: Opening | None) -> bytes:
-    """Return the body of a reply to OPEN: a handle, and the backing that it reads from."""
+def encode_written(count: int, grant: Grant) -> bytes:
+    """Return the body of a reply to WRITE."""
+    return _WRITTEN.pack(count, _grant(grant))
+
+
+def _grant(grant: Grant) -> int:
+    """Return what tells the channel of a grant (``enum bpfuse_grant``)."""
+    credit, closes = (min(each // int(lib.BPFUSE_GRANT_UNIT), int(lib.BPFUSE_GRANT_MOST)) for each in grant)
+    return credit | closes << int(lib.BPFUSE_GRANT_CLOSE_SHIFT)
+
+
+def encode_withdrawal(ino: int) -> bytes:
+    """Return what takes back all that was granted of an inode; 0: of all (``enum bpfuse_withdrawal``)."""
+    return encode(int(lib.BPFUSE_WITHDRAW_UNIQUE), _INODE.pack(ino))
+
+
+def encode_open(opened: pyfuse3.FileInfo, opening: Opening | None, grant: Grant = NO_GRANT) -> bytes:
+    """Return the body of a reply to OPEN: a handle, and the backing that it reads from, or what is granted."""
     if opening is None:
-        return _OPEN.pack(opened.fh, _open_flags(opened), 0)
+        return _OPEN.pack(opened.fh, _open_flags(opened), _grant(grant))
     flags = _FOPEN_PASSTHROUGH | (_FOPEN_DIRECT_IO if opening.direct else 0)
     return _OPEN.pack(opened.fh, flags, opening.backing_id)
 

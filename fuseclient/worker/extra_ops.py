@@ -28,6 +28,7 @@ from pyfuse3 import FUSEError
 
 from fuseclient import levels
 from fuseclient.data.ranges import Ranges
+from fuseclient.data.writer import NO_GRANT
 from fuseclient.worker import extra_messages as messages
 from fuseclient.worker.direct_ops import Answer, Asked, DirectOps
 from fuseclient.worker.errors import errno_of
@@ -80,7 +81,11 @@ class ExtraOps:
         self._tasks: set[asyncio.Task[None]] = set()
         #: Requests in hand, by their unique; the event is set when one is interrupted.
         self._running: dict[int, asyncio.Event] = {}
+        self._has_ended = False
+        #: Those who wait for the channel to have taken back what was granted, in the order of their asking.
+        self._withdrawals: deque[asyncio.Future[None]] = deque()
         operations.catch_up = self._catch_up
+        operations.on_withdraw(self._withdraw)
 
     def start(self) -> None:
         """Take requests from now on."""
@@ -94,6 +99,7 @@ class ExtraOps:
         for interrupted in self._running.values():
             interrupted.set()
         self._catch_up()
+        self._ended()
         while self._tasks:
             await asyncio.wait(self._tasks)
         if self._unsent:
@@ -120,6 +126,7 @@ class ExtraOps:
             length = 0
         if not length:
             self._loop.remove_reader(self._socket)
+            self._ended()
             return False
         try:
             self._take(self._view[:length], cut_off=length > len(self._buffer))
@@ -133,6 +140,10 @@ class ExtraOps:
         if cut_off:
             raise messages.Malformed("a request of more bytes than any has", messages.unique_of(message))
         header = messages.decode_header(message)
+        if header.opcode == messages.WITHDRAWN:
+            self._withdrawn()
+            return
+        self._operations.seen(header.nodeid)
         if (handler := self._direct.get(header.opcode)) is not None:
             self._answer_directly(header, handler, message[messages.HEADER_BYTES :])
             return
@@ -177,6 +188,26 @@ class ExtraOps:
                 self._send(messages.encode(header.unique, answer))
             elif answer is not None:
                 self._start(self._answer(header, answer, handler.__name__, errno.ESTALE))
+
+    async def _withdraw(self, ino: int) -> None:
+        """Return when nothing is granted of an inode (0: of any), and all is taken that was posted before."""
+        if self._has_ended:
+            return
+        done = self._loop.create_future()
+        self._withdrawals.append(done)
+        self._send(messages.encode_withdrawal(ino))
+        await done
+
+    def _withdrawn(self) -> None:
+        """The channel answers in order; it may answer one more, which the worker before this one asked for."""
+        if self._withdrawals and not (done := self._withdrawals.popleft()).done():
+            done.set_result(None)
+
+    def _ended(self) -> None:
+        """No more requests come, so nothing is granted any more."""
+        self._has_ended = True
+        while self._withdrawals:
+            self._withdrawn()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -226,7 +257,9 @@ class ExtraOps:
         """Do what is asked for, and return the body of the reply."""
         match body:
             case messages.Open():
-                return messages.encode_open(*await self._operations.open_file(header.nodeid, body.flags))
+                opened, opening = await self._operations.open_file(header.nodeid, body.flags)
+                grant = NO_GRANT if body.flags & os.O_APPEND else self._operations.grant(opened.fh)
+                return messages.encode_open(opened, opening, grant)
             case messages.SetXattr(name, value, flags):
                 create, replace = bool(flags & os.XATTR_CREATE), bool(flags & os.XATTR_REPLACE)
                 await self._operations.set_xattr(header.nodeid, name, value, create=create, replace=replace)

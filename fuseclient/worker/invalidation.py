@@ -39,6 +39,8 @@ _AT_ONCE: Final = 64
 #: how many times as long what is not known is waited for.
 _PATIENCE_S: Final = 0.03
 _TURNS: Final = 30
+#: Seconds between looks whether the kernel knows a file of whose making it is being told.
+_MAKING_S: Final = 0.001
 #: What no entry is called: dropping it waits for the directory's lock, and drops nothing.
 _NO_NAME: Final = b"/"
 
@@ -62,6 +64,8 @@ class Invalidator:
         self._is_written = is_written
         #: Changes of this mount in flight, by the directory or file whose lock they have.
         self.busy: Counter[int] = Counter()
+        #: Files of whose making the kernel may not have been told yet: it has asked for nothing of them.
+        self.making: set[int] = set()
         #: Inodes whose pages are being dropped behind the caller's back.
         self.dropping: Counter[int] = Counter()
         #: Set when there are fewer of them.
@@ -122,7 +126,11 @@ class Invalidator:
         if not self._is_written(ino):
             return not await self._kernel.invalidate_inode(ino)
         self.drop_pages_later(ino)
-        return not await self._kernel.invalidate_attributes(ino)
+        while not await self._kernel.invalidate_attributes(ino):
+            if ino not in self.making:
+                return True
+            await asyncio.sleep(_MAKING_S)  # the reply is on its way, with attributes that are to be kept
+        return False
 
     async def doubt(self, names: Sequence[tuple[int, bytes]], inodes: Iterable[int]) -> None:
         """Have the kernel ask again for what a change of this mount was to change, which may have been made.

@@ -25,6 +25,7 @@ from fuseclient.worker.creations import Creations, Made, Ordered
 from fuseclient.worker.directories import WINDOW, Directories
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.invalidation import Invalidator, Kernel
+from fuseclient.worker.known import Known
 from fuseclient.worker.lease import Lease
 from fuseclient.worker.lock_store import LockStore
 from fuseclient.worker.locks import Locks
@@ -83,6 +84,7 @@ class Mount:
             on_connected=lambda connection, resumed: self.locks.connected(connection, resumed=resumed),
             check_change=lambda request: self.locks.check_change(request),
             resume=bytes.fromhex(config.session) if config.session else None,
+            known=Known(config.address, config.metaservers_fd),
         )
         self.locks.session = self._session
 

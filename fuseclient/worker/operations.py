@@ -16,7 +16,7 @@ import stat
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 import pyfuse3
@@ -24,7 +24,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from fuseclient.data.passthrough import Opening, Passthrough
 from fuseclient.data.reader import Reader
-from fuseclient.data.writer import Closed, Writer
+from fuseclient.data.writer import NO_GRANT, Closed, Grant, Writer
 from fuseclient.worker import handles
 from fuseclient.worker.attributes import absent_entry, dot_entry, entry_of, statistics_of
 from fuseclient.worker.changes import OpenedVersions
@@ -85,6 +85,14 @@ class Parts:
     may_remember: bool
     #: OPEN, OPENDIR and FLUSH are answered ENOSYS: the kernel sends no more of them.
     opens_nothing: bool
+
+
+class Begun(NamedTuple):
+    """A file that was made here, and is open; ``grant`` is what may be done to it without waiting."""
+
+    opened: FileInfo
+    entry: EntryAttributes
+    grant: Grant
 
 
 class Operations(pyfuse3.Operations):
@@ -500,6 +508,12 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
+        """Make a file and open it. The channel sends CREATE to direct_ops.py, which does more."""
+        begun = await self.create_file(parent_inode, name, mode, flags, ctx)
+        return begun.opened, begun.entry
+
+    @answered
+    async def create_file(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext) -> Begun:
         """A file that exists, which the kernel did not know, is answered ESTALE: it then looks again, and opens it."""
         _check_name(name)
         writing = _writes(flags)
@@ -521,12 +535,14 @@ class Operations(pyfuse3.Operations):
             if error.code == wire.ErrorCode.EXISTS and not flags & os.O_EXCL:
                 raise FUSEError(errno.ESTALE) from None
             raise
-        return opened, self._changed_entry(made, fresh)
+        return Begun(opened, self._changed_entry(made, fresh), NO_GRANT)
 
-    def create_now(
-        self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
-    ) -> tuple[FileInfo, EntryAttributes] | None:
-        """Make a file that the metaserver is told of later; None: that cannot be."""
+    def create_now(self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext) -> Begun | None:
+        """Make a file that the metaserver is told of later; None: that cannot be.
+
+        Its attributes are for the kernel to keep: who drops them waits until it knows the file (see invalidation.py).
+        If the kernel keeps none they are put into the maps, and nothing is granted, which would make them out of date.
+        """
         _check_name(name)
         if not _writes(flags) or not self._may_remember:
             return None
@@ -535,8 +551,14 @@ class Operations(pyfuse3.Operations):
             return None
         with self._feeder.begin() as token:
             opened = self._opened_new(token, made, flags, held=True)
+        grant = NO_GRANT if _appends(flags) or not self._lease.ttl_s() else self.grant(opened.fh)
         self._feeder.made(parent, name, made)
-        return opened, self._changed_entry(made)
+        self._kernel.making.add(made.ino)
+        return Begun(opened, self._entry(made), grant)
+
+    def seen(self, ino: int) -> None:
+        """The kernel asked for something of an inode, so it knows it."""
+        self._kernel.making.discard(ino)
 
     @answered
     async def tmpfile(
@@ -602,18 +624,24 @@ class Operations(pyfuse3.Operations):
             return False
         return self._locks.may_write(ino) and self._writer.write_now(ino, off, data)
 
-    def may_post(self, fh: int) -> int:
-        """Return how many bytes may be written through a handle without waiting for a word of it.
+    def grant(self, fh: int) -> Grant:
+        """Return what may be done through a handle without waiting for a word of it.
 
-        None while there are locks: a write under one that is lost is to be refused.
+        Nothing while there are locks: a write under one that is lost is to be refused, and closing ends some.
         """
-        ino = handles.decode(fh).ino
-        if fh & handles.APPENDS or self._is_earlier_writer(fh) or self._passthrough.has(ino):
-            return 0
-        return 0 if self._locks.has(ino) else self._writer.credit(ino)
+        handle = handles.decode(fh)
+        if not handle.writing or fh & handles.APPENDS or self._is_earlier_writer(fh):
+            return NO_GRANT
+        if self._passthrough.has(handle.ino) or self._locks.has(handle.ino):
+            return NO_GRANT
+        return self._writer.grant(handle.ino)
+
+    def on_withdraw(self, withdraw: Callable[[int], Awaitable[None]]) -> None:
+        """Have :meth:`grant` taken back by this: see :class:`~fuseclient.data.writer.Writer`."""
+        self._writer.withdraw = withdraw
 
     def take_posted(self, fh: int, off: int, data: memoryview) -> None:
-        """Take a write that was answered already, because :meth:`may_post` said so."""
+        """Take a write that was answered already, because of a :meth:`grant`."""
         self._writer.write_posted(handles.decode(fh).ino, off, data)
 
     async def absorb(self, ino: int) -> None:

@@ -78,7 +78,7 @@ def _reason(error: OSError) -> str:
 
 async def _connect(target: wire.UnixAddress | wire.TcpAddress, credentials: Credentials) -> Connection:
     protocol = await _open(target, credentials)
-    connection = Connection(protocol)
+    connection = Connection(protocol, str(target))
     try:
         hello = wire.Hello(wire.PROTOCOL_VERSION, _SOFTWARE, credentials.read_token())
         connection.welcome = await connection.call(hello, wire.Welcome)
@@ -110,8 +110,10 @@ class Connection:
     #: What the metaserver said of itself in the handshake.
     welcome: wire.Welcome
 
-    def __init__(self, protocol: _Protocol) -> None:
+    def __init__(self, protocol: _Protocol, place: str) -> None:
         self._protocol = protocol
+        #: The address that it was made to.
+        self.place = place
 
     @property
     def lost(self) -> bool:

@@ -35,6 +35,7 @@ from typing import Final, TypeVar
 
 from fuseclient.levels import Level, reach
 from fuseclient.worker import finding, rpc
+from fuseclient.worker.known import Known
 from fuseclient.worker.rpc import Connection, Disconnected, NotSent, Refused
 from metaserver import wire
 
@@ -119,7 +120,8 @@ class Session:
 
     The callbacks are plain functions on the event loop's thread. ``resume`` is the id of the session of the worker
     before this one; if it is resumed, ``on_changes`` tells of everything that changed since the metaserver's start.
-    ``writing`` says which inodes are open for writing, whenever the session is opened.
+    ``writing`` says which inodes are open for writing, whenever the session is opened. ``known``: those at ``address``
+    and more.
     """
 
     #: The lease's end on CLOCK_BOOTTIME; 0 while there is none.
@@ -144,12 +146,16 @@ class Session:
         on_connected: Callable[[Connection, bool], Awaitable[object]] = _do_nothing,
         check_change: Callable[[wire.Request], object] = lambda request: None,
         resume: bytes | None = None,
+        known: Known | None = None,
         clock: Callable[[], int] = boottime_ns,
         connect: Callable[[str], Awaitable[Connection]] = finding.connect,
     ) -> None:
         self.id = resume
-        self._address = address
+        #: Where the metaserver may be.
+        self.known = known or Known(address)
         self._volume = volume
+        #: Random; names it for certain.
+        self._volume_id: bytes | None = None
         self._client = client
         self._on_changes = on_changes
         self._on_renewed = on_renewed
@@ -315,7 +321,7 @@ class Session:
     @property
     def _patience_s(self) -> float:
         """Seconds that a call waits for a connection."""
-        return self._lease_s + _TAKEOVER_S * ("," in self._address)
+        return self._lease_s + _TAKEOVER_S * ("," in self.known.address)
 
     def _usable_now(self, awaited: asyncio.Event) -> Connection | None:
         connection = self._connection
@@ -336,7 +342,7 @@ class Session:
                 async with asyncio.timeout_at(give_up):
                     await awaited.wait()
             except TimeoutError:
-                raise NotSent(f"no connection to {self._address} for {self._patience_s:g} s") from None
+                raise NotSent(f"no connection to {self.known.address} for {self._patience_s:g} s") from None
         return connection
 
     def _mend(self) -> None:
@@ -361,7 +367,7 @@ class Session:
 
     async def _enter(self, *, is_first: bool = False) -> None:
         """Connect and open or resume the session; renew it, if it is not the first time."""
-        connection = await self._connect(self._address)
+        connection = await self._connect(self.known.address)
         try:
             async with asyncio.timeout(_FIRST_S if is_first else rpc.CONNECT_TIMEOUT_S):
                 resumed = await self._open(connection)
@@ -369,7 +375,7 @@ class Session:
                     await self._renew(connection)
         except TimeoutError:
             connection.abort("no reply in time")
-            raise Disconnected(f"{self._address} does not answer") from None
+            raise Disconnected(f"{connection.place} does not answer") from None
         except BaseException:
             connection.abort()
             raise
@@ -386,10 +392,14 @@ class Session:
         joined = asyncio.Event()
         connection.on_break(lambda told: self._told(connection, joined, told))
         if connection.welcome.server_epoch < (self._epoch or 0):
-            raise Disconnected(f"{self._address}: a metaserver that had the authority before")
+            raise Disconnected(f"{connection.place}: a metaserver that had the authority before")
         sent_ns = self._clock()
         request = wire.OpenSession(self._volume, self._client, self.id, self._writing(), _SOFTWARE)
         opened = await connection.call(request, wire.SessionOpened)
+        if self._volume_id not in (None, opened.volume):
+            raise Disconnected(f"{connection.place}: another volume of the same name")
+        self._volume_id = opened.volume
+        self.known.learn(connection.place, connection.welcome.metaservers)
         self.alone = opened.alone and not joined.is_set()
         if not opened.resumed:
             self._replace(opened)
@@ -430,6 +440,7 @@ class Session:
         if renewed.names or renewed.inodes or renewed.everything:
             self._on_changes(renewed)
         self._seen = renewed.version
+        self.known.learn(connection.place, renewed.metaservers)
         self._grant(sent_ns, renewed.lease_ms)
 
     def _grant(self, sent_ns: int, lease_ms: int) -> None:

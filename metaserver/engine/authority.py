@@ -8,6 +8,9 @@ That alone would not do: a holder that was stopped believes in its authority unt
 the next epoch in the engine (:meth:`metaserver.fencing.Tenure.begin`), and every transaction compares the epoch: what
 an earlier authority tries after that is refused by the engine's own serialisability.
 
+Who stands also says so, again and again, whoever has the authority: so clients are told of all whom they may find
+it at (:meth:`Candidate.announce`).
+
 To stand is to be polled for: :meth:`Candidate.take` tries once, and :meth:`Candidate.wait` does it until it succeeds.
 """
 
@@ -24,6 +27,9 @@ from metaserver.errors import EngineBusy
 
 #: Seconds that the authority of a holder that is gone can outlive it, on engines that cannot tell at once.
 LAPSE_S: Final = 3.0
+#: Seconds for which it is remembered that a metaserver has said that it stands, and between two times that it does.
+ANNOUNCED_S: Final = 10.0
+ANNOUNCE_S: Final = 3.0
 #: Seconds between two attempts.
 _POLL_S: Final = 0.1
 
@@ -50,6 +56,13 @@ class Candidate(abc.ABC):
     @abc.abstractmethod
     async def holder(self) -> str | None:
         """Return the address of who has the authority, as far as the engine knows now: he may just have died."""
+
+    @abc.abstractmethod
+    async def announce(self) -> list[str]:
+        """Say that this one stands, if clients can reach it; return the addresses of all that have said so.
+
+        It is remembered until :meth:`resign`, or ``ANNOUNCED_S`` at most after this one has died. Raises EngineError.
+        """
 
     @abc.abstractmethod
     async def resign(self) -> None:

@@ -37,10 +37,13 @@ MOST_OPERATIONS: Final = 128
 MOST_BYTES: Final = 1_400_000
 #: etcd's default quota, in bytes; a client is not told of another one.
 QUOTA: Final = 2 * 1024**3
-#: Seconds that one request may take.
-_TIMEOUT_S: Final = 5.0
-#: Rows of one page of a range.
-_PAGE: Final = 256
+#: Seconds that one request may take: at first, and when others took long.
+_TIMEOUT_S: Final = 1.0
+_LONGEST_S: Final = 10.0
+#: How many times longer than the last answer the next one may take.
+_SLOWER: Final = 4.0
+#: Rows of one page of a range: half of what may be received, if all are as large as can be.
+_PAGE: Final = 512
 #: Seconds for which the past is kept at least.
 _KEPT_S: Final = 600.0
 #: How often, and after which pause in seconds, a revision is asked for again when no answer came.
@@ -108,6 +111,8 @@ class EtcdStore(Store):
         self._rows = settings.prefix + _ROWS
         self._tip = settings.prefix + _TIP
         self._at = 0
+        #: How long an answer is waited for: some members may hang, or have no leader, while others know the next one.
+        self._timeout_s = _TIMEOUT_S
         #: Made when they are first used: a channel belongs to the loop that runs then.
         self._channels: list[grpc.aio.Channel | None] = [None] * len(settings.endpoints)
         self._token: str | None = None
@@ -228,27 +233,32 @@ class EtcdStore(Store):
             raise Lost(str(refused)) from None
 
     async def _call(self, stub: Callable[[grpc.aio.Channel], Any], method: str, request: Any) -> Any:
-        at = self._at
+        at, began = self._at, asyncio.get_running_loop().time()
         try:
             metadata = await self._authenticated(at)
-            call = getattr(stub(self._channel(at)), method)(request, timeout=_TIMEOUT_S, metadata=metadata)
-            if not isinstance(call, grpc.aio.StreamStreamCall):
-                return await call
-            if (reply := await call.read()) is grpc.aio.EOF:
+            call = getattr(stub(self._channel(at)), method)(request, timeout=self._timeout_s, metadata=metadata)
+            try:
+                reply = await (call.read() if isinstance(call, grpc.aio.StreamStreamCall) else call)
+            finally:
+                call.cancel()
+            if reply is grpc.aio.EOF:
                 raise Lost(f"{self._settings.endpoints[at]}: no answer")
-            call.cancel()
-            return reply
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._timeout_s = min(_LONGEST_S, 2 * self._timeout_s)
             raise self._meaning(error, at) from None
         except grpc.aio.UsageError as error:  # the channel is closed
             raise EngineError(f"etcd: {error}") from None
+        took_s = asyncio.get_running_loop().time() - began
+        self._timeout_s = min(_LONGEST_S, max(_TIMEOUT_S, _SLOWER * took_s))
+        return reply
 
     async def _authenticated(self, at: int) -> tuple[tuple[str, str], ...]:
         if self._settings.user is None:
             return ()
         if self._token is None:
             request = rpc_pb2.AuthenticateRequest(name=self._settings.user, password=self._settings.password or "")
-            reply = await rpc_pb2_grpc.AuthStub(self._channel(at)).Authenticate(request, timeout=_TIMEOUT_S)
+            reply = await rpc_pb2_grpc.AuthStub(self._channel(at)).Authenticate(request, timeout=self._timeout_s)
             self._token = str(reply.token)
         return (("token", self._token),)
 

@@ -25,6 +25,7 @@ import msgspec
 from metaserver.engine.authority import LAPSE_S, Candidate
 from metaserver.engine.base import Engine
 from metaserver.engine.lmdb import LmdbEngine
+from metaserver.engine.lmdb_announcements import Announcements
 from metaserver.errors import EngineBusy
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class LmdbCandidate(Candidate):
     def __init__(self, address: str, directory: str, open_engine: Callable[[], LmdbEngine]) -> None:
         super().__init__(address)
         self._file = Path(directory) / _FILE
+        self._announcements = Announcements(Path(directory))
         self._open = open_engine
         self._engine: LmdbEngine | None = None
         self._touching: asyncio.Task[None] | None = None
@@ -79,7 +81,11 @@ class LmdbCandidate(Candidate):
         said = self._read()
         return said.address if said is not None else None
 
+    async def announce(self) -> list[str]:
+        return self._announcements.announce(self.address)
+
     async def resign(self) -> None:
+        self._announcements.withdraw()
         engine, self._engine = self._engine, None
         if engine is None or self._touching is None:
             return

@@ -32,6 +32,8 @@ class Store:
     holder: MemoryCandidate | None = None
 
     def __init__(self) -> None:
+        #: Who has said that he stands.
+        self.standing: dict[MemoryCandidate, None] = {}
         self.keys: list[bytes] = []
         self.values: dict[bytes, bytes] = {}
         self.bytes = 0
@@ -210,7 +212,12 @@ class MemoryCandidate(Candidate):
     async def holder(self) -> str | None:
         return self._store.holder.address if self._store.holder is not None else None
 
+    async def announce(self) -> list[str]:
+        self._store.standing[self] = None
+        return [each.address for each in self._store.standing if each.address]
+
     async def resign(self) -> None:
+        self.vanish()
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.close()
@@ -221,6 +228,10 @@ class MemoryCandidate(Candidate):
         """Take the authority away, as other engines do when it is not renewed in time; the holder does not know yet."""
         if self._store.holder is self:
             self._store.holder = None
+
+    def vanish(self) -> None:
+        """Have it forgotten that this one stands, as other engines do some time after its last sign of life."""
+        self._store.standing.pop(self, None)
 
     def notice(self) -> None:
         """Have the holder learn that the authority has lapsed."""

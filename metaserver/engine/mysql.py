@@ -40,7 +40,9 @@ CREATE TABLE IF NOT EXISTS {0}_tip (one TINYINT PRIMARY KEY, version BIGINT NOT 
 ENGINE=InnoDB;
 INSERT IGNORE INTO {0}_tip VALUES (1, 0, x'');
 CREATE TABLE IF NOT EXISTS {0}_authority
-(one TINYINT PRIMARY KEY, address VARBINARY(400) NOT NULL, token VARBINARY(16) NOT NULL) ENGINE=InnoDB
+(one TINYINT PRIMARY KEY, address VARBINARY(400) NOT NULL, token VARBINARY(16) NOT NULL) ENGINE=InnoDB;
+CREATE TABLE IF NOT EXISTS {0}_metaservers
+(address VARBINARY(400) PRIMARY KEY, seen DATETIME(3) NOT NULL) ENGINE=InnoDB
 """
 _READING: Final = "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ"
 _WRITING: Final = "SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE"
@@ -51,7 +53,7 @@ _REFUSED: Final = (1044, 1045, 1049, 1142, 1227, 1698)
 _LOST: Final = (1040, 1053, 1077, 1152, 1153, 1158, 1159, 1160, 1161, 1203, 1317, 1927, 4031, 2002, 2003, 2006, 2013)
 
 
-class Retry(Exception):
+class Retry(Lost):
     """The server has ended a transaction for the sake of another; nothing was written."""
 
 
@@ -189,7 +191,7 @@ class MysqlStore(SqlStore[Any]):
         return await self._begun(connection, lambda it: ask(it, statement), self._set_up)
 
     async def _make_tables(self, connection: Any) -> None:
-        name = _hex(f"{self.settings.tables}_authority".encode())
+        name = _hex(f"{self.settings.tables}_metaservers".encode())
         where = f"table_schema = DATABASE() AND table_name = {name}"
         if not await ask(connection, f"SELECT 1 FROM information_schema.tables WHERE {where}"):
             await ask(connection, _SETUP.format(self.settings.tables))

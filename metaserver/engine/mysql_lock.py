@@ -6,7 +6,7 @@ import hashlib
 import math
 from typing import Any, Final
 
-from metaserver.engine.authority import LAPSE_S
+from metaserver.engine.authority import ANNOUNCED_S, LAPSE_S
 from metaserver.engine.mysql import MysqlStore, ask
 from metaserver.engine.session_lock import SessionLock
 
@@ -23,6 +23,7 @@ class MysqlLock(SessionLock[Any]):
         settings = store.settings
         self._name = f"bpfuse-{hashlib.sha256(f'{settings.database}/{settings.tables}'.encode()).hexdigest()[:40]}"
         self._table = f"{settings.tables}_authority"
+        self._metaservers = f"{settings.tables}_metaservers"
 
     async def _connect(self) -> Any:
         return await self._store.connect(_SETTINGS)
@@ -42,6 +43,18 @@ class MysqlLock(SessionLock[Any]):
     async def _give_back(self, session: Any, token: bytes) -> None:
         await ask(session, f"DELETE FROM {self._table} WHERE token = x'{token.hex()}'")
         await ask(session, f"DO RELEASE_LOCK('{self._name}')")
+
+    async def _announce(self, connection: Any, address: str) -> list[str]:
+        table, now = self._metaservers, "UTC_TIMESTAMP(3)"
+        statements = [f"DELETE FROM {table} WHERE seen < {now} - INTERVAL 1 HOUR"]
+        if address:
+            statements.append(f"REPLACE INTO {table} VALUES (x'{address.encode().hex()}', {now})")
+        statements.append(f"SELECT address FROM {table} WHERE seen > {now} - INTERVAL {math.ceil(ANNOUNCED_S)} SECOND")
+        rows = await ask(connection, "; ".join(statements))
+        return [row[0].decode(errors="replace") for row in rows]
+
+    async def _withdraw(self, connection: Any, address: str) -> None:
+        await ask(connection, f"DELETE FROM {self._metaservers} WHERE address = x'{address.encode().hex()}'")
 
     async def _is_locked(self, session: Any) -> bool:
         ((locked,),) = await ask(session, f"SELECT IS_USED_LOCK('{self._name}') IS NOT NULL")

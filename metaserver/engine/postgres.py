@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS {schema}.tip (one boolean PRIMARY KEY, version bigint
 INSERT INTO {schema}.tip VALUES (true, 0, '') ON CONFLICT DO NOTHING;
 CREATE TABLE IF NOT EXISTS {schema}.authority
     (one boolean PRIMARY KEY, address text NOT NULL, token bytea NOT NULL);
+CREATE TABLE IF NOT EXISTS {schema}.metaservers (address text PRIMARY KEY, seen timestamptz NOT NULL);
 """
 #: Number of the advisory lock under which one connection at a time makes the tables.
 _SETUP_LOCK: Final = 0x6270667573650000
@@ -177,7 +178,7 @@ class PostgresStore(SqlStore[asyncpg.Connection]):
         return await self._begun(connection, self._set_up)
 
     async def _make_tables(self, connection: asyncpg.Connection) -> None:
-        if await answer(connection.fetchval("SELECT to_regclass('authority')")) is None:
+        if await answer(connection.fetchval("SELECT to_regclass('metaservers')")) is None:
             setup = f"SELECT pg_advisory_xact_lock({_SETUP_LOCK});" + _SETUP.format(schema=self._settings.schema)
             await answer(connection.execute(f"BEGIN READ WRITE; {setup} COMMIT"))
 

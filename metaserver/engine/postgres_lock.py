@@ -7,7 +7,7 @@ from typing import Final
 
 import asyncpg
 
-from metaserver.engine.authority import LAPSE_S
+from metaserver.engine.authority import ANNOUNCED_S, LAPSE_S
 from metaserver.engine.postgres import PostgresStore, answer
 from metaserver.engine.session_lock import SessionLock
 
@@ -28,6 +28,12 @@ SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND classid = $1
 _SAY: Final = """
 INSERT INTO authority VALUES (true, $1, $2) ON CONFLICT (one) DO UPDATE SET address = $1, token = $2
 """
+#: Those that were seen long ago are deleted by who comes by; he is seen now.
+_ANNOUNCE: Final = """
+WITH gone AS (DELETE FROM metaservers WHERE seen < now() - interval '1 hour' AND address <> $1)
+INSERT INTO metaservers SELECT $1, now() WHERE $1 <> '' ON CONFLICT (address) DO UPDATE SET seen = excluded.seen
+"""
+_ANNOUNCED: Final = f"SELECT address FROM metaservers WHERE seen > now() - interval '{ANNOUNCED_S} seconds'"
 
 
 class PostgresLock(SessionLock[asyncpg.Connection]):
@@ -55,6 +61,18 @@ class PostgresLock(SessionLock[asyncpg.Connection]):
     async def _give_back(self, session: asyncpg.Connection, token: bytes) -> None:
         await answer(session.execute("DELETE FROM authority WHERE token = $1", token))
         await answer(session.execute("SELECT pg_advisory_unlock_all()"))
+
+    async def _announce(self, connection: asyncpg.Connection, address: str) -> list[str]:
+        await answer(connection.execute("BEGIN READ WRITE"))
+        await answer(connection.execute(_ANNOUNCE, address))
+        rows = await answer(connection.fetch(_ANNOUNCED))
+        await answer(connection.execute("COMMIT"))
+        return [row[0] for row in rows]
+
+    async def _withdraw(self, connection: asyncpg.Connection, address: str) -> None:
+        await answer(connection.execute("BEGIN READ WRITE"))
+        await answer(connection.execute("DELETE FROM metaservers WHERE address = $1", address))
+        await answer(connection.execute("COMMIT"))
 
     async def _is_locked(self, session: asyncpg.Connection) -> bool:
         return bool(await answer(session.fetchval(_IS_LOCKED, _CLASS, self._number % 2**32)))

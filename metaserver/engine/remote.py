@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -67,6 +68,8 @@ CACHE_BYTES: Final = 64 * 1024 * 1024
 #: Seconds that a store may stay away before what waits for it fails; and at the first request.
 PATIENCE_S: Final = 20.0
 FIRST_PATIENCE_S: Final = 10.0
+#: Seconds that closing waits for a commit that is under way.
+_CLOSE_S: Final = 2.0
 #: Seconds of the first and of the longest pause before a request is sent again.
 _FIRST_PAUSE_S: Final = 0.02
 _LONGEST_PAUSE_S: Final = 0.5
@@ -76,7 +79,7 @@ _MOST_FETCHES: Final = 8
 _SCANS: Final = 3
 #: Own commits that are remembered: a fetch that was under way while they were made is brought up to date with them.
 _REMEMBERED: Final = 64
-#: Keys that are asked for at once are read as a range if they are so many, and its rows at most so many times that.
+#: Keys that are asked for at once are read as a range if they are so many; of that, at most so many times as many rows.
 _DENSE_KEYS: Final = 16
 _DENSE: Final = 3
 #: Seconds for which the figures of the store's space are good.
@@ -207,9 +210,12 @@ class RemoteEngine(Engine):
         if self._closed:
             return
         self._closed = True
-        if self._committer is not None:
-            await asyncio.wait({self._committer})
+        committer = self._committer
+        if committer is not None:
+            await asyncio.wait({committer}, timeout=_CLOSE_S)
         await self.store.close()
+        if committer is not None:  # what it waits for has failed
+            await asyncio.wait({committer})
 
     def _check_open(self) -> None:
         if self._closed:
@@ -265,14 +271,23 @@ class RemoteEngine(Engine):
         if missing.space:
             self._space = asyncio.get_running_loop().time(), await self._patiently(self.store.space)
             return
-        generation = self._generation
-        dense = _range_of(missing.keys)
-        found = await self._found((), (dense,)) if dense else await self._found(missing.keys, missing.queries)
-        if generation != self._generation or not self._bring_up_to_date(found):
-            return
-        if dense and (rows := found.ranges.pop(dense, None)) is not None:
-            values = dict(rows)
-            found.values = {key: values.get(key) for key in missing.keys}
+        keys, generation = missing.keys, self._generation
+        if dense := _range_of(keys):
+            found = await self._found((), (dense,))
+            if generation != self._generation or not self._bring_up_to_date(found):
+                return
+            if (rows := found.ranges.pop(dense, None)) is not None:
+                values, (_, end) = dict(rows), dense.covered(rows)
+                found.values = {key: values.get(key) for key in keys if key < end}
+                self._lay_out(memo, found)
+                keys = [key for key in keys if key >= end]
+            if not keys:
+                return
+        found = await self._found(keys, missing.queries)
+        if generation == self._generation and self._bring_up_to_date(found):
+            self._lay_out(memo, found)
+
+    def _lay_out(self, memo: Memo, found: Found) -> None:
         memo.add(found)
         self._cache.update(found.values)
 
@@ -397,7 +412,7 @@ class RemoteEngine(Engine):
                 self._is_uncertain = True
                 raise Unknown(f"{self._name}: {error}") from None
             except Lost as lost:
-                if loop.time() + pause > end:
+                if self._closed or loop.time() + pause > end:
                     self._is_uncertain = True
                     raise Unknown(f"{self._name}: {lost}") from None
                 _log.warning("%s: %s: sending a commit again", self._name, lost)
@@ -469,15 +484,17 @@ class RemoteEngine(Engine):
 def _range_of(keys: Sequence[bytes]) -> Query | None:
     """Return the range of keys of which most are asked for: a store reads that faster than one key after another.
 
-    Keys end in numbers of eight bytes, which tell how close they are.
+    Keys end in numbers of eight bytes, which tell how close they are. They may be the same distance apart, as inodes of
+    one shard are: there may be others between them, or not, so the range is bounded.
     """
     if len(keys) < _DENSE_KEYS:
         return None
     first, last = min(keys), max(keys)
     if first[:-8] != last[:-8] or any(len(key) != len(first) for key in keys):
         return None
-    distance = int.from_bytes(last[-8:]) - int.from_bytes(first[-8:])
-    return Query(first, last + b"\0") if distance < _DENSE * len(keys) else None
+    start, most = int.from_bytes(first[-8:]), _DENSE * len(keys)
+    distances = [int.from_bytes(key[-8:]) - start for key in keys]
+    return Query(first, last + b"\0", most) if max(distances) < most * max(1, math.gcd(*distances)) else None
 
 
 def _take_note(done: asyncio.Future[None]) -> None:

@@ -19,7 +19,7 @@ from metaserver.engine.authority import LAPSE_S, Candidate
 from metaserver.engine.base import Engine
 from metaserver.engine.remote import FIRST_PATIENCE_S, RemoteEngine
 from metaserver.engine.store import Lost
-from metaserver.errors import EngineBusy, EngineError, EngineUnusable
+from metaserver.errors import EngineBusy, EngineError, EngineUnavailable, EngineUnusable
 
 _log = logging.getLogger(__name__)
 
@@ -46,8 +46,12 @@ class Lock(abc.ABC):
         """Return the address of who holds it."""
 
     @abc.abstractmethod
+    async def announce(self, address: str) -> list[str]:
+        """Say that this address can be asked, unless it is empty, for ``ANNOUNCED_S``; return all that have said so."""
+
+    @abc.abstractmethod
     async def release(self) -> None:
-        """Give it back, if it is held."""
+        """Give it back, if it is held, and take back what was announced."""
 
     @abc.abstractmethod
     async def close(self) -> None:
@@ -97,6 +101,12 @@ class RemoteCandidate(Candidate):
         with contextlib.suppress(Lost):
             return await self._lock.holder()
         return None
+
+    async def announce(self) -> list[str]:
+        try:
+            return await self._lock.announce(self.address)
+        except Lost as lost:
+            raise EngineUnavailable(f"the engine does not answer: {lost}") from None
 
     async def resign(self) -> None:
         engine, self._engine = self._engine, None

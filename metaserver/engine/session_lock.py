@@ -11,18 +11,21 @@ from __future__ import annotations
 import abc
 import asyncio
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
 from metaserver.engine.authority import LAPSE_S
-from metaserver.engine.remote_authority import RENEW_S, Lock
+from metaserver.engine.remote_authority import RENEW_S, Lock, boottime_s
 from metaserver.engine.sql_store import SqlStore
-from metaserver.errors import EngineBusy
+from metaserver.engine.store import Lost
+from metaserver.errors import EngineBusy, EngineClosed
 
 C = TypeVar("C")
 T = TypeVar("T")
 
 _TOKEN_BYTES: Final = 16
+#: Seconds that each answer may take.
+_ANSWER_S: Final = LAPSE_S
 
 
 class SessionLock(Lock, Generic[C]):
@@ -32,7 +35,12 @@ class SessionLock(Lock, Generic[C]):
         self._store = store
         self._token = os.urandom(_TOKEN_BYTES)
         self._session: C | None = None
+        #: This session has the lock.
         self._is_held = False
+        self._is_closed = False
+        #: A session is asked one thing at a time.
+        self._turn = asyncio.Lock()
+        self._announced = ""
 
     @abc.abstractmethod
     async def _connect(self) -> C:
@@ -55,67 +63,100 @@ class SessionLock(Lock, Generic[C]):
         """Say that nobody has the lock, if it was this one, and let it go."""
 
     @abc.abstractmethod
+    async def _announce(self, connection: C, address: str) -> list[str]:
+        """Say that there is a metaserver, unless its address is empty; return all that were there lately."""
+
+    @abc.abstractmethod
+    async def _withdraw(self, connection: C, address: str) -> None:
+        """Say that it is there no more."""
+
+    @abc.abstractmethod
     async def _is_locked(self, session: C) -> bool:
         """Say whether any session has the lock."""
 
     async def take(self, address: str) -> None:
-        await self._careful(self._take(await self._opened(), address))
+        if not await self._ask(self._obtain):
+            holder = await self.holder()
+            raise EngineBusy(f"the metaserver at {holder or 'an unknown place'} has the authority over this engine")
+        end = boottime_s() + LAPSE_S
+        said = await self._ask(self._said)
+        if said is not None and said[1] != self._token:
+            while boottime_s() < end:
+                await asyncio.sleep(min(RENEW_S, end - boottime_s()))
+                await self._ask(self._said)  # the session is to go on
+        if not self._is_held:
+            raise Lost("the session that had the lock has ended")
+        await self._ask(lambda session: self._say(session, address, self._token))
 
     async def renew(self) -> None:
-        await self._careful(self._renew(await self._opened()))
+        if not self._is_held and not await self._ask(self._obtain):
+            raise EngineBusy("another session has its lock")
+        said = await self._ask(self._said)
+        if said is None or said[1] != self._token:
+            raise EngineBusy("another metaserver has taken it")
 
     async def holder(self) -> str | None:
-        return await self._careful(self._find_holder(await self._opened()))
+        """As :meth:`Lock.holder`; who does not wait for the answer any more does not end the session, and its lock."""
+        looking = asyncio.ensure_future(self._ask(self._find_holder))
+        looking.add_done_callback(_take_note)
+        return await asyncio.shield(looking)
+
+    async def announce(self, address: str) -> list[str]:
+        self._announced = address
+        return await self._ask_beside(lambda connection: self._announce(connection, address))
 
     async def release(self) -> None:
         if self._session is not None:
-            async with asyncio.timeout(LAPSE_S):
-                await self._careful(self._give_back(self._session, self._token))
+            await self._ask(lambda session: self._give_back(session, self._token))
+        announced, self._announced = self._announced, ""
+        if announced:
+            await self._ask_beside(lambda connection: self._withdraw(connection, announced))
 
     async def close(self) -> None:
+        self._is_closed = True
         self._end()
         await self._store.close()
 
-    async def _take(self, session: C, address: str) -> None:
-        if not await self._try_lock(session):
-            holder = await self._find_holder(session)
-            raise EngineBusy(f"the metaserver at {holder or 'an unknown place'} has the authority over this engine")
-        said = await self._said(session)
-        if said is not None and said[1] != self._token:
-            for _ in range(round(LAPSE_S / RENEW_S) + 1):
-                await asyncio.sleep(RENEW_S)
-                await self._said(session)  # the session is to go on
-        await self._say(session, address, self._token)
-        self._is_held = True
-
-    async def _renew(self, session: C) -> None:
-        if not self._is_held and not await self._try_lock(session):
-            raise EngineBusy("another session has its lock")
-        self._is_held = True
-        said = await self._said(session)
-        if said is None or said[1] != self._token:
-            raise EngineBusy("another metaserver has taken it")
+    async def _obtain(self, session: C) -> bool:
+        self._is_held = self._is_held or await self._try_lock(session)
+        return self._is_held
 
     async def _find_holder(self, session: C) -> str | None:
         said = await self._said(session)
         return said[0] if said is not None and await self._is_locked(session) else None
 
-    async def _opened(self) -> C:
-        if self._session is None:
-            self._session = await self._connect()
-        return self._session
+    async def _ask(self, what: Callable[[C], Awaitable[T]]) -> T:
+        """Ask one thing after the other over the session, which is not used again if it does not answer."""
+        async with self._turn:
+            try:
+                async with asyncio.timeout(_ANSWER_S):
+                    if self._is_closed:
+                        raise EngineClosed("the lock is given up")
+                    if self._session is None:
+                        self._session = await self._connect()
+                    return await what(self._session)
+            except TimeoutError:
+                self._end()
+                raise Lost(f"no answer within {_ANSWER_S:g} s") from None
+            except BaseException:
+                self._end()
+                raise
 
-    async def _careful(self, asking: Awaitable[T]) -> T:
-        """Wait for an answer; a session that failed is not used again."""
+    async def _ask_beside(self, what: Callable[[C], Awaitable[T]]) -> T:
+        """Ask over another connection than the session, which waits for nobody."""
         try:
-            return await asking
-        except EngineBusy:
-            raise
-        except BaseException:
-            self._end()
-            raise
+            async with asyncio.timeout(_ANSWER_S), self._store.reader() as connection:
+                return await what(connection)
+        except TimeoutError:
+            raise Lost(f"no answer within {_ANSWER_S:g} s") from None
 
     def _end(self) -> None:
         session, self._session, self._is_held = self._session, None, False
         if session is not None:
             self._store.drop(session)
+
+
+def _take_note(done: asyncio.Future[str | None]) -> None:
+    """Take an error as told, though nobody may be waiting any more."""
+    if not done.cancelled():
+        done.exception()

@@ -75,7 +75,7 @@ class SqlStore(Store, Generic[C]):
     # The store
 
     async def fetch(self, keys: Sequence[bytes], queries: Sequence[Query]) -> Found:
-        async with self._reader() as connection:
+        async with self.reader() as connection:
             return await self.fetch_by(connection, keys, queries)
 
     @contextlib.asynccontextmanager
@@ -87,7 +87,7 @@ class SqlStore(Store, Generic[C]):
             self.drop(connection)
 
     async def space(self) -> Space:
-        async with self._reader() as connection:
+        async with self.reader() as connection:
             used = await self._used(connection)
         return Space(self._capacity, max(0, self._capacity - used))
 
@@ -104,7 +104,7 @@ class SqlStore(Store, Generic[C]):
     # Connections
 
     @contextlib.asynccontextmanager
-    async def _reader(self) -> AsyncIterator[C]:
+    async def reader(self) -> AsyncIterator[C]:
         """Have a connection that is in the middle of nothing; one that fails is not used again."""
         async with self._readers:
             connection = self._idle.pop() if self._idle else await self._connect_reader()

@@ -56,6 +56,9 @@ XattrName = Annotated[bytes, Meta(min_length=1, max_length=MAX_XATTR_NAME)]
 XattrValue = Annotated[bytes, Meta(max_length=MAX_XATTR_VALUE)]
 Inline = Annotated[bytes, Meta(max_length=MAX_INLINE)]
 VolumeName = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_.-]{0,62}\Z")]
+#: Addresses of metaservers: so many are told at most.
+MAX_METASERVERS: Final = 32
+Places = Annotated[list[Annotated[str, Meta(max_length=512)]], Meta(max_length=MAX_METASERVERS)]
 SessionId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 

@@ -6,7 +6,19 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from metaserver.wire.base import MAX_INLINE, MAX_OPEN, MAX_RETURNED, U32, U63, Ino, Message, Name, SessionId, VolumeName
+from metaserver.wire.base import (
+    MAX_INLINE,
+    MAX_OPEN,
+    MAX_RETURNED,
+    U32,
+    U63,
+    Ino,
+    Message,
+    Name,
+    Places,
+    SessionId,
+    VolumeName,
+)
 from metaserver.wire.events import KEPT_EVENTS, KEPT_S
 from metaserver.wire.tokens import MAX_TOKEN
 
@@ -113,6 +125,8 @@ class Welcome(Message, tag=66):
     server_epoch: U63
     #: Of a standby: where the authority is; empty: that is not known.
     elsewhere: Annotated[str, Meta(max_length=512)] = ""
+    #: Of who has the authority: where it and those that may have it next can be reached.
+    metaservers: Places = []
 
 
 class SessionOpened(Message, tag=67):
@@ -149,6 +163,8 @@ class Renewed(Message, tag=68):
     names: list[tuple[Ino, Name]]
     inodes: list[Ino]
     everything: bool
+    #: As in :class:`Welcome`.
+    metaservers: Places = []
 
 
 class Statistics(Message, tag=77):

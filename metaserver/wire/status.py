@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from metaserver.wire.base import U63, Message, SessionId, VolumeName
+from metaserver.wire.base import U63, Message, Places, SessionId, VolumeName
 
 _Text = Annotated[str, Meta(max_length=1024)]
 
@@ -78,3 +78,5 @@ class Status(Message, tag=79):
     missing: U63 = 0
     sessions: list[SessionStatus] = []
     evicted: list[Eviction] = []
+    #: As in Welcome.
+    metaservers: Places = []

@@ -35,8 +35,10 @@ static const char *directory;
 
 /* What files with the number BACKED are opened with; 0: as all others. */
 enum { BACKED = 33, OPEN_PASSTHROUGH = 1 << 7 };
-/* The bytes that may be posted after each write that is answered. */
-enum { GRANT = 100 };
+/* The bytes that may be posted after each write that is answered; and to the file of this number, once it is open. */
+enum { GRANT = BPFUSE_GRANT_UNIT, GRANTED = 34 };
+/* The size up to which that one is closed without a word. */
+enum { CLOSES = 2 * BPFUSE_GRANT_UNIT };
 static atomic_uint backing;
 
 /* A forced unmount aborts the connection; without it a thread that waits for a reply could not be killed. */
@@ -56,11 +58,12 @@ static void fail(int line, const char *condition)
 
 struct worker {
 	int fuse, extra, notify;
-	long answers;                    /* answers so many requests and dies with the next in its hands */
-	uint32_t fatal;                  /* dies with the first request of this opcode in its hands */
-	uint32_t endless;                /* answers requests of this opcode when they are interrupted */
-	bool nonsense;                   /* answers with what is not a reply */
-	atomic_uint posted, messages;    /* writes for which nobody waits, and in how many they came */
+	long answers;                 /* answers so many requests and dies with the next in its hands */
+	uint32_t fatal;               /* dies with the first request of this opcode in its hands */
+	uint32_t endless;             /* answers requests of this opcode when they are interrupted */
+	bool nonsense;                /* answers with what is not a reply */
+	atomic_uint posted, messages; /* writes for which nobody waits, and in how many they came */
+	atomic_uint withdrawn; /* the writes that had come when the channel said that it had taken back its grants */
 	atomic_uint_fast64_t unanswered; /* the unique of a request that waits to be interrupted */
 	pthread_t thread;
 };
@@ -103,6 +106,9 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 		return sizeof(*attr);
 	case FUSE_OPEN:
 		memset(out, 0, sizeof(struct fuse_open_out));
+		((struct fuse_open_out *)out)->fh = in->nodeid;
+		if (in->nodeid == GRANTED + 2)
+			((struct fuse_open_out *)out)->padding = 2 << BPFUSE_GRANT_CLOSE_SHIFT | 1;
 		if (in->nodeid == BACKED + 2 && atomic_load(&backing)) {
 			((struct fuse_open_out *)out)->open_flags = OPEN_PASSTHROUGH;
 			((struct fuse_open_out *)out)->padding = (int32_t)atomic_load(&backing);
@@ -114,7 +120,7 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 		memset(out, (int)in->nodeid, SIZE);
 		return read->size < SIZE - read->offset ? (int)read->size : (int)(SIZE - read->offset);
 	case FUSE_WRITE:
-		*(struct fuse_write_out *)out = (struct fuse_write_out){ .size = write->size, .padding = GRANT };
+		*(struct fuse_write_out *)out = (struct fuse_write_out){ .size = write->size, .padding = 1 };
 		return sizeof(struct fuse_write_out);
 	case FUSE_LSEEK:
 		((struct fuse_lseek_out *)out)->offset = seek->whence == SEEK_HOLE ? SIZE : seek->offset;
@@ -132,6 +138,7 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 	case FUSE_FALLOCATE:
 	case FUSE_RELEASE:
 	case FUSE_FLUSH:
+	case FUSE_SETLK:
 		return 0;
 	default:
 		return -ENOSYS;
@@ -141,10 +148,29 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 static bool is_extra(uint32_t opcode)
 {
 	static const uint32_t extra[] = {
-		FUSE_LOOKUP,    FUSE_GETATTR,  FUSE_SETATTR,         FUSE_MKDIR,         FUSE_UNLINK, FUSE_RMDIR,
-		FUSE_READ,      FUSE_FSYNC,    FUSE_WRITE,           FUSE_CREATE,        FUSE_FLUSH,  FUSE_RELEASE,
-		FUSE_GETLK,     FUSE_SETLK,    FUSE_SETLKW,          FUSE_OPEN,          FUSE_LSEEK,  FUSE_TMPFILE,
-		FUSE_FALLOCATE, FUSE_SETXATTR, FUSE_COPY_FILE_RANGE, COPY_FILE_RANGE_64,
+		FUSE_LOOKUP,
+		FUSE_GETATTR,
+		FUSE_SETATTR,
+		FUSE_MKDIR,
+		FUSE_UNLINK,
+		FUSE_RMDIR,
+		FUSE_READ,
+		FUSE_FSYNC,
+		FUSE_WRITE,
+		FUSE_CREATE,
+		FUSE_FLUSH,
+		FUSE_RELEASE,
+		FUSE_GETLK,
+		FUSE_SETLK,
+		FUSE_SETLKW,
+		FUSE_OPEN,
+		FUSE_LSEEK,
+		FUSE_TMPFILE,
+		FUSE_FALLOCATE,
+		FUSE_SETXATTR,
+		FUSE_COPY_FILE_RANGE,
+		COPY_FILE_RANGE_64,
+		BPFUSE_WITHDRAWN_OPCODE,
 	};
 
 	for (size_t i = 0; i < sizeof(extra) / sizeof(extra[0]); i++)
@@ -194,6 +220,11 @@ static bool worker_serve(struct worker *worker, int socket, char *request, char 
 	CHECK(socket == (is_extra(in->opcode) ? worker->extra : worker->fuse));
 	if (is_one_way(in->opcode))
 		return true;
+	if (in->opcode == BPFUSE_WITHDRAWN_OPCODE) {
+		CHECK(in->nodeid == GRANTED + 2);
+		atomic_store(&worker->withdrawn, atomic_load(&worker->posted));
+		return true;
+	}
 	if (in->opcode != FUSE_INIT && (in->opcode == worker->fatal || worker->answers-- <= 0))
 		return false;
 	if (in->opcode == FUSE_WRITE && ((const struct fuse_write_in *)(in + 1))->padding) {
@@ -596,10 +627,10 @@ static void test_posted(struct bpfuse_channel *channel, struct worker *worker)
 	one = open(path, O_WRONLY);
 	other = open(path, O_WRONLY);
 	CHECK(one >= 0 && other >= 0);
-	CHECK(posted_by(channel, one, 1, 10) == 0);   /* the first waits, */
-	CHECK(posted_by(channel, one, 10, 10) == 10); /* what it is granted does not, */
-	CHECK(posted_by(channel, other, 2, 51) == 1); /* nor is another handle another file; */
-	CHECK(posted_by(channel, one, 1, 51) == 0);   /* a write is posted whole, or waits. */
+	CHECK(posted_by(channel, one, 1, 10) == 0);    /* the first waits, */
+	CHECK(posted_by(channel, one, 10, 100) == 10); /* what it is granted does not, */
+	CHECK(posted_by(channel, other, 2, 520) == 1); /* nor is another handle another file; */
+	CHECK(posted_by(channel, one, 1, 520) == 0);   /* a write is posted whole, or waits. */
 	CHECK(posted_by(channel, one, 2, GRANT + 1) == 0);
 	CHECK(pwrite(one, "", 1, (off_t)1 << 56) == 1);
 	CHECK(posted_by(channel, one, 1, 1) == 1);
@@ -626,6 +657,84 @@ static void test_posted(struct bpfuse_channel *channel, struct worker *worker)
 	printf("ok: writes that nobody waits for\n");
 }
 
+static void *wait_for_lock(void *argument)
+{
+	struct flock lock = { .l_type = F_WRLCK, .l_len = 1 };
+
+	return fcntl((int)(intptr_t)argument, F_SETLKW, &lock) == -1 && errno == EINTR ? (void *)directory : NULL;
+}
+
+/* While a lock is asked for, by whatever handle, the replies to writes that are under way grant nothing. */
+static void test_posted_and_locks(struct bpfuse_channel *channel, struct worker *worker)
+{
+	struct flock lock = { .l_type = F_WRLCK, .l_len = 1 };
+	pthread_t thread;
+	char path[200];
+	void *result;
+	int one, other;
+
+	shutdown(worker->fuse, SHUT_RDWR);
+	worker_join(worker);
+	worker_start(worker, channel, (struct worker){ .answers = 1L << 40, .endless = FUSE_SETLKW });
+	wait_ready(channel);
+	snprintf(path, sizeof(path), "%s/f5", directory);
+	one = open(path, O_WRONLY);
+	other = open(path, O_RDWR);
+	CHECK(one >= 0 && other >= 0 && posted_by(channel, one, 2, 1) == 1);
+	CHECK(!pthread_create(&thread, NULL, wait_for_lock, (void *)(intptr_t)other));
+	while (!atomic_load(&worker->unanswered))
+		sched_yield();
+	CHECK(posted_by(channel, one, 3, 1) == 0);
+	CHECK(!pthread_kill(thread, SIGUSR1));
+	CHECK(!pthread_join(thread, &result) && result);
+	CHECK(posted_by(channel, one, 3, 1) == 2);
+	CHECK(!fcntl(other, F_SETLK, &lock)); /* It is answered: the next grant knows of it. */
+	CHECK(posted_by(channel, one, 2, 1) == 1);
+	CHECK(!close(one) && !close(other));
+	printf("ok: nothing is posted while a lock is asked for\n");
+}
+
+/* How many FLUSHes were sent for the closing of a descriptor's copy, that is 0 or 1. */
+static unsigned flushes(struct bpfuse_channel *channel, int descriptor)
+{
+	struct bpfuse_channel_figures before, after;
+
+	bpfuse_channel_figures(channel, &before);
+	CHECK(!close(dup(descriptor)));
+	bpfuse_channel_figures(channel, &after);
+	CHECK(after.flushed - before.flushed + after.forwarded[FUSE_FLUSH] - before.forwarded[FUSE_FLUSH] == 1);
+	return (unsigned)(after.forwarded[FUSE_FLUSH] - before.forwarded[FUSE_FLUSH]);
+}
+
+/* What is granted when a file is opened, and taken back. */
+static void test_granted_at_open(struct bpfuse_channel *channel, struct worker *worker)
+{
+	struct {
+		struct fuse_out_header header;
+		uint64_t ino;
+	} withdrawal = { { sizeof(withdrawal), 0, BPFUSE_WITHDRAW_UNIQUE }, GRANTED + 2 };
+	char path[200];
+	unsigned posted = atomic_load(&worker->posted);
+	int one;
+
+	snprintf(path, sizeof(path), "%s/f%d", directory, GRANTED);
+	one = open(path, O_WRONLY);
+	CHECK(one >= 0 && flushes(channel, one) == 0);
+	CHECK(posted_by(channel, one, 2, 100) == 2 && flushes(channel, one) == 0);
+	CHECK(pwrite(one, "", 1, CLOSES - 1) == 1 && flushes(channel, one) == 0);
+	CHECK(pwrite(one, "", 1, CLOSES) == 1 && flushes(channel, one) == 1); /* It is too long now. */
+	CHECK(!close(one));
+	one = open(path, O_WRONLY);
+	CHECK(one >= 0 && posted_by(channel, one, 2, 100) == 2);
+	CHECK(send(worker->extra, &withdrawal, sizeof(withdrawal), MSG_NOSIGNAL) == sizeof(withdrawal));
+	while (atomic_load(&worker->withdrawn) < posted + 6) /* All that was posted has come then. */
+		sched_yield();
+	CHECK(flushes(channel, one) == 1 && posted_by(channel, one, 1, 100) == 0);
+	CHECK(flushes(channel, one) == 1 && posted_by(channel, one, 1, 100) == 1);
+	CHECK(!close(one));
+	printf("ok: what is granted at opening, and taken back\n");
+}
+
 static void on_alarm(int number)
 {
 	(void)number;
@@ -634,7 +743,9 @@ static void on_alarm(int number)
 
 int main(int argc, char **argv)
 {
-	struct bpfuse_channel_options options = { .source = "channel_test", .allow_other = 1, .depth = 4 };
+	struct bpfuse_channel_options options = {
+		.source = "channel_test", .allow_other = 1, .shared_locks = 1, .depth = 4
+	};
 	struct bpfuse_channel *channel;
 	struct worker worker;
 	char error[200] = "";
@@ -661,6 +772,8 @@ int main(int argc, char **argv)
 	test_extra(channel, &worker);
 	test_interrupted_extra(channel, &worker);
 	test_posted(channel, &worker);
+	test_posted_and_locks(channel, &worker);
+	test_granted_at_open(channel, &worker);
 	CHECK(!umount(directory));
 	bpfuse_channel_close(channel);
 	worker_join(&worker);

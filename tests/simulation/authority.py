@@ -55,6 +55,9 @@ class LeasedCandidate(Candidate):
     async def holder(self) -> str | None:
         return self._authority.holder.address if self._authority.holder is not None else None
 
+    async def announce(self) -> list[str]:
+        return [self.address]
+
     async def resign(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()

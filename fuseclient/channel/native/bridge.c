@@ -152,38 +152,6 @@ static void fill_handle(struct request *request)
 	memcpy(request->parts[1].iov_base, &handle, sizeof(handle));
 }
 
-/* Whether a request's first field is a handle, and it ends what may be posted to the handle's file. */
-static bool ends_posting(uint32_t opcode)
-{
-	return opcode == FUSE_RELEASE || opcode == FUSE_SETLK || opcode == FUSE_SETLKW;
-}
-
-/*
- * Prepares a write, or what ends the posting of writes, for what posting.c is about. Returns the write if nobody is to wait for it.
- * The bytes may be sent again later, so they are to say each time whether that is so.
- */
-static struct fuse_write_in *post(struct bpfuse_channel *channel, struct pending *pending, struct request *request,
-				  bool may_post)
-{
-	struct fuse_write_in *in = request->parts[1].iov_base;
-
-	if (ends_posting(pending->opcode) && request->parts[1].iov_len >= sizeof(in->fh))
-		posting_end(channel, in->fh);
-	if (pending->opcode != FUSE_WRITE || request->parts[1].iov_len < sizeof(*in))
-		return NULL;
-	pending->handle = in->fh;
-	in->padding = 0;
-	if (in->fh & APPENDS) {
-		posting_end(channel, in->fh);
-		channel->appends += !pending->appends;
-		pending->appends = true;
-	} else if (may_post && posting_covers(channel, in)) {
-		in->padding = 1;
-		return in;
-	}
-	return NULL;
-}
-
 /* Returns the bytes of a small write, wherever they lie; NULL: it is not small, or not what it says. */
 static const void *small_data(const struct request *request, const struct fuse_write_in *in)
 {
@@ -214,13 +182,13 @@ static int message_send(struct bpfuse_channel *channel, enum lane lane, struct r
 }
 
 /*
- * Sends a pending to the worker; with the lock held. Returns 0, -EAGAIN if it has to wait, or of a write that is posted,
- * and is no pending any more, its size.
+ * Sends a pending to the worker; with the lock held. Returns FORWARDED, -EAGAIN if it has to wait, or of what is to be
+ * answered at once, and is no pending any more, the size (a write's) or FORWARD_FLUSHED.
  */
 static int pending_send(struct bpfuse_channel *channel, struct pending *pending, bool may_post)
 {
 	struct fuse_write_in *posted;
-	int result = 0;
+	int result = FORWARDED;
 	struct request request = { .count = 0 };
 
 	if (!channel->worker.ready)
@@ -231,7 +199,12 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending,
 		request_of_copy(&request, pending);
 	fill_handle(&request);
 	mark_append(&request);
-	posted = post(channel, pending, &request, may_post);
+	posted = posting_prepare(channel, pending, request.parts[1], may_post);
+	if (may_post && posting_closes(channel, pending, request.parts[1])) {
+		channel->figures.flushed++;
+		pending_finish(channel, pending);
+		return FORWARD_FLUSHED;
+	}
 	if (pending->origin.kind != PENDING_ONE_WAY)
 		request.header.unique = pending_token(pending);
 	if (pending->tried)
@@ -249,7 +222,7 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending,
 	return result;
 }
 
-/* Sends a pending or has it wait. Returns 0, or the size of a write that was posted and is to be answered. */
+/* Sends a pending or has it wait. Returns FORWARDED, or what is to be answered at once: see pending_send(). */
 static int pending_forward(struct bpfuse_channel *channel, struct pending *pending)
 {
 	int sent = channel->held_head ? -EAGAIN : pending_send(channel, pending, true);
@@ -263,7 +236,7 @@ static int pending_forward(struct bpfuse_channel *channel, struct pending *pendi
 	pending_hold(channel, pending);
 	if (channel->worker.ready)
 		bridge_wake(channel);
-	return 0;
+	return FORWARDED;
 }
 
 static void flush_held(struct bpfuse_channel *channel)
@@ -392,7 +365,7 @@ static void worker_lost(struct bpfuse_channel *channel)
 	pthread_mutex_lock(&channel->lock);
 	close_sockets(channel->worker.sockets);
 	channel->worker.ready = false;
-	posting_end_all(channel);
+	posting_lost(channel);
 	for (uint32_t i = 0; i < channel->pending_count; i++) {
 		struct pending *pending = channel->pendings[i];
 
@@ -471,16 +444,29 @@ static void worker_initialised(struct bpfuse_channel *channel, const struct fuse
 	channel_signal(channel);
 }
 
-/* A write was answered: its reply may grant that more are posted, which is not for the kernel to see. */
-static void take_grant(struct bpfuse_channel *channel, const struct pending *pending, struct fuse_out_header *header)
+/*
+ * The worker takes back what it has granted. The answer goes behind all that was posted, and so does not come before the
+ * worker has that. With the lock held.
+ */
+static void grants_withdrawn(struct bpfuse_channel *channel, const struct fuse_out_header *header)
 {
-	struct fuse_write_out *out = (void *)(header + 1);
+	struct fuse_in_header answer = { .len = sizeof(answer), .opcode = BPFUSE_WITHDRAWN_OPCODE };
+	struct pending *pending;
 
-	if (pending->opcode != FUSE_WRITE || header->error || header->len != sizeof(*header) + sizeof(*out))
+	if (header->len != sizeof(*header) + sizeof(answer.nodeid)) {
+		channel->figures.malformed_replies++;
 		return;
-	if (!pending->appends)
-		posting_grant(channel, pending->handle, out->padding);
-	out->padding = 0;
+	}
+	memcpy(&answer.nodeid, header + 1, sizeof(answer.nodeid));
+	posting_end_inode(channel, answer.nodeid);
+	pending = pending_copy(channel, PENDING_ONE_WAY, &answer, sizeof(answer));
+	if (!pending) {
+		channel->figures.dropped++;
+		return;
+	}
+	pending->opcode = answer.opcode;
+	pending->lane = LANE_EXTRA;
+	pending_forward(channel, pending);
 }
 
 static void reply_receive(struct bpfuse_channel *channel, enum lane lane, size_t length)
@@ -495,6 +481,11 @@ static void reply_receive(struct bpfuse_channel *channel, enum lane lane, size_t
 		return;
 	}
 	pthread_mutex_lock(&channel->lock);
+	if (whole && lane == LANE_EXTRA && header->unique == BPFUSE_WITHDRAW_UNIQUE) {
+		grants_withdrawn(channel, header);
+		pthread_mutex_unlock(&channel->lock);
+		return;
+	}
 	if (length >= sizeof(*header))
 		pending = pending_by_token(channel, header->unique);
 	if (pending) {
@@ -503,7 +494,7 @@ static void reply_receive(struct bpfuse_channel *channel, enum lane lane, size_t
 		if (pending->tried && header->error == -EAGAIN)
 			header->error = -ENOLCK;
 		if (whole)
-			take_grant(channel, pending, header);
+			posting_take_grant(channel, pending, header);
 		pending_finish(channel, pending);
 	}
 	channel->figures.malformed_replies += !whole;
@@ -564,7 +555,7 @@ static bool interrupted_early(const struct bpfuse_channel *channel, const struct
 
 /*
  * Called by a queue's owner for a request that BPF left untouched. Returns 0; or with what the owner is to refuse it:
- * -EIO for one whose sizes are impossible, -EINTR; or the size of a write, for which it is to thank at once.
+ * -EIO for one whose sizes are impossible, -EINTR; or what it is to answer at once: see pending_send().
  */
 int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index)
 {
@@ -577,6 +568,7 @@ int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index)
 	pthread_mutex_lock(&channel->lock);
 	pending->origin.unique = header->unique;
 	pending->opcode = header->opcode;
+	pending->nodeid = header->nodeid;
 	pending->lane = lane_of(header->opcode);
 	if (result)
 		channel->figures.malformed_requests++;
@@ -596,21 +588,24 @@ static void forward_copy(struct bpfuse_channel *channel, enum pending_kind kind,
 	const struct fuse_in_header *header = message;
 	struct pending *pending = NULL;
 	uint64_t unique = header->unique;
-	int posted = 0;
+	int answered = FORWARDED;
 
 	pthread_mutex_lock(&channel->lock);
 	pending = pending_copy(channel, kind, message, length);
 	if (pending) {
 		pending->origin.unique = unique;
 		pending->opcode = header->opcode;
+		pending->nodeid = header->nodeid;
 		pending->lane = lane;
-		posted = pending_forward(channel, pending);
+		answered = pending_forward(channel, pending);
 	} else if (kind == PENDING_ONE_WAY) {
 		channel->figures.dropped++;
 	}
 	pthread_mutex_unlock(&channel->lock);
-	if (posted) {
-		struct written_reply reply = written(unique, posted);
+	if (answered == FORWARD_FLUSHED) {
+		reply_error(channel, (struct origin){ .kind = PENDING_COPY, .unique = unique }, 0);
+	} else if (answered) {
+		struct written_reply reply = written(unique, answered);
 
 		device_write(channel, &reply, sizeof(reply));
 	}

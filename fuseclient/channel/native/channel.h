@@ -38,7 +38,8 @@ struct bpfuse_channel_figures {
 	__u64 forwarded[64]; /* by opcode: requests sent to a worker */
 	__u64 committed;     /* replies committed on a ring */
 	__u64 held;          /* requests waiting for a worker at this moment */
-	__u64 posted;        /* writes that were answered when they were sent */
+	__u64 posted;        /* writes that were answered when they were sent, */
+	__u64 flushed;       /* and FLUSHes that were answered here */
 	__u64 replayed;      /* sent again to the next worker */
 	__u64 refused;       /* answered EIO because the worker died with them and they cannot be repeated */
 	__u64 interrupted;   /* answered EINTR while they were held */

@@ -57,12 +57,13 @@ struct pending {
 	enum lane lane;
 	uint32_t generation; /* rises with each use, so that a late reply is recognised */
 	uint32_t opcode;
-	bool interrupted;     /* when it is held: to be answered EINTR */
-	struct queue *waits;  /* of a wait for a lock: the queue in which it keeps an entry */
-	uint64_t handle;      /* of a WRITE, as the worker knows it */
-	bool appends;         /* a WRITE to the end of the file, which was sent and is not answered */
-	bool tried;           /* a wait for a lock that the worker only tries: there is no entry to wait in */
-	atomic_bool replied;  /* the bridge has put the reply in the ring entry */
+	bool interrupted;    /* when it is held: to be answered EINTR */
+	struct queue *waits; /* of a wait for a lock: the queue in which it keeps an entry */
+	uint64_t nodeid;
+	uint64_t handle;     /* of a WRITE, as the worker knows it */
+	bool withholds;      /* it was sent, and nothing is granted of its inode before it is answered: see posting.c */
+	bool tried;          /* a wait for a lock that the worker only tries: there is no entry to wait in */
+	atomic_bool replied; /* the bridge has put the reply in the ring entry */
 	struct pending *next; /* in the held or the free list */
 	void *bytes;
 	size_t length;
@@ -84,7 +85,9 @@ struct queue {
 /* What the worker takes of a file without a word. A key of 0: of none. */
 struct posting {
 	uint64_t key;
-	uint32_t credit; /* bytes */
+	uint32_t credit; /* bytes that are written */
+	uint64_t closes; /* the size up to which the file is closed so; 0: it is not */
+	uint64_t end;    /* behind the last byte that was written since the first grant */
 };
 
 /* Small posted writes that follow each other, to be sent as one. A size of 0: there are none. */
@@ -109,6 +112,9 @@ static inline struct written_reply written(uint64_t unique, int size)
 		.out = { .size = (uint32_t)size },
 	};
 }
+
+/* What a forwarded request has come to, if not to the size of a write that is answered or a negative errno. */
+enum forwarded { FORWARDED = 0, FORWARD_FLUSHED = BPFUSE_MAX_WRITE + 1 };
 
 struct worker_link {
 	int sockets[LANES]; /* -1: none; there are both or neither */
@@ -141,7 +147,7 @@ struct bpfuse_channel {
 	uint32_t held_count;
 	struct posting postings[POSTINGS];
 	struct gathering gathering;
-	uint32_t next_posting, appends;        /* WRITEs to the end of a file that are sent and not answered */
+	uint32_t next_posting, withholding;    /* pendings that withhold grants */
 	struct bpfuse_channel_figures figures; /* under lock, but for `committed` */
 	atomic_ullong committed;
 
@@ -178,15 +184,17 @@ void pending_unhold(struct bpfuse_channel *channel, struct pending *pending);
 void pending_finish(struct bpfuse_channel *channel, struct pending *pending);
 
 /* posting.c: all with the lock held */
-bool posting_covers(struct bpfuse_channel *channel, const struct fuse_write_in *in);
+struct fuse_write_in *posting_prepare(struct bpfuse_channel *channel, struct pending *pending, struct iovec body,
+				      bool may_post);
+bool posting_closes(struct bpfuse_channel *channel, const struct pending *pending, struct iovec body);
 void posting_spend(struct bpfuse_channel *channel, const struct fuse_write_in *in);
 int posting_gather(struct bpfuse_channel *channel, const struct fuse_in_header *header, const struct fuse_write_in *in,
 		   const void *data);
 int posting_flush(struct bpfuse_channel *channel);
 bool posting_is_due(const struct bpfuse_channel *channel);
-void posting_end(struct bpfuse_channel *channel, uint64_t handle);
-void posting_end_all(struct bpfuse_channel *channel);
-void posting_grant(struct bpfuse_channel *channel, uint64_t handle, uint32_t credit);
+void posting_end_inode(struct bpfuse_channel *channel, uint64_t ino);
+void posting_lost(struct bpfuse_channel *channel);
+void posting_take_grant(struct bpfuse_channel *channel, const struct pending *pending, struct fuse_out_header *reply);
 
 /* bridge.c */
 void *bridge_run(void *channel);

@@ -129,8 +129,8 @@ void pending_finish(struct bpfuse_channel *channel, struct pending *pending)
 	pending->state = PENDING_IDLE;
 	pending->generation++;
 	pending->interrupted = pending->tried = false;
-	channel->appends -= pending->appends;
-	pending->appends = false;
+	channel->withholding -= pending->withholds;
+	pending->withholds = false;
 	if (pending->waits)
 		pending->waits->waiting--;
 	pending->waits = NULL;

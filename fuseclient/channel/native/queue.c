@@ -166,7 +166,7 @@ static void queue_commit(struct queue *queue, uint32_t index)
 	atomic_fetch_add_explicit(&queue->channel->committed, 1, memory_order_relaxed);
 }
 
-/* Answers a request with an error. */
+/* Answers a request with an error, or with 0 and nothing else. */
 static void queue_refuse(struct queue *queue, uint32_t index, int error)
 {
 	struct bpfuse_entry *entry = &queue->channel->entries[index];
@@ -214,8 +214,8 @@ static void queue_complete(struct queue *queue, const struct io_uring_cqe *cqe)
 	} else {
 		int result = bridge_forward_entry(queue->channel, index);
 
-		if (result < 0)
-			queue_refuse(queue, index, result);
+		if (result < 0 || result == FORWARD_FLUSHED)
+			queue_refuse(queue, index, result < 0 ? result : 0);
 		else if (result > 0)
 			queue_written(queue, index, result);
 	}

@@ -94,14 +94,17 @@ enum bpfuse_outcome {
  * right by BPFUSE_USE_SHIFT.
  */
 
-/* `names`: hash. */
+/*
+ * `names`: hash. A key with a hash of 0 is no name's: it marks a directory as whole, which means that each name that it has is
+ * here, and so that those which are not are absent. The mark goes before any of the directory's names does.
+ */
 struct bpfuse_name_key {
 	__u64 parent;
 	__u64 hash[2]; /* SipHash-2-4-128 of the name under control.hash_key */
 };
 
 struct bpfuse_name_value {
-	__u64 ino; /* 0: known to be absent */
+	__u64 ino; /* 0: known to be absent; of a mark, nothing */
 	__u32 epoch;
 	__u32 group;
 	__u64 version; /* last, see bpfuse_inode_value */
@@ -186,8 +189,9 @@ struct bpfuse_control {
 	__u32 profile;
 	__u32 entries; /* how many ring entries there are */
 	struct bpfuse_statfs statfs;
-	__u32 page_cursor; /* where in `pages` the next extent goes; a later worker goes on there */
-	__u32 pages_used;  /* pages that have been written at least once */
+	__u32 page_cursor;   /* where in `pages` the next extent goes; a later worker goes on there */
+	__u32 pages_used;    /* pages that have been written at least once */
+	__u64 names_changes; /* odd while `names` is changed: what is not found then may be there all the same */
 };
 
 /* The kernel's fuse_uring_req_header (uapi since Linux 6.14; Debian 12's headers are older). */

@@ -1,5 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* LOOKUP. The name lies in the payload, with its NUL, which payload_size counts. */
+/*
+ * LOOKUP. The name lies in the payload, with its NUL, which payload_size counts.
+ *
+ * A name that is not in `names` is absent if its directory is whole (abi.h). A lookup may miss an element that is replaced
+ * on another CPU meanwhile: the new one is put in front of where the lookup is, and the old one taken from behind. So this is
+ * said only if nothing changed in `names` from before the name was looked for until after the mark was found.
+ */
 #ifndef BPFUSE_NAMES_BPF_H
 #define BPFUSE_NAMES_BPF_H
 
@@ -68,12 +74,39 @@ static enum bpfuse_outcome answer_found(struct request *request, const struct bp
 	return BPFUSE_ANSWERED;
 }
 
+/* "." and "..", which an exported file system is asked for, and which no directory has in `names`. */
+static bool is_dots(const __u8 *name, __u32 length)
+{
+	return name[0] == '.' && (length == 1 || (length == 2 && name[1] == '.'));
+}
+
+/* Of a name that was not found after `changes` was read. */
+static enum bpfuse_outcome answer_unknown(struct request *request, __u64 changes)
+{
+	const struct bpfuse_name_key whole = { .parent = request->nodeid };
+	struct fuse_entry_out *out = (void *)request->entry->payload;
+	struct bpfuse_name_value mark;
+	enum bpfuse_outcome outcome = name_peek(request, &whole, &mark);
+
+	if (outcome != BPFUSE_ANSWERED)
+		return outcome;
+	if (is_dots(request->entry->payload, request->payload_size - 1))
+		return BPFUSE_MISS_NAME;
+	read_barrier();
+	if (changes % 2 || READ_ONCE(request->control->names_changes) != changes)
+		return BPFUSE_MISS_RACE;
+	fill_entry(request, 0);
+	__builtin_memset(&out->attr, 0, sizeof(out->attr));
+	return BPFUSE_ANSWERED_ABSENT;
+}
+
 static __noinline enum bpfuse_outcome answer_lookup(struct request *request)
 {
 	struct bpfuse_name_key key = { .parent = request->nodeid };
 	__u32 length = request->payload_size - 1;
 	struct bpfuse_name_value name;
 	enum bpfuse_outcome outcome;
+	__u64 changes;
 
 	outcome = check_request(request, 0, 2, BPFUSE_NAME_MAX + 1);
 	if (outcome != BPFUSE_ANSWERED)
@@ -81,7 +114,11 @@ static __noinline enum bpfuse_outcome answer_lookup(struct request *request)
 	if (length > BPFUSE_NAME_MAX || request->entry->payload[length])
 		return BPFUSE_MISS_MALFORMED;
 	bpfuse_siphash((const __u64 *)request->entry->payload, length, request->control->hash_key, key.hash);
+	changes = READ_ONCE(request->control->names_changes);
+	read_barrier();
 	outcome = name_peek(request, &key, &name);
+	if (outcome == BPFUSE_MISS_NAME)
+		return answer_unknown(request, changes);
 	if (outcome != BPFUSE_ANSWERED)
 		return outcome;
 	if (!name.ino)

@@ -75,6 +75,9 @@ class Cache(Protocol):
     def put_name(self, parent: int, name: bytes, ino: int) -> None: ...
     def put_absent(self, parent: int, name: bytes) -> None: ...
     def drop_name(self, parent: int, name: bytes) -> None: ...
+    def losses(self, directory: int) -> int: ...
+    def put_whole(self, directory: int, losses: int) -> bool: ...
+    def drop_whole(self, directory: int) -> None: ...
     def drop_inode(self, ino: int) -> None: ...
     def has_all(self, inodes: array[int], *, content: bool) -> bool: ...
     def missing(self, inodes: array[int]) -> array[int]: ...
@@ -200,6 +203,22 @@ class KernelCache:
     def drop_name(self, parent: int, name: bytes) -> None:
         """Forget what is known of a name, if anything."""
         lib.bpfuse_cache_drop_name(self._handle(), parent, name, _name_bytes(name))
+
+    def losses(self, directory: int) -> int:
+        """Return what changes with each name of a directory that is taken from here, or cannot be put."""
+        return int(lib.bpfuse_cache_losses(self._handle(), directory))
+
+    def put_whole(self, directory: int, losses: int) -> bool:
+        """Say that all names of a directory were put since :meth:`losses` returned what is given here.
+
+        Other names are answered as absent from now on, until one of the directory's names is dropped or given up. False
+        if it cannot be relied upon that all are here.
+        """
+        return bool(lib.bpfuse_cache_put_whole(self._handle(), directory, losses))
+
+    def drop_whole(self, directory: int) -> None:
+        """Forget that all names of a directory are here."""
+        lib.bpfuse_cache_drop_whole(self._handle(), directory)
 
     def drop_inode(self, ino: int) -> None:
         """Forget an inode and its content, if they are known."""
@@ -395,6 +414,15 @@ class NoKernelCache:
         pass
 
     def drop_inode(self, ino: int) -> None:
+        pass
+
+    def losses(self, directory: int) -> int:
+        return 0
+
+    def put_whole(self, directory: int, losses: int) -> bool:
+        return False
+
+    def drop_whole(self, directory: int) -> None:
         pass
 
     listing_limit = 0

@@ -29,6 +29,10 @@ _READY_LINE_MAX: Final = 4096
 _LOG_TAIL: Final = 8192
 
 
+class EngineInUse(UserError):
+    """Another metaserver has the engine."""
+
+
 def create_volume(address: str, request: wire.CreateVolume) -> bytes:
     """Make a volume on the metaserver at ``address`` and return its identity; raise :exc:`UserError`."""
 
@@ -82,7 +86,10 @@ def check_volume(volume: Remote) -> wire.SessionOpened:
 
 @contextlib.contextmanager
 def embedded_server(volume: Embedded, *options: str) -> Iterator[str]:
-    """Run a metaserver on an embedded volume's metadata for as long as the body runs, and give its address."""
+    """Run a metaserver on an embedded volume's metadata for as long as the body runs, and give its address.
+
+    Raises :exc:`UserError`; :exc:`EngineInUse` if the volume is mounted or otherwise in use just now.
+    """
     with tempfile.TemporaryDirectory(prefix="bpfuse-") as directory:
         log = Path(directory) / "log"
         reading, writing = os.pipe()
@@ -142,7 +149,8 @@ def _wait_ready(server: subprocess.Popen[bytes], ready: int, log: Path) -> str:
         return text
     server.kill()
     server.wait()
-    raise UserError(f"the metaserver did not start: {text or last_line(log) or 'it said nothing'}")
+    kind = EngineInUse if said == "busy" else UserError
+    raise kind(f"the metaserver did not start: {text or last_line(log) or 'it said nothing'}")
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

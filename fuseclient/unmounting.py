@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import time
 from typing import Final
 
 from fuseclient import mounts, processes, runtime
 from fuseclient.errors import UserError, reason
 
 _END_TIMEOUT_S: Final = 30.0
+#: Seconds for which an unmounting is tried again while the mount is in use, and between two tries. A process that has
+#: ended, and whoever looks through /proc (lsof, fuser), may hold a mount for a moment.
+_BUSY_S: Final = 2.0
+_PAUSE_S: Final = 0.05
 #: How long an orphaned process may take to end after SIGTERM.
 _ORPHAN_GRACE_S: Final = 10.0
 
@@ -45,7 +50,7 @@ def _unmount_live(mount: mounts.KernelMount, *, force: bool) -> None:
     try:
         if force:
             mounts.abort_connection(mount.device_minor)
-        mounts.unmount(mount.mountpoint, lazy=force)
+        _unmount_patiently(mount.mountpoint, lazy=force)
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise UserError(
@@ -55,6 +60,17 @@ def _unmount_live(mount: mounts.KernelMount, *, force: bool) -> None:
             raise UserError(f"unmounting {mount.mountpoint} is not permitted; run as root") from None
         if error.errno != errno.EINVAL:  # EINVAL: it was unmounted meanwhile
             raise UserError(f"{mount.mountpoint} cannot be unmounted: {reason(error)}") from None
+
+
+def _unmount_patiently(mountpoint: str, *, lazy: bool) -> None:
+    deadline = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            return mounts.unmount(mountpoint, lazy=lazy)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() >= deadline:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 def _wait_ended(record: runtime.MountRecord) -> None:

@@ -30,6 +30,7 @@ import asyncio
 import itertools
 import logging
 import stat
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -203,10 +204,16 @@ class Coherence:
             self._relieve(state, session)
 
     def _relieve(self, state: _State, session: Session) -> None:
-        """Have the one who holds the most drop everything: the session itself, if it is over its own bound."""
+        """Have the one who holds the most drop everything: the session itself, if it is over its own bound.
+
+        Otherwise one of the identity whose sessions hold the most together: many of them do not push out another's few.
+        """
         if len(session.holder.blocks) <= SESSION_BITMAPS:
-            here = (each for each in self._sessions.all() if each.volume.id == session.volume.id)
-            session = max(here, key=lambda each: len(each.holder.blocks), default=session)
+            held: Counter[bytes] = Counter()
+            here = self._sessions.of_volume(session.volume)
+            for each in here:
+                held[each.account] += len(each.holder.blocks)
+            session = max(here, key=lambda each: (held[each.account], len(each.holder.blocks)), default=session)
         self.drop_everything(session)
 
     def drop_everything(self, session: Session) -> None:

@@ -306,6 +306,16 @@ class _Rights:
         self.may(request.parent, _W | _X)
         if stat.S_IFMT(request.mode) in _DEVICES:
             raise Refused(ErrorCode.NOT_PERMITTED, "only root makes devices")
+        parent = load(self._snapshot, self._volume, request.parent)
+        gid = parent.gid if parent.mode & stat.S_ISGID else request.gid
+        self._check_setgid(request.mode, gid)
+
+    def _check_setgid(self, mode: int, gid: int) -> None:
+        """Raise NOT_PERMITTED for a program that would run with the rights of a group that is not the users'."""
+        guard = self._guard
+        is_theirs = gid == guard._gid if guard._squash is Squash.ALL else gid != 0
+        if mode & stat.S_ISGID and not stat.S_ISDIR(mode) and not is_theirs:
+            raise Refused(ErrorCode.NOT_PERMITTED, f"none of the identity's users is in group {gid}")
 
     def link(self, request: wire.Link) -> None:
         self.may(request.parent, _W | _X)
@@ -314,6 +324,16 @@ class _Rights:
     def rename(self, request: wire.Rename) -> None:
         self.may_remove(request.parent, request.name)
         self.may_remove(request.new_parent, request.new_name)
+        if request.parent != request.new_parent:
+            self._may_move(request.parent, request.name)
+            if request.exchange:
+                self._may_move(request.new_parent, request.new_name)
+
+    def _may_move(self, parent: int, name: bytes) -> None:
+        """Raise ACCESS_DENIED for a directory that may not be written to: its parent is about to be another one."""
+        entry = find_entry(self._snapshot, self._volume, parent, name)
+        if entry is not None and stat.S_ISDIR(load(self._snapshot, self._volume, entry.ino).mode):
+            self.may(entry.ino, _W)
 
     def open(self, request: wire.OpenFile) -> None:
         if request.writing:
@@ -340,6 +360,8 @@ class _Rights:
                 raise Refused(ErrorCode.NOT_PERMITTED, "only root gives files to a group that is not one's own")
         if request.mode is not None and not _takes_away(inode.mode, request.mode):
             self.must_own(inode)
+            if not inode.mode & stat.S_ISGID:
+                self._check_setgid(stat.S_IFMT(inode.mode) | stat.S_IMODE(request.mode), inode.gid)
         else:
             self.may(request.ino, _W)
 

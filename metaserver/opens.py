@@ -7,6 +7,7 @@ that a session of which too many files are open is not known to have the rest of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Final
 
@@ -14,6 +15,8 @@ from metaserver.sessions import Session
 
 #: Inodes that one session is known to have open for writing.
 MOST_OPEN: Final = 65536
+#: And all sessions of one identity on a volume.
+MOST_OF_IDENTITY: Final = 262_144
 
 
 class Opens:
@@ -21,16 +24,25 @@ class Opens:
 
     def __init__(self) -> None:
         self._writers: dict[int, set[Session]] = {}
+        #: How many each identity has open.
+        self._totals: Counter[bytes] = Counter()
 
     def add(self, session: Session, ino: int) -> None:
         """A session has an inode open for writing from now on."""
-        if not session.ended and len(session.writing) < MOST_OPEN:
+        if session.ended or ino in session.writing or len(session.writing) >= MOST_OPEN:
+            return
+        if self._totals[session.account] < MOST_OF_IDENTITY:
+            self._totals[session.account] += 1
             session.writing.add(ino)
             self._writers.setdefault(ino, set()).add(session)
 
     def remove(self, session: Session, inos: Iterable[int]) -> None:
         """A session has these open for writing no more; those that it had not are passed over."""
-        for ino in session.writing.intersection(inos):
+        closed = session.writing.intersection(inos)
+        self._totals[session.account] -= len(closed)
+        if not self._totals[session.account]:
+            del self._totals[session.account]
+        for ino in closed:
             session.writing.discard(ino)
             writers = self._writers[ino]
             writers.discard(session)

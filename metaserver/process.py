@@ -74,7 +74,7 @@ def run(options: Options) -> int:
         uvloop.run(_serve(options))
     except (ListenError, EngineBusy, EngineUnusable, BadCertificate) as error:
         print(f"metaserver: {error}", file=sys.stderr)
-        _say(options.ready_fd, f"error {error}")
+        _say(options.ready_fd, f"{'busy' if isinstance(error, EngineBusy) else 'error'} {error}")
         return 2
     return 0
 
@@ -106,7 +106,7 @@ async def _serve(options: Options) -> None:
 
 
 def _say(ready_fd: int | None, line: str) -> None:
-    """Tell whoever started this process "ready ADDRESS" or "error TEXT"."""
+    """Tell whoever started this process "ready ADDRESS", "busy TEXT" or "error TEXT"."""
     if ready_fd is None:
         return
     try:

@@ -139,6 +139,11 @@ class Session:
         self._clock = clock
 
     @property
+    def account(self) -> bytes:
+        """Whose totals it counts in: those of its identity, or, without one, its own."""
+        return self.owner if len(self.owner) > 1 else self.id
+
+    @property
     def is_live(self) -> bool:
         """Whether the lease has not run out and the session was not ended."""
         return not self.ended and self._clock() < self.deadline_ns

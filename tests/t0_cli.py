@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import struct
 import subprocess
@@ -388,3 +389,30 @@ def test_the_difference_of_two_readings() -> None:
         "OPEN": figures.Answers(1, 2),
     }
     assert figures.total(figures.since(later.requests, earlier.requests)) == figures.Answers(11, 2)
+
+
+# The end
+
+
+@pytest.mark.parametrize(("imports", "shut_down"), [("atexit", "shut down\n"), ("atexit, obstore", "")])
+def test_who_used_obstore_leaves_without_shutting_down(imports: str, shut_down: str) -> None:
+    """Its threads may want the interpreter once more, and abort when that is shut down."""
+    program = (
+        f"import {imports}\n"
+        "from unittest import mock\n"
+        "from fuseclient import cli\n"
+        "atexit.register(print, 'shut down')\n"
+        "with mock.patch('sys.argv', ['bpfuse', 'version']):\n"
+        "    cli.run()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    version, newline, after = ended.stdout.partition("\n")
+    assert version
+    assert newline
+    assert after == shut_down
+
+
+def test_the_commands_leave_so() -> None:
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="bpfuse")
+    assert command.load() is cli.run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
@@ -18,7 +19,7 @@ import rig
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuseclient import control, mounts, processes, runtime
+from fuseclient import control, mounts, processes, runtime, unmounting
 from fuseclient.errors import UserError
 from fuseclient.processes import Process
 
@@ -222,6 +223,19 @@ def test_a_mount_point_is_resolved_through_links(tmp_path: Path) -> None:
 def test_unmounting_what_is_not_mounted_raises(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=str(tmp_path)):
         mounts.unmount(str(tmp_path))
+
+
+def test_unmounting_what_somebody_looks_at_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+        tries.append((mountpoint, lazy))
+        if len(tries) < 3:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(mounts, "unmount", unmount)
+    unmounting._unmount_patiently("/m", lazy=False)
+    assert tries == [("/m", False)] * 3
 
 
 # The control socket

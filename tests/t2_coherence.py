@@ -15,6 +15,8 @@ from fuseclient.worker import rpc
 from metaserver import coherence, fencing, inodes, opens, recovery, wire
 from metaserver.errors import Fenced
 from metaserver.server import Server
+from metaserver.sessions import Session, Sessions
+from metaserver.volumes import Volume
 from metaserver.wire import ErrorCode
 
 ROOT = wire.ROOT_INO
@@ -613,6 +615,45 @@ async def test_a_session_with_too_many_open_files_is_served_all_the_same(
     for number in range(4):
         await one.make(b"%d" % number, writing=True)
     assert [await _keeps(two, b"%d" % number) for number in range(4)] == [False, False, True, True]
+
+
+async def test_an_identity_has_so_many_files_open_over_all_its_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opens, "MOST_OF_IDENTITY", 3)
+    table = Sessions(10**9, lambda: 0)
+    volume = Volume(1, "volume", 0, "file:///blocks")
+    one, two, other = (table.open(volume, "test", owner) for owner in (b"identity", b"identity", b"other one"))
+    open_files = opens.Opens()
+    for session, inos in ((one, (1, 2, 2)), (two, (3, 4)), (other, (5, 6))):
+        for ino in inos:
+            open_files.add(session, ino)
+    assert (one.writing, two.writing, other.writing) == ({1, 2}, {3}, {5, 6})
+    open_files.remove(one, [1, 7])
+    open_files.add(two, 4)
+    assert two.writing == {3, 4}
+
+
+async def test_an_identity_of_many_sessions_pushes_out_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who holds the most of all is one session of another identity; together the many hold more."""
+    monkeypatch.setattr(coherence, "VOLUME_BITMAPS", 6)
+    table = Sessions(10**9, lambda: 0)
+    volume = Volume(1, "volume", 0, "file:///blocks")
+    dropped: list[Session] = []
+
+    async def evict(session: Session) -> None:
+        raise AssertionError
+
+    leases = coherence.Coherence(table, evict)
+    monkeypatch.setattr(leases, "drop_everything", dropped.append)
+    many = [table.open(volume, "test", b"many of one") for _ in range(4)]
+    other = table.open(volume, "test", b"other one")
+
+    def hold(session: Session, blocks: int) -> None:
+        leases.grant(session, 0, coherence.Grant(None, None, [block << 20 for block in range(1, blocks + 1)]))
+
+    hold(other, 3)
+    for session in many:
+        hold(session, 1)
+    assert dropped == [many[0]]
 
 
 # Files that are open while others unlink them

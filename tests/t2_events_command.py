@@ -13,8 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import rig
 
+from fuseclient import servers
+from fuseclient.events import source
+from fuseclient.volumes import Embedded, parse_volume
 from fuseclient.worker import rpc
 from metaserver import wire
 
@@ -176,13 +180,46 @@ def test_what_is_not_kept(sandbox: rig.Sandbox) -> None:
         sandbox.run("events", url, "--since", "7").expect_error("event 8 is not kept", "oldest is 16", "anew", code=3)
 
 
+@pytest.mark.usefixtures("needs_mounts")
 def test_a_volume_that_nobody_has_mounted(sandbox: rig.Sandbox) -> None:
     url = sandbox.format("v")
     assert sandbox.run("events", url, "--since", "0", "--until-now").expect_success().out == ""
+    sandbox.run("mount", url, str(point := sandbox.directory("point")), "--accel", "off").expect_success()
+    (point / "made").mkdir()
+    sandbox.run("umount", str(point)).expect_success()
     listener = Listener(sandbox, url, "--since", "0", "--json")
+    listener.said("made")
     rig.wait_for(lambda: sandbox.run("fsck", url).code == 0, "the engine is free again")
     assert listener.interrupt() == 130
     assert listener.errors == []
+
+
+def test_a_mount_that_begins_or_ends_just_then(sandbox: rig.Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the engine, and cannot be talked to."""
+    url, tries, embedded_server = sandbox.format("v"), [], servers.embedded_server
+
+    @contextlib.contextmanager
+    def busy_at_first(volume: Embedded, *options: str) -> Iterator[str]:
+        tries.append(options)
+        if len(tries) < 3:
+            raise servers.EngineInUse("in use")
+        with embedded_server(volume, *options) as address:
+            yield address
+
+    monkeypatch.setattr(servers, "embedded_server", busy_at_first)
+    assert [page.events for page in source.pages(url, 0, live=False, note=pytest.fail)] == [[]]
+    assert len(tries) == 3
+
+
+def test_an_engine_in_use_is_told_from_one_that_cannot_be_used(sandbox: rig.Sandbox) -> None:
+    volume = parse_volume(sandbox.format("v"))
+    assert isinstance(volume, Embedded)
+    with (
+        servers.embedded_server(volume),
+        pytest.raises(servers.EngineInUse, match="in use by another metaserver"),
+        servers.embedded_server(volume),
+    ):
+        pass
 
 
 def test_nobody_reads_it(sandbox: rig.Sandbox) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,6 +242,58 @@ async def test_roots_rights_are_taken_away(place: Place) -> None:
         assert await refused(call(request, wire.Changed)) is code, request
     assert await refused(anext(client.connection.stream(wire.FetchDirectory(private, 0, 9, 0, 0)))) is denied
     assert (await change(wire.SetAttributes(made.ino, mode=0o600))).attributes[0].mode & 0o777 == 0o600
+
+
+async def test_no_program_gets_roots_group(place: Place) -> None:
+    """Nor is a directory of root's moved elsewhere, by who may write to where it is and goes."""
+    shared = await owned(place.root, b"shared", 0o042777)
+    file = (await (client := await place.enter("tenant", squash=Squash.ROOT)).change(
+        wire.MakeNode(shared, b"file", FILE, 1000, 1000))).attributes[0]  # fmt: skip
+    assert (file.uid, file.gid) == (1000, 0)
+    inner = await owned(place.root, b"inner", DIRECTORY, shared)
+    mine = (await client.change(wire.MakeNode(shared, b"mine", DIRECTORY, 1000, 1000))).attributes[0]
+    assert mine.mode & stat.S_ISGID
+    forbidden = ErrorCode.NOT_PERMITTED
+    for request, code in (
+        (wire.MakeNode(shared, b"program", 0o102755, 1000, 1000), forbidden),
+        (wire.MakeTemporary(shared, 0o102755, 1000, 1000), forbidden),
+        (wire.SetAttributes(file.ino, mode=0o2755), forbidden),
+        (wire.Rename(shared, b"inner", mine.ino, b"inner"), ErrorCode.ACCESS_DENIED),
+        (wire.Rename(shared, b"file", ROOT_INO, b"nothing", exchange=True), ErrorCode.NOT_FOUND),
+    ):
+        assert await refused(client.connection.call(request, wire.Changed)) is code, request
+    assert (await client.change(wire.SetAttributes(file.ino, mode=0o755))).attributes[0].mode & 0o7777 == 0o755
+    assert (await client.change(wire.SetAttributes(mine.ino, mode=0o2755))).attributes[0].mode & 0o7777 == 0o2755
+    await client.change(wire.Rename(shared, b"mine", ROOT_INO, b"mine"))
+    assert (await place.root.attributes(inner)).uid == 0
+
+
+async def test_whatever_a_squashed_client_sends_nothing_becomes_roots(place: Place) -> None:
+    """Each request that changes something, as root would send it, at what is the client's own and at what is root's."""
+    private = await owned(place.root, b"private", DIRECTORY)
+    secret = await owned(place.root, b"secret", 0o100644, private)
+    await place.root.change(wire.WriteInline(secret, 0, b"root's"))
+    before = await place.root.attributes(secret)
+    client = await place.enter("tenant", squash=Squash.ROOT)
+    home = (await client.change(wire.MakeNode(ROOT_INO, b"home", DIRECTORY, 0, 0))).attributes[0].ino
+    file = (await client.change(wire.MakeNode(home, b"name", FILE, 0, 0))).attributes[0].ino
+    for request in messages.REQUESTS:
+        fields = guard._INODES.get(type(request), ())
+        if type(request) not in namespace.WRITES or not fields:
+            continue
+        for of_inode, of_parent in ((file, home), (secret, private), (secret, home), (file, private)):
+            inodes = {name: of_parent if "parent" in name else of_inode for name in fields}
+            ids = {name: 0 for name in ("uid", "gid") if name in request.__struct_fields__}
+            with contextlib.suppress(rpc.Refused):
+                await client.connection.call(_replace(request, **inodes, **ids), wire.Changed)
+    assert await place.root.attributes(secret) == before
+    assert (await place.root.connection.call(wire.GetContent(secret, 0, 9), wire.Content)).inline == b"root's"
+    pages = [page async for page in place.root.connection.stream(wire.FetchDirectory(home, 0, 100, 0, 0))]
+    made = [entry.attributes for page in pages for entry in page.entries]
+    assert made
+    assert all(each.uid != 0 and each.gid != 0 for each in made)
+    pages = [page async for page in place.root.connection.stream(wire.FetchDirectory(private, 0, 100, 0, 0))]
+    assert [entry.name for page in pages for entry in page.entries] == [b"secret"]
 
 
 async def test_all_are_one_user(place: Place) -> None:

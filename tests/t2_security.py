@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import ssl
 import time
@@ -13,12 +14,14 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Final
 
+import psutil
 import pytest
 from certificates import Authority
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from secured import TCP, enter, identity, secured
 from served import VOLUME, Client, Metaserver, Raw, serving, until
+from t2_metaserver_process import running
 
 from fuseclient.worker import rpc
 from metaserver import gate, wire
@@ -234,6 +237,42 @@ async def test_certificates_are_read_again(tmp_path: Path, authority: Authority)
         os.truncate(files.certificate, 100)
         tls.reload()
         await enter(metaserver, query)
+
+
+async def test_sighup_has_a_process_read_its_certificates_again(tmp_path: Path, authority: Authority) -> None:
+    """Those that are connected stay so; an identity that is revoked meanwhile is cut off as ever."""
+    files = authority.sign("process", host="192.0.2.1")
+    arguments = ("--engine", f"lmdb://{tmp_path}/meta", "--listen", f"unix:{tmp_path}/socket", "--listen", TCP)
+    certificate = ("--tls-cert", files.certificate, "--tls-key", files.key, "--advertise", "tcp:127.0.0.1:1")
+    async with running(*arguments, *certificate) as process:
+        admin = await process.client()
+        (port,) = [each.laddr.port for each in psutil.Process(process.process.pid).net_connections("tcp")]
+        token = wire.make_token("one")
+        digest = wire.digest(wire.split_token(token)[1])
+        made = wire.CreateIdentity(wire.Identity("one", volumes=[VOLUME]), digest)
+        await admin.connection.call(made, wire.Done)
+        (tmp_path / "token").touch(mode=0o600)
+        (tmp_path / "token").write_text(token)
+        address = f"tcp:127.0.0.1:{port}?ca={authority.path}&token={tmp_path}/token"
+        with pytest.raises(rpc.Disconnected, match="mismatch"):
+            await rpc.connect(address)
+        authority.sign("process")
+        process.process.send_signal(signal.SIGHUP)
+
+        async def is_let_in() -> rpc.Connection | None:
+            with contextlib.suppress(rpc.Disconnected):
+                return await rpc.connect(address)
+            return None
+
+        await until(is_let_in)
+        client = await rpc.connect(address)
+        await client.call(wire.OpenSession(VOLUME, "test"), wire.SessionOpened)
+        assert not admin.connection.lost
+        await admin.connection.call(wire.RevokeIdentity("one"), wire.Done)
+        await until(lambda: client.lost)
+        with pytest.raises(rpc.Refused, match="NOT_AUTHENTICATED"):
+            await rpc.connect(address)
+        assert await process.end(signal.SIGTERM) == 0
 
 
 async def test_a_local_process_of_another_user_may_not_use_the_socket(

@@ -823,6 +823,32 @@ async def test_a_file_that_others_changed_while_it_is_written(rig: Rig) -> None:
     await rig.assert_maps_are_right()
 
 
+@pytest.mark.parametrize("verb", ["rename", "unlink", "link"])
+async def test_links_of_a_new_file_that_is_committed_meanwhile(
+    both: Rig, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """A commit of its content is told of between the change of its names and the reply to that."""
+    ops, call = both.ops, both.session.call
+    await both.create(b"other")
+    info, made = await ops.create(ROOT, b"file", 0o644, os.O_RDWR, ME)
+    await ops.write(info.fh, 0, b"x" * 2 * INLINE_LIMIT)
+
+    async def after_a_commit(request: wire.Request, reply_type: Any) -> Any:
+        if isinstance(request, wire.Rename | wire.Remove | wire.Link):
+            await ops._writer.publish(made.st_ino)
+        return await call(request, reply_type)
+
+    monkeypatch.setattr(both.session, "call", after_a_commit)
+    if verb == "rename":
+        await ops.rename(ROOT, b"other", ROOT, b"file", 0, ME)
+    elif verb == "unlink":
+        await ops.unlink(ROOT, b"file", ME)
+    else:
+        await ops.link(made.st_ino, ROOT, b"second", ME)
+    assert (await ops.getattr(made.st_ino, ME)).st_nlink == (2 if verb == "link" else 0)
+    await ops.release(info.fh)
+
+
 async def test_a_lost_session_drops_everything(quiet: None, rig: Rig) -> None:
     await rig.create(b"file", b"content")
     session = rig.metaserver.server.sessions

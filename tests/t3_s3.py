@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
@@ -170,11 +171,19 @@ def test_a_mount_outlives_its_store(server: weed.Weed, sandbox: rig.Sandbox, mou
             os.fsync(descriptor)
         assert failed.value.errno == errno.EIO
         server.start() if fault == "dies" else server.thaw()
-        os.fsync(descriptor)
+        # A server that was stopped may be slow at first; what was written is kept for as long as it takes.
+        rig.wait_for(lambda: _is_synced(descriptor), "the store takes what was written")
     finally:
         os.close(descriptor)
     mounted.remount()
     assert (mounted.path / "file").read_bytes() == first + second
+
+
+def _is_synced(descriptor: int) -> bool:
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+        return True
+    return False
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -12,6 +12,7 @@ import os
 import stat
 import struct
 from array import array
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,9 @@ class Maps:
 
     def __init__(self) -> None:
         self.names: dict[tuple[int, bytes], int] = {}
+        #: Directories all of whose names are here.
+        self.wholes: set[int] = set()
+        self._losses: Counter[int] = Counter()
         self.inodes: dict[int, wire.Attributes] = {}
         #: Inodes of which it is known only that they have no xattrs.
         self.written: set[int] = set()
@@ -93,12 +97,29 @@ class Maps:
         self.names[parent, name] = 0
 
     def drop_name(self, parent: int, name: bytes) -> None:
+        self._lose(parent)
         self.names.pop((parent, name), None)
+
+    def put_whole(self, directory: int, losses: int) -> bool:
+        if losses == self._losses[directory]:
+            self.wholes.add(directory)
+        return losses == self._losses[directory]
+
+    def losses(self, directory: int) -> int:
+        return self._losses[directory]
+
+    def _lose(self, directory: int) -> None:
+        self.drop_whole(directory)
+        self._losses[directory] += 1
+
+    def drop_whole(self, directory: int) -> None:
+        self.wholes.discard(directory)
 
     room = Room(1 << 20, 1 << 16)
 
     def evict(self, directory: int) -> None:
         """Give up the entries of a directory."""
+        self._lose(directory)
         gone = [key for key in self.names if key[0] == directory]
         inodes = {self.names.pop(key) for key in gone} - {0}
         for ino in inodes:
@@ -117,7 +138,7 @@ class Maps:
         return True if self._has_entries(directory) else None
 
     def _has_entries(self, directory: int) -> bool:
-        return any(parent == directory for parent, _ in self.names)
+        return directory in self.wholes or any(parent == directory for parent, _ in self.names)
 
     def has_all(self, inodes: array[int], *, content: bool) -> bool:
         there = [self.inodes.get(each & (1 << 48) - 1) for each in inodes]
@@ -204,6 +225,9 @@ class Forgetful(Maps):
 
     def put_absent(self, parent: int, name: bytes) -> None:
         pass
+
+    def put_whole(self, directory: int, losses: int) -> bool:
+        return False
 
 
 class Kernel:

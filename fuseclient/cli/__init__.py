@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -34,6 +35,7 @@ from fuseclient.cli import (
     warmup,
 )
 from fuseclient.errors import UserError
+from fuseclient.leaving import leave
 
 _HELP = "A distributed file system whose FUSE requests BPF programs answer in the kernel."
 
@@ -46,8 +48,16 @@ for _module in _COMMANDS:
     _module.register(app)
 
 
-def main() -> None:
-    """Run the command line and exit."""
+def run() -> NoReturn:
+    """Run the command line, and end the process."""
+    try:
+        main()
+    except SystemExit as ended:
+        leave(ended.code if isinstance(ended.code, int) else 0)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: raise SystemExit."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = app(standalone_mode=False)

@@ -1,5 +1,5 @@
 """``python -m fuseclient.cli``: the command ``bpfuse`` where it is not installed."""
 
-from fuseclient.cli import main
+from fuseclient.cli import run
 
-main()
+run()

@@ -631,6 +631,12 @@ class Writer:
         if file is not None:
             self._observe(file, attributes)
 
+    def note(self, attributes: wire.Attributes) -> None:
+        """These were an inode's attributes after a change by this client; there may be newer ones."""
+        file = self._files.get(attributes.ino)
+        if file is not None:
+            self._note(file, attributes)
+
     def overlay(self, attributes: wire.Attributes) -> wire.Attributes:
         """Return a file's attributes as they will be when all that is written is committed."""
         file = self._files.get(attributes.ino)

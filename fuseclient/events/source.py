@@ -22,6 +22,8 @@ from metaserver import wire
 #: The exit code of a command that asked for events that are not kept.
 EVENTS_GONE: Final = 3
 
+#: Seconds that a mount may take to begin or to end: its metaserver is there then, but cannot be talked to.
+_BETWEEN_S: Final = 10.0
 #: Seconds between two looks whether a volume is mounted, and two tries to reach a metaserver.
 _PAUSE_S: Final = 0.3
 
@@ -36,6 +38,10 @@ def pages(url: str, since: int | None, *, live: bool, note: Callable[[str], None
         yield from _Source(parse_volume(url), since, live, note, runner).pages()
 
 
+class _NotThere(UserError):
+    """No metaserver of a volume has ever answered."""
+
+
 class _Source:
     def __init__(
         self, volume: Volume, since: int | None, live: bool, note: Callable[[str], None], runner: asyncio.Runner
@@ -48,20 +54,31 @@ class _Source:
         #: Of the volume, once it was heard.
         self._identity: bytes | None = None
         self._is_away = False
+        #: What was in the log at first has been told.
+        self._told = False
 
     def pages(self) -> Iterator[wire.EventPage]:
-        address = self._address()
-        if address is None:
+        deadline = time.monotonic() + _BETWEEN_S
+        while True:
+            try:
+                yield from self._pages_of(self._address())
+            except (servers.EngineInUse, _NotThere):
+                if self._told or not isinstance(self._volume, Embedded) or time.monotonic() >= deadline:
+                    raise
+            else:
+                if not self._live:
+                    return
+            time.sleep(_PAUSE_S)
+
+    def _pages_of(self, address: str | None) -> Iterator[wire.EventPage]:
+        """Yield what is told at an address; without one, what is in the log, unless that was told before."""
+        if address is not None:
+            yield from self._stream_until_lost(address, live=self._live)
+        elif not self._told:
             assert isinstance(self._volume, Embedded)
             with servers.embedded_server(self._volume, "--no-janitor") as own:
                 yield from self._stream_until_lost(own, live=False)
-        while self._live or address is not None:
-            if address is not None:
-                yield from self._stream_until_lost(address, live=self._live)
-            if not self._live:
-                return
-            time.sleep(_PAUSE_S)
-            address = self._address()
+        self._told = True
 
     def _address(self) -> str | None:
         """Return where the volume's metaserver listens; ``None``: nobody has the volume mounted."""
@@ -80,7 +97,7 @@ class _Source:
             yield from self._stream(address, live=live)
         except rpc.Disconnected as error:
             if self._identity is None:
-                raise UserError(f"no metaserver of {self._volume.url} to talk to: {error}") from None
+                raise _NotThere(f"no metaserver of {self._volume.url} to talk to: {error}") from None
             if not live:
                 raise UserError(f"{error}; to go on: --since {self._since}") from None
             if not self._is_away:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from fuseclient.leaving import leave
 from fuseclient.worker.process import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    leave(main(sys.argv))

@@ -110,6 +110,7 @@ class _Fetch:
         self.done = False
         self.error: Exception | None = None
         self.generation = feeder.generation
+        self._losses = feeder.losses(request.ino)
         self._feeder = feeder
         self._token = feeder.begin()
         self._users = 1
@@ -148,6 +149,9 @@ class _Fetch:
             return
         self.entries.sort(key=_cookie)
         self._put_listing()
+        if self.error is None and self.whole and self.complete:
+            names = (entry.name for entry in self.entries)
+            self._feeder.know_whole(self._token, self.request.ino, names, self._losses)
         self.done = True
         self.on_end(self)
         self._progress.set()
@@ -471,8 +475,6 @@ class Directories:
             del self._fetches[ino]
         if fetch.error is not None or not fetch.came:
             return
-        if fetch.whole and fetch.complete and fetch.generation == self._feeder.generation:
-            self._feeder.whole.know(ino, (entry.name for entry in fetch.entries))
         if not fetch.complete:
             self._note_large(fetch)
         self.fetched(ino)

@@ -72,6 +72,8 @@ class Feeder:
         self.warm = WarmDirectories()
         #: Told of what an inode has become by a change made here.
         self.on_changed: Callable[[wire.Attributes], object] = lambda attributes: None
+        #: The same, if something else has changed it meanwhile, here or elsewhere: it may be newer than this.
+        self.on_overtaken: Callable[[wire.Attributes], object] = lambda attributes: None
         #: Says of an inode that is open for writing whether it is nevertheless what these attributes say.
         self.is_shown: Callable[[wire.Attributes], bool] = lambda attributes: False
         #: Told of each inode that is dropped; ``None`` is all of them.
@@ -114,6 +116,30 @@ class Feeder:
     def same_names(self, token: Token, ino: int) -> bool:
         """Say whether no name of a directory was dropped, made or removed since the token was taken."""
         return self._guard.may_put(token, _listing(ino))
+
+    def losses(self, ino: int) -> int:
+        """To be taken before the names of a whole directory are put, for :meth:`know_whole`."""
+        return self._cache.losses(ino)
+
+    def know_whole(self, token: Token, ino: int, names: Iterable[bytes], losses: int) -> None:
+        """All names of a directory were put, and these are they, if none was dropped, made or removed since the token.
+
+        What it lacks is absent from now on, until one of its names is dropped.
+        """
+        if self.same_names(token, ino):
+            self.whole.know(ino, names)
+            self.put_whole(token, ino, losses)
+
+    def put_whole(self, token: Token, ino: int, losses: int) -> None:
+        """As :meth:`know_whole`, of a directory whose names are not to be remembered here."""
+        if self.same_names(token, ino):
+            self.touched_names.add(ino)
+            self._cache.put_whole(ino, losses)
+
+    def forget_whole(self, ino: int) -> None:
+        """A directory is no more."""
+        self.whole.forget(ino)
+        self._cache.drop_whole(ino)
 
     def listing(
         self, token: Token, ino: int, after: int, entries: Sequence[Entry | wire.DirectoryEntry], *, complete: bool
@@ -195,8 +221,7 @@ class Feeder:
             fresh = self._guard.may_put(token, each.ino)
             self.drop_inode(each.ino)
             self._remember(each)
-            if fresh:
-                self.on_changed(each)
+            (self.on_changed if fresh else self.on_overtaken)(each)
             if fresh and self._wanted(each):
                 self._put_inode(each, None)
             elif fresh and self._is_written(each.ino) and each.nlink > 0 and self.is_shown(each):
@@ -289,6 +314,7 @@ class Feeder:
         self.generation += 1
         self.whole.forget(ino)
         self.warm.forget(ino)
+        self._cache.drop_whole(ino)
         self._guard.dropped_names(ino)
         self._listings.forget(ino)
 

@@ -187,6 +187,7 @@ class Mount:
             creations.observe(attributes)
 
         feeder.on_changed = changed
+        feeder.on_overtaken = writer.note
         feeder.is_shown = lambda attributes: attributes.ino not in kernel.dropping and writer.show(attributes)
         writer.when_touched = feeder.written
 

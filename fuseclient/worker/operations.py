@@ -156,10 +156,7 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        made, fresh = await self._make(parent_inode, name, mode, ctx)
-        if fresh:
-            self._feeder.whole.know(made.ino, ())
-        return self._changed_entry(made, fresh)
+        return self._changed_entry(*await self._make(parent_inode, name, mode, ctx))
 
     @answered
     async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
@@ -179,6 +176,8 @@ class Operations(pyfuse3.Operations):
             fresh = self._named(token, parent, name, changed)
             if target is not None and fresh:
                 self._feeder.content(made, target)
+            if fresh and stat.S_ISDIR(mode):
+                self._feeder.know_whole(token, made.ino, (), self._feeder.losses(made.ino))
         return made, fresh
 
     def _named(self, token: Token, parent: int, name: bytes, changed: wire.Changed) -> bool:
@@ -213,6 +212,8 @@ class Operations(pyfuse3.Operations):
             changed = await self._session.call(wire.Remove(parent, name, directory), wire.Changed)
             self._feeder.changed(token, changed.attributes)
             self._feeder.unnamed(token, parent, name)
+            if directory:
+                self._feeder.forget_whole(changed.attributes[0].ino)
         self._note_orphan(changed.attributes[0])
 
     @answered
@@ -271,6 +272,10 @@ class Operations(pyfuse3.Operations):
                 for ino in locked:
                     self._feeder.drop_inode(ino)
                 await self._kernel.doubt(names, locked)
+            raise
+        except BaseException:
+            for parent, name in names:
+                self._feeder.drop_name(parent, name)
             raise
         finally:
             self._kernel.busy.subtract(locked)

@@ -35,6 +35,8 @@ PAGE_BYTES: Final = 4096
 _WINDOW: Final = 1024
 #: What an entry takes up in a listing beside its name, in bytes.
 _LISTED_BYTES: Final = 36
+#: Entries that it takes up to say that a directory is whole.
+MARK: Final = 1
 #: Files that are brought at once.
 _FILES_AT_ONCE: Final = 4
 
@@ -64,6 +66,7 @@ class DirectoryFetch:
         self._pages = 0
         self._listed_bytes = 0
         self._lists = room.pages > 0
+        self._losses = feeder.losses(ino)
         #: Nothing more is to be fetched; and all of it is there.
         self.ended = self.whole = False
 
@@ -118,6 +121,9 @@ class DirectoryFetch:
         self._progress.entries += len(entries)
         self._cookie = entries[-1].cookie if entries else self._cookie
         self.ended = self.whole = complete
+        if complete:
+            self._room.entries -= MARK
+            self._feeder.put_whole(self._token, self._ino, self._losses)
 
     def _without_content(self, attributes: wire.Attributes) -> None:
         if comes_with_directory(attributes):

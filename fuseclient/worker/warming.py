@@ -28,7 +28,7 @@ from fuseclient.worker.directories import Directories, Session
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.warm_directories import DIRECTORY, INO, WarmDirectory
-from fuseclient.worker.warm_fetching import PAGE_BYTES, DirectoryFetch, Files, Room, together
+from fuseclient.worker.warm_fetching import MARK, PAGE_BYTES, DirectoryFetch, Files, Room, together
 from metaserver import wire
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Walk:
     def _pass_over(self, known: WarmDirectory) -> None:
         self.progress.directories_passed_over += 1
         self.progress.entries_passed_over += len(known.inodes)
-        self.room.entries -= len(known.inodes)
+        self.room.entries -= len(known.inodes) + MARK
         self.room.pages -= known.pages
 
     async def _fetch(self, ino: int) -> WarmDirectory:

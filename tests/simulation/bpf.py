@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import stat
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -41,15 +42,19 @@ class Answer(NamedTuple):
 class Maps:
     """The maps: the worker's side is :class:`fuseclient.kernel_cache.Cache`, the programs' are the ``answer_`` methods.
 
-    ``checks_deadline`` False is a rule switched off, for the tests that show that it is needed.
+    ``checks_deadline`` and ``forgets_wholes`` False are rules switched off, for tests that show that they are needed.
     """
 
     checks_deadline = True
+    forgets_wholes = True
 
     def __init__(self, loop: VirtualLoop, rng: random.Random) -> None:
         self._loop = loop
         self._rng = rng
         self._names: dict[tuple[int, bytes], _Name] = {}
+        #: Directories all of whose names are here, with the epoch.
+        self._wholes: dict[int, int] = {}
+        self._losses: Counter[int] = Counter()
         self._inodes: dict[int, _Inode] = {}
         self._opens: dict[int, int] = {}
         #: What was given up, and is not told yet.
@@ -82,12 +87,13 @@ class Maps:
         self.put_name(parent, name, 0)
 
     def _evict(self) -> None:
-        if not self._names or self._rng.random() >= _FORGETTING:
-            return
-        self.give_up(self._rng.choice(list(self._names))[0])
+        here = [*(parent for parent, _ in self._names), *self._wholes]
+        if here and self._rng.random() < _FORGETTING:
+            self.give_up(self._rng.choice(here))
 
     def give_up(self, directory: int) -> None:
         """Evict a directory's entries."""
+        self._lose(directory)
         for key in [key for key in self._names if key[0] == directory]:
             ino = self._names.pop(key).ino
             if self._inodes.pop(ino, None) is not None:
@@ -104,10 +110,30 @@ class Maps:
         return taken
 
     def is_used(self, directory: int) -> bool | None:
-        return True if any(parent == directory for parent, _ in self._names) else None
+        held = directory in self._wholes or any(parent == directory for parent, _ in self._names)
+        return True if held else None
 
     def drop_name(self, parent: int, name: bytes) -> None:
+        self._lose(parent)
         self._names.pop((parent, name), None)
+
+    def _lose(self, directory: int) -> None:
+        """A name is about to be taken away."""
+        if self.forgets_wholes:
+            self._losses[directory] += 1
+            self.drop_whole(directory)
+
+    def put_whole(self, directory: int, losses: int) -> bool:
+        self._evict()
+        if losses == self.losses(directory):
+            self._wholes[directory] = self.epoch
+        return losses == self.losses(directory)
+
+    def losses(self, directory: int) -> int:
+        return self.epoch << 32 | self._losses[directory]
+
+    def drop_whole(self, directory: int) -> None:
+        self._wholes.pop(directory, None)
 
     def drop_inode(self, ino: int) -> None:
         self._inodes.pop(ino, None)
@@ -184,6 +210,8 @@ class Maps:
     def answer_lookup(self, parent: int, name: bytes) -> Answer | None:
         """Answer LOOKUP, or None: a miss."""
         found = self._names.get((parent, name))
+        if found is None and parent in self._wholes:
+            found = _Name(0, self._wholes[parent])
         if found is None or found.epoch != self.epoch or self._left_s() <= 0:
             return None
         if not found.ino:

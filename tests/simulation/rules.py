@@ -43,6 +43,7 @@ RULES: Final[dict[str, Rule]] = {
     "deadline": Rule(
         ((Maps, "checks_deadline", False), (Kernel, "keeps_forever", True)), ("partition", "freeze_a_worker")
     ),
+    "whole directories": Rule(((Maps, "forgets_wholes", False),)),
     "acknowledgement": Rule(((Breaks, "wait", _at_once),), ("cut_a_connection",)),
     "version": Rule(((_State, "unsettled", lambda *args: ([], [])),)),
     "fetches in flight": Rule(((Guard, "may_put", lambda *args: True),)),

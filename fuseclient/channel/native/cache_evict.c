@@ -42,7 +42,7 @@ static bool evict_name(struct bpfuse_cache *cache, __u32 slot, __u64 directory, 
 
 	if (bpf_map_lookup_elem(cache->options.names_fd, &key, &value) || value.group != slot)
 		return false;
-	cache_drop(cache, cache->options.names_fd, &key);
+	cache_drop_name(cache, &key);
 	return true;
 }
 
@@ -69,9 +69,9 @@ static size_t most_members(const struct bpfuse_cache *cache)
 	return MEMBERS_FACTOR * (size_t)cache->options.capacity + BPFUSE_BATCH;
 }
 
-/* Counts what has gone from each map. */
+/* Counts what has gone from each map, and groups. */
 struct gone {
-	__u32 names, inodes;
+	__u32 names, inodes, groups;
 };
 
 static void evict_group(struct bpfuse_cache *cache, __u32 slot, struct gone *gone)
@@ -80,12 +80,15 @@ static void evict_group(struct bpfuse_cache *cache, __u32 slot, struct gone *gon
 	struct gone before = *gone;
 	__u64 directory = group->directory;
 
+	if (directory)
+		bpfuse_cache_drop_whole(cache, directory);
 	for (__u32 i = 0; i < group->count; i++) {
 		if (directory)
 			gone->names += evict_name(cache, slot, directory, &group->members[i]);
 		gone->inodes += evict_inode(cache, slot, group->members[i].ino);
 	}
 	groups_remove(cache->groups, slot);
+	gone->groups++;
 	if (directory && !groups_newest(cache->groups, directory))
 		tell(cache, directory | 1ULL << BPFUSE_EVICTED_DIRECTORY_BIT);
 	cache->figures.evicted_groups++;
@@ -99,6 +102,8 @@ static bool is_enough(const struct bpfuse_cache *cache, enum cache_full full, co
 		return gone->names >= wanted;
 	case FULL_INODES:
 		return gone->inodes >= wanted;
+	case FULL_GROUPS:
+		return gone->groups >= wanted;
 	default:
 		return groups_members(cache->groups) + wanted <= most_members(cache);
 	}
@@ -107,7 +112,7 @@ static bool is_enough(const struct bpfuse_cache *cache, enum cache_full full, co
 bool cache_evict(struct bpfuse_cache *cache, enum cache_full full)
 {
 	__u32 *ranked = malloc((groups_count(cache->groups) + 1) * sizeof(*ranked));
-	__u32 wanted = cache->options.capacity / ROOM_SHARE + 1, before = groups_count(cache->groups), count;
+	__u32 wanted = cache->options.capacity / ROOM_SHARE + 1, count;
 	struct gone gone = { 0 };
 
 	if (!ranked)
@@ -117,15 +122,13 @@ bool cache_evict(struct bpfuse_cache *cache, enum cache_full full)
 		if (groups_get(cache->groups, ranked[i])->serial <= cache->batch_serial)
 			evict_group(cache, ranked[i], &gone);
 	free(ranked);
-	return full == FULL_NAMES  ? gone.names :
-	       full == FULL_INODES ? gone.inodes :
-				     groups_count(cache->groups) < before;
+	return full == FULL_NAMES ? gone.names : full == FULL_INODES ? gone.inodes : gone.groups;
 }
 
 void cache_open_group(struct bpfuse_cache *cache, __u64 directory)
 {
 	if (groups_members(cache->groups) >= most_members(cache))
-		cache_evict(cache, FULL_GROUPS);
+		cache_evict(cache, FULL_MEMBERS);
 	cache->group = groups_open(cache->groups, directory);
 	if (!cache->group && cache_evict(cache, FULL_GROUPS))
 		cache->group = groups_open(cache->groups, directory);

@@ -13,6 +13,9 @@
  * When a map is full, the coldest groups of entries are given up (cache_evict.c). When the kernel refuses a value all the
  * same, its key is deleted, since an older value may be there; when a deletion fails too, the epoch is raised, which drops
  * everything.
+ *
+ * A directory is marked as whole when its caller has put all its names and none was lost since he began. It stays so through
+ * names that are put. Whatever takes a name away, or fails to put one, takes the mark away first.
  */
 #define _GNU_SOURCE
 #include <bpf/bpf.h>
@@ -43,6 +46,89 @@ void bpfuse_hash_name(const __u8 *name, __u32 length, const __u64 *key, __u64 *o
 	words[length / 8] = 0;
 	memcpy(words, name, length);
 	bpfuse_siphash(words, length, key, out);
+}
+
+/* Taking from the maps */
+
+static void mark(__u8 *marks, __u64 ino)
+{
+	__u32 slot = bpfuse_open_slot(ino);
+
+	marks[slot / 8] |= 1 << slot % 8;
+}
+
+static bool is_marked(const __u8 *marks, __u64 ino)
+{
+	__u32 slot = bpfuse_open_slot(ino);
+
+	return marks[slot / 8] >> slot % 8 & 1;
+}
+
+static void deleted(struct bpfuse_cache *cache, int result)
+{
+	if (!result || result == -ENOENT)
+		return;
+	cache->figures.forced_epochs++;
+	bpfuse_cache_bump_epoch(cache);
+}
+
+void cache_drop(struct bpfuse_cache *cache, int fd, const void *key)
+{
+	deleted(cache, bpf_map_delete_elem(fd, key));
+}
+
+/* `names` is about to be changed. A worker that died after this left the number odd. */
+static void begin_names(struct bpfuse_cache *cache)
+{
+	__atomic_store_n(&cache->control->names_changes, cache->control->names_changes | 1, __ATOMIC_SEQ_CST);
+}
+
+static void end_names(struct bpfuse_cache *cache)
+{
+	__atomic_store_n(&cache->control->names_changes, cache->control->names_changes + 1, __ATOMIC_SEQ_CST);
+}
+
+static void delete_name(struct bpfuse_cache *cache, const struct bpfuse_name_key *key)
+{
+	int result;
+
+	begin_names(cache);
+	result = bpf_map_delete_elem(cache->options.names_fd, key);
+	end_names(cache);
+	deleted(cache, result);
+}
+
+static bool is_whole_mark(const struct bpfuse_name_key *key)
+{
+	return !key->hash[0] && !key->hash[1];
+}
+
+void bpfuse_cache_drop_whole(struct bpfuse_cache *cache, __u64 directory)
+{
+	struct bpfuse_name_key key = { .parent = directory };
+
+	if (is_marked(cache->wholes, directory))
+		delete_name(cache, &key);
+}
+
+void cache_drop_name(struct bpfuse_cache *cache, const struct bpfuse_name_key *key)
+{
+	cache->losses[bpfuse_open_slot(key->parent)]++;
+	bpfuse_cache_drop_whole(cache, key->parent);
+	delete_name(cache, key);
+}
+
+/* Drops a key whose value the kernel did not take. */
+static void drop_refused(struct bpfuse_cache *cache, int fd, const void *key)
+{
+	struct bpfuse_name_key name;
+
+	if (fd != cache->options.names_fd) {
+		cache_drop(cache, fd, key);
+		return;
+	}
+	memcpy(&name, key, sizeof(name));
+	cache_drop_name(cache, &name);
 }
 
 /* Opening and closing */
@@ -102,20 +188,6 @@ static bool has_pages(const struct bpfuse_cache *cache, const struct bpfuse_inod
 	       value->first_page < cache->options.page_count;
 }
 
-static void mark(__u8 *marks, __u64 ino)
-{
-	__u32 slot = bpfuse_open_slot(ino);
-
-	marks[slot / 8] |= 1 << slot % 8;
-}
-
-static bool is_marked(const __u8 *marks, __u64 ino)
-{
-	__u32 slot = bpfuse_open_slot(ino);
-
-	return marks[slot / 8] >> slot % 8 & 1;
-}
-
 static void take_over_name(void *context, const void *key, const void *value)
 {
 	struct bpfuse_cache *cache = context;
@@ -127,6 +199,10 @@ static void take_over_name(void *context, const void *key, const void *value)
 	memcpy(&found, value, sizeof(found));
 	if (found.version > cache->version)
 		cache->version = found.version;
+	if (is_whole_mark(&name)) { /* this worker does not know how far the one before it has come */
+		delete_name(cache, &name);
+		return;
+	}
 	member = (struct member){ .hash = { name.hash[0], name.hash[1] }, .ino = found.ino };
 	if (groups_restore(cache->groups, found.group, name.parent))
 		groups_add(cache->groups, found.group, &member);
@@ -179,7 +255,9 @@ static int prepare(struct bpfuse_cache *cache)
 	cache->owners = calloc(options->page_count, sizeof(*cache->owners));
 	cache->listed = calloc(BPFUSE_OPEN_SLOTS / 8, 1);
 	cache->tagged = calloc(BPFUSE_OPEN_SLOTS / 8, 1);
-	if (!cache->groups || !cache->owners || !cache->listed || !cache->tagged)
+	cache->wholes = calloc(BPFUSE_OPEN_SLOTS / 8, 1);
+	cache->losses = calloc(BPFUSE_OPEN_SLOTS, sizeof(*cache->losses));
+	if (!cache->groups || !cache->owners || !cache->listed || !cache->tagged || !cache->wholes || !cache->losses)
 		return -ENOMEM;
 	if (cache->control->page_cursor >= options->page_count)
 		cache->control->page_cursor = 0;
@@ -219,6 +297,8 @@ void bpfuse_cache_close(struct bpfuse_cache *cache)
 	free(cache->owners);
 	free(cache->listed);
 	free(cache->tagged);
+	free(cache->wholes);
+	free(cache->losses);
 	free(cache);
 }
 
@@ -242,16 +322,16 @@ const struct bpfuse_control *bpfuse_cache_control(const struct bpfuse_cache *cac
 	return cache->control;
 }
 
-/* Maps */
-
-void cache_drop(struct bpfuse_cache *cache, int fd, const void *key)
+static int put_batch(struct bpfuse_cache *cache, int fd, const char *keys, const char *values, __u32 *count)
 {
-	int result = bpf_map_delete_elem(fd, key);
+	int result;
 
-	if (!result || result == -ENOENT)
-		return;
-	cache->figures.forced_epochs++;
-	bpfuse_cache_bump_epoch(cache);
+	if (fd != cache->options.names_fd)
+		return bpf_map_update_batch(fd, keys, values, count, NULL);
+	begin_names(cache);
+	result = bpf_map_update_batch(fd, keys, values, count, NULL);
+	end_names(cache);
+	return result;
 }
 
 static void put_all(struct bpfuse_cache *cache, int fd, const void *keys, size_t key_size, const void *values,
@@ -262,7 +342,7 @@ static void put_all(struct bpfuse_cache *cache, int fd, const void *keys, size_t
 	while (at < count) {
 		const char *key = (const char *)keys + at * key_size, *value = (const char *)values + at * value_size;
 		__u32 done = count - at;
-		int result = bpf_map_update_batch(fd, key, value, &done, NULL);
+		int result = put_batch(cache, fd, key, value, &done);
 
 		if (!result)
 			return;
@@ -273,7 +353,7 @@ static void put_all(struct bpfuse_cache *cache, int fd, const void *keys, size_t
 			continue;
 		}
 		cache->figures.put_failures++;
-		cache_drop(cache, fd, key + done * key_size);
+		drop_refused(cache, fd, key + done * key_size);
 		at += done + 1;
 	}
 }
@@ -522,7 +602,54 @@ void bpfuse_cache_drop_name(struct bpfuse_cache *cache, __u64 parent, const __u8
 	struct bpfuse_name_key key = { .parent = parent };
 
 	bpfuse_hash_name(name, length, cache->control->hash_key, key.hash);
-	cache_drop(cache, cache->options.names_fd, &key);
+	cache_drop_name(cache, &key);
+}
+
+__u64 bpfuse_cache_losses(const struct bpfuse_cache *cache, __u64 directory)
+{
+	return (__u64)cache->control->epoch << 32 | cache->losses[bpfuse_open_slot(directory)];
+}
+
+/* Puts the mark of a directory, unless to make room for it costs one of its names. */
+static int put_mark(struct bpfuse_cache *cache, const struct bpfuse_name_key *key, __u64 losses)
+{
+	struct bpfuse_name_value value = {
+		.epoch = cache->control->epoch,
+		.group = cache->group,
+		.version = ++cache->version,
+	};
+	int result = -E2BIG;
+
+	for (__u32 tries = 0; tries < 2 && result == -E2BIG; tries++) {
+		__u32 count = 1;
+
+		if (tries && !cache_evict(cache, FULL_NAMES))
+			break;
+		if (bpfuse_cache_losses(cache, key->parent) != losses)
+			break;
+		result = put_batch(cache, cache->options.names_fd, (const char *)key, (const char *)&value, &count);
+	}
+	return result;
+}
+
+int bpfuse_cache_put_whole(struct bpfuse_cache *cache, __u64 directory, __u64 losses)
+{
+	struct bpfuse_name_key key = { .parent = directory };
+
+	if (bpfuse_cache_losses(cache, directory) != losses)
+		return 0;
+	begin_batch(cache);
+	cache_open_group(cache, directory);
+	cache_join_group(cache, key.hash, 0);
+	if (!cache->group)
+		return 0;
+	mark(cache->wholes, directory);
+	if (put_mark(cache, &key, losses)) {
+		bpfuse_cache_drop_whole(cache, directory);
+		return 0;
+	}
+	cache->figures.wholes++;
+	return 1;
 }
 
 void cache_drop_xattrs(struct bpfuse_cache *cache, __u64 ino)
@@ -708,6 +835,7 @@ void bpfuse_cache_bump_epoch(struct bpfuse_cache *cache)
 	memset(cache->owners, 0, cache->options.page_count * sizeof(*cache->owners));
 	memset(cache->listed, 0, BPFUSE_OPEN_SLOTS / 8);
 	memset(cache->tagged, 0, BPFUSE_OPEN_SLOTS / 8);
+	memset(cache->wholes, 0, BPFUSE_OPEN_SLOTS / 8);
 }
 
 /* Handles */

@@ -58,6 +58,7 @@ struct bpfuse_cache_figures {
 	__u64 overtaken;       /* inodes whose content or listing lost its pages to newer content */
 	__u64 put_failures;    /* values that the kernel did not take, and that are therefore not cached */
 	__u64 forced_epochs;   /* times that everything was dropped because a drop failed */
+	__u64 wholes;          /* directories of which it was said that all their names are here */
 	__u64 evicted_groups;  /* directories, or parts of large ones, that were given up for others, */
 	__u64 evicted_entries; /* and the names and inodes that went with them */
 };
@@ -77,7 +78,17 @@ void bpfuse_cache_place(struct bpfuse_cache *cache, __u32 count);
 void bpfuse_cache_put(struct bpfuse_cache *cache, __u32 count, __u64 parent, const __u8 *names);
 /* `ino` 0: the name is known to be absent. */
 void bpfuse_cache_put_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length, __u64 ino);
+/* Forgets a name, and before it that its directory is whole. */
 void bpfuse_cache_drop_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length);
+/*
+ * Says that all names of a directory were put since bpfuse_cache_losses() returned `losses`: names that are not found in it
+ * are answered as absent from now on, until one of its names is dropped or given up. Returns 1, or 0 if that cannot be
+ * relied upon, because one was since, or if there is no room to say it.
+ */
+int bpfuse_cache_put_whole(struct bpfuse_cache *cache, __u64 directory, __u64 losses);
+void bpfuse_cache_drop_whole(struct bpfuse_cache *cache, __u64 directory);
+/* Changes with each name of a directory that is taken from the map, or is not put into it for want of room. */
+__u64 bpfuse_cache_losses(const struct bpfuse_cache *cache, __u64 directory);
 void bpfuse_cache_drop_inode(struct bpfuse_cache *cache, __u64 ino);
 /*
  * Whether all these inodes are there, by the low 48 bits of each; with `content`, that of small files and symlinks is to

@@ -37,7 +37,9 @@ struct bpfuse_cache {
 	} evicted;
 	__u64 *owners;     /* by page */
 	__u8 *listed;      /* a bit by slot of `opens`: directories there may have a listing, */
-	__u8 *tagged;      /* and inodes there may be in `xattrs` */
+	__u8 *tagged;      /* and inodes there may be in `xattrs`, */
+	__u8 *wholes;      /* and directories there may be marked as whole */
+	__u32 *losses;     /* by slot of directories: names that were taken from the map, or not put into it */
 	__u64 version;     /* the last one used */
 	__u32 batch_pages; /* how far the cursor went for the batch at hand */
 	__u32 batch_epoch; /* when its pages were taken; a new epoch frees them */
@@ -51,8 +53,10 @@ struct bpfuse_cache {
 	struct bpfuse_name_value name_values[BPFUSE_BATCH];
 };
 
-/* Deletes a key from a map; raises the epoch if that cannot be done. */
+/* Deletes a key from a map that is not `names`; raises the epoch if that cannot be done. */
 void cache_drop(struct bpfuse_cache *cache, int fd, const void *key);
+/* Deletes a name, and before it the mark that its directory is whole. */
+void cache_drop_name(struct bpfuse_cache *cache, const struct bpfuse_name_key *key);
 /* Drops what is in `xattrs` of an inode. */
 void cache_drop_xattrs(struct bpfuse_cache *cache, __u64 ino);
 /* The group that entries of a directory (0: inodes without names) go to from now on. */
@@ -61,7 +65,7 @@ void cache_open_group(struct bpfuse_cache *cache, __u64 directory);
 void cache_join_group(struct bpfuse_cache *cache, const __u64 *hash, __u64 ino);
 
 /* What there is no room in. */
-enum cache_full { FULL_NAMES, FULL_INODES, FULL_GROUPS };
+enum cache_full { FULL_NAMES, FULL_INODES, FULL_GROUPS, FULL_MEMBERS };
 
 /* Makes room by giving up the coldest groups; false if there is nothing to be given up. */
 bool cache_evict(struct bpfuse_cache *cache, enum cache_full full);

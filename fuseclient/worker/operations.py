@@ -645,9 +645,11 @@ class Operations(pyfuse3.Operations):
         """Have :meth:`grant` taken back by this: see :class:`~fuseclient.data.writer.Writer`."""
         self._writer.withdraw = withdraw
 
-    def take_posted(self, fh: int, off: int, data: memoryview) -> None:
-        """Take a write that was answered already, because of a :meth:`grant`."""
-        self._writer.write_posted(handles.decode(fh).ino, off, data)
+    def take_posted(self, fh: int, off: int, data: memoryview) -> int:
+        """Take a write that was answered already, because of a :meth:`grant`; return what that is to be renewed by."""
+        ino = handles.decode(fh).ino
+        self._writer.write_posted(ino, off, data)
+        return self._writer.renewal(ino)
 
     async def absorb(self, ino: int) -> None:
         """Have what was written through mappings of a passthrough file come to the writer."""

@@ -47,6 +47,15 @@ enum bpfuse_grant {
 	BPFUSE_GRANT_CLOSE_SHIFT = 16, /* the size lies above the bytes */
 };
 
+/* By a reply to nobody the worker says, too, how much it has taken of what was posted: so much more may be. */
+enum bpfuse_renewal { BPFUSE_RENEW_UNIQUE = 6 };
+
+struct bpfuse_renewed {
+	__u64 handle;
+	__u32 units;
+	__u32 reserved;
+};
+
 /*
  * The worker takes grants back by a reply to nobody: of this unique, its body an inode (__u64; 0: all). The channel says that it
  * has, by a request of this opcode (and nobody's, either) and this inode; what was posted lies before it on the socket.

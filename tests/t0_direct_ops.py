@@ -30,6 +30,8 @@ class Recorder:
             self.asked.append((name, *arguments))
             if name == "grant":
                 return Grant(4096, 2048)
+            if name == "take_posted":
+                return 512 * 1024
             if name == "create_now":
                 return None
             return True if name == "write_now" else _entry()
@@ -78,10 +80,12 @@ def test_what_is_at_hand_is_answered_at_once(opcode: Opcode) -> None:
 
 def test_a_posted_write_has_no_answer_and_others_say_what_may_be_posted() -> None:
     operations = Recorder()
-    handler = DirectOps(operations).handlers[Opcode.WRITE]  # type: ignore[arg-type]
+    told: list[bytes] = []
+    handler = DirectOps(operations, told.append).handlers[Opcode.WRITE]  # type: ignore[arg-type]
     assert handler(asked(struct.pack("=QQIIQII", 9, 8, 3, 0, 0, 0, 0) + b"abc")) == struct.pack("=IHH", 3, 4, 2)
     assert handler(asked(struct.pack("=QQIIQII", 9, 8, 3, 0, 0, 0, 1) + b"abc")) is None
     assert operations.asked == [("write_now", 9, 8, b"abc"), ("grant", 9), ("take_posted", 9, 8, b"abc")]
+    assert told == [struct.pack("=IiQQII", 32, 0, 6, 9, 512, 0)]
 
 
 def test_every_opcode_is_covered() -> None:

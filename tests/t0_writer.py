@@ -19,7 +19,7 @@ from served import until
 from fuseclient.data.extents import Extents
 from fuseclient.data.objects import NoSpace, StoreError
 from fuseclient.data.uploads import ID_BLOCK, _SliceIds
-from fuseclient.data.writer import CREDIT_BYTES, FLUSH_BYTES, NO_GRANT, STAGED, Grant, Writer
+from fuseclient.data.writer import CREDIT_BYTES, FLUSH_BYTES, NO_GRANT, RENEW_BYTES, STAGED, Grant, Writer
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
 
@@ -313,6 +313,22 @@ async def test_what_is_posted_is_gathered_as_long_as_nothing_stands_in_the_way(
     await rig.writer.flush(INO)
     assert bytes(rig.server.content()[:18]) == b"taken all the same"
     caplog.clear()
+
+
+async def test_what_was_posted_is_renewed_as_it_is_taken() -> None:
+    rig = Rig(total_bytes=4 * CREDIT_BYTES)
+    assert rig.writer.grant(INO).credit == CREDIT_BYTES
+    half = memoryview(bytes(RENEW_BYTES // 2 + 1))
+    rig.writer.write_posted(INO, 0, half)
+    assert rig.writer.renewal(INO) == 0
+    rig.writer.write_posted(INO, 0, half)
+    assert rig.writer.renewal(INO) == RENEW_BYTES
+    assert rig.writer.renewal(INO) == 0
+    rig.writer._files[INO].appending = 1
+    rig.writer.write_posted(INO, 0, memoryview(bytes(RENEW_BYTES)))
+    assert rig.writer.renewal(INO) == 0, "nothing would be granted"
+    rig.writer._files[INO].appending = 0
+    assert rig.writer.renewal(INO) == RENEW_BYTES
 
 
 async def test_several_objects_are_on_their_way_and_committed_in_order() -> None:

@@ -70,6 +70,8 @@ STAGED: Final = 8
 TOTAL_BYTES: Final = 64 * 1024 * 1024
 #: What may be posted to one file before a write waits again, in bytes; to as many files as the channel remembers.
 CREDIT_BYTES: Final = 2 * 1024 * 1024
+#: Whoever posts is told when so much of it was taken, so that he need not wait; a multiple of what is told in.
+RENEW_BYTES: Final = CREDIT_BYTES // 4
 #: What has waited this long, in seconds, is flushed.
 FLUSH_AGE_S: Final = 5.0
 _ATTEMPTS: Final = 16
@@ -122,6 +124,8 @@ class _File:
     shown: bool = False
     #: It may be written to without a word, so that they must not be,
     granted: bool = False
+    #: of which so many bytes were used, and taken, that nobody was told of;
+    taken: int = 0
     #: and be closed without a word, now;
     closes_ahead: bool = False
     #: or it may have been, as long as it is held: then it is not given up, whatever stands in the way.
@@ -392,10 +396,9 @@ class Writer:
         It holds until something is appended to it, a handle of it is closed, or it is taken back (``withdraw``).
         """
         file = self._files.get(ino)
-        if file is None or file.error is not None or file.loss is not None or file.appending:
+        if file is None or not self._may_grant(file):
             return NO_GRANT
-        if (file.appended and _uncommitted(file)) or _has_enough_staged(file) or not self._has_memory(CREDIT_BYTES):
-            return NO_GRANT
+        file.taken = 0
         self._touch(file)
         file.granted = True
         if not self.may_wait(ino):
@@ -403,12 +406,27 @@ class Writer:
         file.closes_ahead = file.trusted = True
         return Grant(CREDIT_BYTES, self._inline_limit)
 
+    def _may_grant(self, file: _File) -> bool:
+        if file.error is not None or file.loss is not None or file.appending or _has_enough_staged(file):
+            return False
+        return not (file.appended and _uncommitted(file)) and self._has_memory(CREDIT_BYTES)
+
+    def renewal(self, ino: int) -> int:
+        """Return by how much what was granted of a file is to be renewed, now that as much of it was taken."""
+        file = self._files[ino]
+        if file.taken < RENEW_BYTES or not self._may_grant(file):
+            return 0
+        renewed = file.taken // RENEW_BYTES * RENEW_BYTES
+        file.taken -= renewed
+        return renewed
+
     def write_posted(self, ino: int, offset: int, data: memoryview) -> None:
         """Gather a write that :meth:`grant` allowed, and that was answered."""
         file = self._files[ino]
         if file.appended and _uncommitted(file):
             raise RuntimeError(f"a write to inode {ino} was posted although something is appended")
         file.appended = False
+        file.taken += len(data)
         self._take(file, offset, data)
 
     def _take(self, file: _File, offset: int, data: bytes | memoryview) -> None:

@@ -25,6 +25,7 @@ from fuseclient.worker.extra_messages import (
     encode_attributes,
     encode_entry,
     encode_opened,
+    encode_renewal,
     encode_written,
 )
 from fuseclient.worker.operations import Begun, Operations
@@ -65,13 +66,14 @@ class Asked(NamedTuple):
 
 
 class DirectOps:
-    """Answers them; ``handlers`` has one for each opcode.
+    """Answers them; ``handlers`` has one for each opcode. ``tell`` sends the channel what answers none.
 
     A handler raises :exc:`~fuseclient.worker.extra_messages.Malformed`, ``FUSEError``, or whatever an operation does.
     """
 
-    def __init__(self, operations: Operations) -> None:
+    def __init__(self, operations: Operations, tell: Callable[[bytes], None] = lambda message: None) -> None:
         self._operations = operations
+        self._tell = tell
         self.handlers: Final[dict[int, Callable[[Asked], Answer]]] = {
             Opcode.LOOKUP: self._lookup,
             Opcode.GETATTR: self._getattr,
@@ -129,7 +131,8 @@ class DirectOps:
             raise Malformed(f"a write of {len(data)} bytes that says {size}")
         if posted:
             levels.at_once(posted)
-            self._operations.take_posted(fh, offset, data)
+            if taken := self._operations.take_posted(fh, offset, data):
+                self._tell(encode_renewal(fh, taken))
             return None
         if self._operations.write_now(fh, offset, data):
             return encode_written(size, self._operations.grant(fh))

@@ -32,6 +32,7 @@ _ATTRIBUTES_VALID: Final = struct.Struct("=QII")
 _OPEN: Final = struct.Struct("=QII")
 _WRITTEN: Final = struct.Struct("=II")
 _INODE: Final = struct.Struct("=Q")
+_RENEWED: Final = struct.Struct("=QII")
 _OPEN_REQUEST: Final = struct.Struct("=II")
 _CLOSING: Final = struct.Struct("=QIIq")
 _LOCK: Final = struct.Struct("=QqQQIIII")
@@ -359,6 +360,11 @@ def _grant(grant: Grant) -> int:
     """Return what tells the channel of a grant (``enum bpfuse_grant``)."""
     credit, closes = (min(each // int(lib.BPFUSE_GRANT_UNIT), int(lib.BPFUSE_GRANT_MOST)) for each in grant)
     return credit | closes << int(lib.BPFUSE_GRANT_CLOSE_SHIFT)
+
+
+def encode_renewal(fh: int, count: int) -> bytes:
+    """Return what says that so many bytes were taken that were posted by a handle (``struct bpfuse_renewed``)."""
+    return encode(int(lib.BPFUSE_RENEW_UNIQUE), _RENEWED.pack(fh, count // int(lib.BPFUSE_GRANT_UNIT), 0))
 
 
 def encode_withdrawal(ino: int) -> bytes:

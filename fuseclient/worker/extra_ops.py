@@ -73,7 +73,7 @@ class ExtraOps:
         self._ranges = ranges
         self._locks = locks
         self._loop = asyncio.get_running_loop()
-        self._direct = DirectOps(operations).handlers
+        self._direct = DirectOps(operations, self._send).handlers
         self._buffer = bytearray(messages.MESSAGE_MAX)
         self._view = memoryview(self._buffer)
         #: Replies that the channel has not taken yet.

@@ -557,7 +557,7 @@ class Operations(pyfuse3.Operations):
         with self._feeder.begin() as token:
             opened = self._opened_new(token, made, flags, held=True)
         grant = NO_GRANT if _appends(flags) or not self._lease.ttl_s() else self.grant(opened.fh)
-        self._feeder.made(parent, name, made)
+        self._feeder.made(parent, name, made, self._creations.directory(parent))
         self._kernel.making.add(made.ino)
         return Begun(opened, self._entry(made), grant)
 
@@ -645,9 +645,11 @@ class Operations(pyfuse3.Operations):
         """Have :meth:`grant` taken back by this: see :class:`~fuseclient.data.writer.Writer`."""
         self._writer.withdraw = withdraw
 
-    def take_posted(self, fh: int, off: int, data: memoryview) -> None:
-        """Take a write that was answered already, because of a :meth:`grant`."""
-        self._writer.write_posted(handles.decode(fh).ino, off, data)
+    def take_posted(self, fh: int, off: int, data: memoryview) -> int:
+        """Take a write that was answered already, because of a :meth:`grant`; return what that is to be renewed by."""
+        ino = handles.decode(fh).ino
+        self._writer.write_posted(ino, off, data)
+        return self._writer.renewal(ino)
 
     async def absorb(self, ino: int) -> None:
         """Have what was written through mappings of a passthrough file come to the writer."""

@@ -713,7 +713,12 @@ static void test_granted_at_open(struct bpfuse_channel *channel, struct worker *
 		struct fuse_out_header header;
 		uint64_t ino;
 	} withdrawal = { { sizeof(withdrawal), 0, BPFUSE_WITHDRAW_UNIQUE }, GRANTED + 2 };
+	struct {
+		struct fuse_out_header header;
+		struct bpfuse_renewed renewed;
+	} renewal = { { sizeof(renewal), 0, BPFUSE_RENEW_UNIQUE }, { GRANTED + 2, 2, 0 } };
 	char path[200];
+	struct stat known;
 	unsigned posted = atomic_load(&worker->posted);
 	int one;
 
@@ -731,6 +736,14 @@ static void test_granted_at_open(struct bpfuse_channel *channel, struct worker *
 		sched_yield();
 	CHECK(flushes(channel, one) == 1 && posted_by(channel, one, 1, 100) == 0);
 	CHECK(flushes(channel, one) == 1 && posted_by(channel, one, 1, 100) == 1);
+	CHECK(posted_by(channel, one, 1, GRANT - 100) == 1);
+	CHECK(send(worker->extra, &renewal, sizeof(renewal), MSG_NOSIGNAL) == sizeof(renewal));
+	CHECK(fstat(one, &known) == 0); /* Its reply comes the same way, behind that. */
+	CHECK(posted_by(channel, one, 2, GRANT) == 2 && posted_by(channel, one, 1, 1) == 0);
+	CHECK(send(worker->extra, &withdrawal, sizeof(withdrawal), MSG_NOSIGNAL) == sizeof(withdrawal));
+	CHECK(send(worker->extra, &renewal, sizeof(renewal), MSG_NOSIGNAL) == sizeof(renewal));
+	CHECK(fstat(one, &known) == 0);
+	CHECK(posted_by(channel, one, 1, 1) == 0); /* What has ended is not renewed. */
 	CHECK(!close(one));
 	printf("ok: what is granted at opening, and taken back\n");
 }

@@ -469,6 +469,26 @@ static void grants_withdrawn(struct bpfuse_channel *channel, const struct fuse_o
 	pending_forward(channel, pending);
 }
 
+/* Takes what the worker says to the channel and not to the kernel; false: it is not that. With the lock held. */
+static bool told_of_grants(struct bpfuse_channel *channel, const struct fuse_out_header *header)
+{
+	struct bpfuse_renewed renewed;
+
+	if (header->unique == BPFUSE_WITHDRAW_UNIQUE) {
+		grants_withdrawn(channel, header);
+		return true;
+	}
+	if (header->unique != BPFUSE_RENEW_UNIQUE)
+		return false;
+	if (header->len == sizeof(*header) + sizeof(renewed)) {
+		memcpy(&renewed, header + 1, sizeof(renewed));
+		posting_renew(channel, &renewed);
+	} else {
+		channel->figures.malformed_replies++;
+	}
+	return true;
+}
+
 static void reply_receive(struct bpfuse_channel *channel, enum lane lane, size_t length)
 {
 	struct fuse_out_header *header = (void *)channel->reply_buffer;
@@ -481,8 +501,7 @@ static void reply_receive(struct bpfuse_channel *channel, enum lane lane, size_t
 		return;
 	}
 	pthread_mutex_lock(&channel->lock);
-	if (whole && lane == LANE_EXTRA && header->unique == BPFUSE_WITHDRAW_UNIQUE) {
-		grants_withdrawn(channel, header);
+	if (whole && lane == LANE_EXTRA && told_of_grants(channel, header)) {
 		pthread_mutex_unlock(&channel->lock);
 		return;
 	}

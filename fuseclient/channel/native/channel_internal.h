@@ -194,6 +194,7 @@ int posting_flush(struct bpfuse_channel *channel);
 bool posting_is_due(const struct bpfuse_channel *channel);
 void posting_end_inode(struct bpfuse_channel *channel, uint64_t ino);
 void posting_lost(struct bpfuse_channel *channel);
+void posting_renew(struct bpfuse_channel *channel, const struct bpfuse_renewed *renewed);
 void posting_take_grant(struct bpfuse_channel *channel, const struct pending *pending, struct fuse_out_header *reply);
 
 /* bridge.c */

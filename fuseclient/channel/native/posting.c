@@ -8,7 +8,8 @@
  *
  * The worker cannot refuse such a write, nor have it wait. So a grant ends when a handle of the file is released, when
  * something is appended to it, when its locks change (writing under one that is lost is to be refused), when its worker
- * is lost, and when it is used up; then a write waits, and may bring the next. What ends a grant withholds others until it
+ * is lost, and when it is used up, which it is not as long as the worker says in time what it has taken; then a write waits,
+ * and may bring the next. What ends a grant withholds others until it
  * is answered: the worker may have sent one before it knew. The worker itself takes grants back by a message that comes
  * after those it sent.
  * Small ones that follow each other are gathered here and sent as one, before anything else is sent, and after GATHER_MS:
@@ -225,6 +226,20 @@ static void posting_grant(struct bpfuse_channel *channel, uint64_t ino, uint64_t
 	}
 	posting->credit = credit;
 	posting->closes = closes;
+}
+
+/* The worker has taken so much of what was posted: it takes as much again, unless the grant has ended. */
+void posting_renew(struct bpfuse_channel *channel, const struct bpfuse_renewed *renewed)
+{
+	struct posting *posting = posting_of(channel, renewed->handle);
+	uint64_t credit = (uint64_t)renewed->units * BPFUSE_GRANT_UNIT;
+
+	if (!posting || !posting->key)
+		return;
+	credit += posting->credit;
+	if (credit > BPFUSE_GRANT_MOST * BPFUSE_GRANT_UNIT)
+		credit = BPFUSE_GRANT_MOST * BPFUSE_GRANT_UNIT;
+	posting->credit = (uint32_t)credit;
 }
 
 /* A request was answered: its reply may grant something, which is not for the kernel to see. */

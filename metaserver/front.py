@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 
 #: Seconds between two looks of a standby at who has the authority.
 _LOOK_S: Final = 0.2
+#: Seconds for which one that is not to stand by looks: ``bpfuse events`` may have the engine of an embedded volume for
+#: a moment. Too short for the holder to be taken for one that hangs.
+_ALONE_S: Final = 3.0
 #: Seconds before a metaserver that has lost the authority, or could not use it, stands for it again.
 _PAUSE_S: Final = 0.5
 #: Seconds before connections are accepted again after that has failed.
@@ -109,7 +112,7 @@ class Front:
     async def _begin(self, alone: bool) -> None:
         self._stand()
         try:
-            await self._lead(await self._standing.take())
+            await self._lead(await self._take(_ALONE_S if alone else 0.0))
         except EngineBusy:
             if alone:
                 raise
@@ -117,6 +120,18 @@ class Front:
         except BaseException:
             await self._standing.resign()
             raise
+
+    async def _take(self, patience_s: float) -> Engine:
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + patience_s
+        while True:
+            try:
+                return await self._standing.take()
+            except EngineBusy as error:
+                if loop.time() >= deadline_s:
+                    raise
+                _log.debug("%s; looking again", error)
+            await asyncio.sleep(_LOOK_S)
 
     @property
     def accepts(self) -> bool:

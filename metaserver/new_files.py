@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import stat
 import zlib
+from collections.abc import Sequence
 
 from metaserver import keys, wire
 from metaserver.engine.base import Transaction
@@ -32,15 +33,23 @@ def make_files(txn: Transaction, context: Context, request: wire.MakeFiles) -> w
 
     The reply tells of the files, in their order, and then of their directories.
     """
+    for file in request.files:
+        check_name(file.name)
+    _have_at_hand(txn, context.volume.id, request.files)
     edit = Edit(txn, context)
     directories: dict[int, Inode] = {}
     made = []
     for file in request.files:
-        check_name(file.name)
         parent = directories[file.parent] = edit.directory(file.parent)
         check_absent(edit, parent, file.name)
         made.append(_make(edit, parent, file))
     return edit.changed(*made, *directories.values())
+
+
+def _have_at_hand(txn: Transaction, volume: int, files: Sequence[wire.NewFile]) -> None:
+    """Read all at once that is looked at one by one: where a read is a round trip, there is one."""
+    asked = [keys.inode(volume, ino) for file in files for ino in (file.parent, file.ino)]
+    txn.get_many([*asked, *(keys.entry(volume, file.parent, file.name) for file in files)])
 
 
 def _make(edit: Edit, parent: Inode, file: wire.NewFile) -> Inode:

@@ -33,6 +33,12 @@ LIMITS: Final[tuple[Limit, ...]] = (
         "whiteout",
         "no RENAME_WHITEOUT (EINVAL): only overlayfs asks for it, and the kernel takes no FUSE as its upper",
     ),
+    Limit(
+        "forgotten_handles",
+        "by handle",
+        "a file handle (name_to_handle_at) is good while the kernel knows the file, as with most of FUSE; later it is "
+        "ESTALE",
+    ),
     Limit("bad_arguments", "seek *", _SEEK),
     Limit("what_is_not_kept", "read: times of *", _ATIME),
     Limit("what_is_not_kept", "listing: times of *", _ATIME),

@@ -10,13 +10,15 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from local_store import LocalStore, Rows
-from namespaces import Files
+from msgspec import structs
+from namespaces import FILE, ROOT, SESSION, Files
 
-from metaserver import recovery
+from metaserver import new_files, recovery, wire
 from metaserver.engine import Snapshot, Transaction
 from metaserver.engine.remote import RemoteEngine
 from metaserver.engine.store import Found, Lost, Moved, Query
 from metaserver.errors import EngineFull, EngineUnavailable, EngineUnusable, LimitExceeded, Unknown
+from metaserver.volumes import Context
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ async def test_of_keys_between_others_so_many_are_read_at_most(
     engine: RemoteEngine, store: LocalStore, others: int, requests: int
 ) -> None:
     """As the inodes of one shard are: those of the others may be there, or not."""
-    numbers = [(number * 16).to_bytes(8) for number in range(1, 101)]
+    numbers = [(number * 16 - (number == 1)).to_bytes(8) for number in range(1, 101)]
     rows = {b"i" + number: number for number in numbers}
     between = {
         b"i" + (int.from_bytes(n) + more).to_bytes(8): b"other" for n in numbers for more in range(1, others + 1)
@@ -117,6 +119,26 @@ async def test_of_keys_between_others_so_many_are_read_at_most(
         assert await engine.read(lambda snapshot: snapshot.get_many(list(rows))) == numbers
     assert store.fetches == before + requests
     assert 100 <= largest <= 300
+
+
+async def test_files_that_come_whole_are_two_requests(engine: RemoteEngine, store: LocalStore) -> None:
+    """One for all that is looked at, one for what is written; the directory is at hand from the first."""
+    fs = await Files.create(engine)
+    context = Context(fs.volume, SESSION, 0)
+    given = await engine.write(lambda txn: new_files.reserve_inodes(txn, context, wire.ReserveInodes(10)))
+    file = wire.NewFile(ROOT, b"", 0, FILE, 0, 0, 1, 1, 1, 1, b"content")
+
+    async def make(*numbers: int) -> None:
+        inos = [given.first + given.step * number for number in numbers]
+        files = [structs.replace(file, name=b"%d" % ino, ino=ino) for ino in inos]
+        await fs.change(wire.MakeFiles(files))
+
+    await make(0)
+    engine.trust(2**40)
+    for numbers in ((1,), (2, 3, 4)):
+        before = store.fetches, store.commits
+        await make(*numbers)
+        assert (store.fetches, store.commits) == (before[0] + 1, before[1] + 1)
 
 
 async def test_a_long_body_is_run_once_and_sees_one_moment(engine: RemoteEngine, store: LocalStore) -> None:

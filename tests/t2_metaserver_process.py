@@ -132,6 +132,28 @@ async def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
         client.connection.abort()
 
 
+async def test_a_directory_in_use_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    """The one that waits is not to stand by, and says that it has looked."""
+    engine, second = f"lmdb://{tmp_path}/meta", f"unix:{tmp_path}/two"
+    async with running("--engine", engine, "--listen", f"unix:{tmp_path}/one") as one:
+        waiting = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "metaserver", "--engine", engine, "--listen", second, "--alone",
+            "--log-level", "DEBUG", stderr=subprocess.PIPE, cwd=ROOT,
+        )  # fmt: skip
+        assert waiting.stderr is not None
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while b"in use by another metaserver; looking again" not in (line := await waiting.stderr.readline()):
+                    assert line
+                assert await one.end(signal.SIGTERM) == 0
+                while b"listening on" not in (line := await waiting.stderr.readline()):
+                    assert line
+            (await rpc.connect(second)).abort()
+        finally:
+            waiting.kill()
+            await waiting.communicate()
+
+
 async def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
     arguments = ("--engine", f"lmdb://{tmp_path}/meta", "--listen", f"unix:{tmp_path}/socket", "--lease-s", "5")
     async with running(*arguments) as metaserver:

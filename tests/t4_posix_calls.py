@@ -100,6 +100,15 @@ def case_handles(p: Place) -> None:
         p.do(f"removed {kind} by handle", lambda top=top, handle=handle: check(LIBC.open_by_handle_at(top, handle, 0)))
 
 
+def case_forgotten_handles(p: Place) -> None:
+    """open_by_handle_at after the kernel has given up what it knew of the file."""
+    handle = _handle(p.fresh("file"))
+    top = p.open("top", ".", os.O_RDONLY)
+    for _ in range(3):  # what was used of late stays the first time
+        Path("/proc/sys/vm/drop_caches").write_text("2", "ascii")
+    p.do("by handle", lambda: os.close(check(LIBC.open_by_handle_at(top, handle, os.O_RDONLY))))
+
+
 def case_executing_descriptors(p: Place) -> None:
     shutil.copy("/bin/true", "program")
     fd = p.open("program", "program", os.O_RDONLY | os.O_PATH)

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import time
 from collections import deque
@@ -82,6 +81,8 @@ _REMEMBERED: Final = 64
 #: Keys that are asked for at once are read as a range if they are so many; of that, at most so many times as many rows.
 _DENSE_KEYS: Final = 16
 _DENSE: Final = 3
+#: How far such keys may lie apart.
+_APART: Final = 16
 #: Seconds for which the figures of the store's space are good.
 _SPACE_S: Final = 5.0
 
@@ -484,17 +485,16 @@ class RemoteEngine(Engine):
 def _range_of(keys: Sequence[bytes]) -> Query | None:
     """Return the range of keys of which most are asked for: a store reads that faster than one key after another.
 
-    Keys end in numbers of eight bytes, which tell how close they are. They may be the same distance apart, as inodes of
-    one shard are: there may be others between them, or not, so the range is bounded.
+    Keys end in numbers of eight bytes, which tell how close they are. They may lie apart, as inodes of one shard do:
+    there are others between them, or not, so the range is bounded.
     """
     if len(keys) < _DENSE_KEYS:
         return None
     first, last = min(keys), max(keys)
     if first[:-8] != last[:-8] or any(len(key) != len(first) for key in keys):
         return None
-    start, most = int.from_bytes(first[-8:]), _DENSE * len(keys)
-    distances = [int.from_bytes(key[-8:]) - start for key in keys]
-    return Query(first, last + b"\0", most) if max(distances) < most * max(1, math.gcd(*distances)) else None
+    distance, most = int.from_bytes(last[-8:]) - int.from_bytes(first[-8:]), _DENSE * len(keys)
+    return Query(first, last + b"\0", most) if distance < most * _APART else None
 
 
 def _take_note(done: asyncio.Future[None]) -> None:

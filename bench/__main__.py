@@ -16,7 +16,20 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import coherence, cost, engines, failover, large, peers, results, scale, workloads, writes, yardstick
+from bench import (
+    coherence,
+    cost,
+    engines,
+    failover,
+    large,
+    million,
+    peers,
+    results,
+    scale,
+    workloads,
+    writes,
+    yardstick,
+)
 from bench.comparison import NAME, Comparison, compare
 from bench.report import documents, markdown, plots
 from bench.results import Result
@@ -36,6 +49,7 @@ PARTS: Final[dict[str, tuple[_Run, int]]] = {
     "cost": (cost.run, 1),
     "engines": (engines.run, 3),
     "scale": (scale.run, 3),
+    "million": (million.run, 3),
     "failover": (failover.run, 1),
 }
 _WORKLOADS: Final = tuple(each.name for each in workloads.ALL)

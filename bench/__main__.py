@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -14,7 +16,20 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import coherence, cost, engines, failover, large, peers, results, scale, workloads, writes, yardstick
+from bench import (
+    coherence,
+    cost,
+    engines,
+    failover,
+    large,
+    million,
+    peers,
+    results,
+    scale,
+    workloads,
+    writes,
+    yardstick,
+)
 from bench.comparison import NAME, Comparison, compare
 from bench.report import documents, markdown, plots
 from bench.results import Result
@@ -34,6 +49,7 @@ PARTS: Final[dict[str, tuple[_Run, int]]] = {
     "cost": (cost.run, 1),
     "engines": (engines.run, 3),
     "scale": (scale.run, 3),
+    "million": (million.run, 3),
     "failover": (failover.run, 1),
 }
 _WORKLOADS: Final = tuple(each.name for each in workloads.ALL)
@@ -83,6 +99,8 @@ def main(
     ] = None,
 ) -> None:
     """Measure bpfuse beside what it is to be compared with."""
+    # What is mounted is to be unmounted however this ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     partial = bool(quick or small or systems)
     directory = directory or (results.DIRECTORY / "partial" if partial else results.DIRECTORY)
     if report:

@@ -1,4 +1,5 @@
-"""How long a failover takes: the authority of two metaservers is killed, 20 times, under a writer.
+"""How long a failover takes: the authority of two metaservers is killed, 20 times, under a writer, on each engine; and
+so is the leader of three members of etcd, and the database.
 
 A sample is the longest that a program waited for one change (a file made, written and closed) around a kill, so it has
 all that there is in between: the takeover, the clients' way to it, and their coming back.
@@ -16,12 +17,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from bench.databases import SERVERS, Server, Unavailable
+from bench.etcd_cluster import EtcdCluster
 from bench.ports import free_ports
 from bench.results import Figure, Result, Samples
 from bench.systems import bpfuse, mounted
 from fuseclient.observe import status
 
 _KILLS: Final = 20
+_DATABASES: Final = ("postgresql", "mysql")
 _LEASE_S: Final = 30.0
 #: What a pause may be beyond a lease, in seconds.
 _BEYOND_S: Final = 5.0
@@ -34,30 +38,55 @@ _LONGEST_S: Final = 90.0
 def run(directory: Path, rounds: int, *, small: bool) -> Result:
     """Kill as often as it takes, whatever ``rounds`` says; all files lie in ``directory``."""
     kills = 2 if small else _KILLS
-    samples = Samples()
-    with _metaservers(directory) as servers:
+    samples, setting = Samples(), {"kills": kills, "lease_s": int(_LEASE_S)}
+    for kind in ["lmdb"] if small else ["lmdb", "etcd", *_DATABASES]:
+        try:
+            told = _measure(kind, directory / kind, kills, samples)
+        except Unavailable:
+            continue
+        setting[f"closes that told of a loss, {kind}"] = told
+    figures = [figure for each, pauses in samples.seconds.items() for figure in _figures(*each, pauses)]
+    return Result("failover", kills, setting, samples, figures)
+
+
+def _measure(kind: str, directory: Path, kills: int, samples: Samples) -> int:
+    """Kill on one engine; return how many closes told that a file, which was put off, is lost."""
+    with contextlib.ExitStack() as stack:
+        database: Server | EtcdCluster | None = None
+        engine = f"lmdb://{directory}/engine"
+        if kind != "lmdb":
+            database = EtcdCluster() if kind == "etcd" else SERVERS[kind]()
+            stack.callback(database.close)
+            database.start()
+            engine = database.url()
+        (directory / "mnt").mkdir(parents=True)
+        servers = stack.enter_context(_metaservers(directory, engine))
         url = f"bpfuse://{','.join(servers)}/failover"
         bpfuse("format", url, "--store", f"file://{directory}/blocks")
-        with mounted(url, directory / "mnt") as point, _Writer(point) as writer:
+        point = stack.enter_context(mounted(url, directory / "mnt"))
+        writer = stack.enter_context(_Writer(point))
+        for _ in range(kills):
+            samples.add("authority", f"bpfuse {kind}", _pause(url, servers, writer))
+        if database is not None:
+            what = "leader" if isinstance(database, EtcdCluster) else "database"
             for _ in range(kills):
-                samples.add("failover", "bpfuse", _pause(url, servers, writer))
-    setting = {"kills": kills, "lease_s": int(_LEASE_S), "closes that told of a loss": writer.told}
-    return Result("failover", kills, setting, samples, _figures(samples.seconds["failover", "bpfuse"]))
+                samples.add(what, f"bpfuse {kind}", _pause_of(database, url, servers, writer))
+        return writer.told
 
 
-def _figures(pauses: list[float]) -> list[Figure]:
+def _figures(what: str, system: str, pauses: list[float]) -> list[Figure]:
     """Return the distribution; the longest pause has a limit."""
     ordered = sorted(pauses)
     parts = {"least": ordered[0], "median": statistics.median(ordered), "90 %": ordered[(len(ordered) * 9 - 1) // 10]}
-    figures = [Figure("failover", name, "", value, "s") for name, value in parts.items()]
-    return [*figures, Figure("failover", "longest", "", ordered[-1], "s", _LEASE_S + _BEYOND_S)]
+    figures = [Figure(what, f"{system}, {name}", "", value, "s") for name, value in parts.items()]
+    return [*figures, Figure(what, f"{system}, longest", "", ordered[-1], "s", _LEASE_S + _BEYOND_S)]
 
 
 class _Metaserver:
     """One of them, as a process that can be started again."""
 
-    def __init__(self, place: str, directory: Path) -> None:
-        self._command = [sys.executable, "-P", "-m", "metaserver", "--engine", f"lmdb://{directory}/engine"]
+    def __init__(self, place: str, directory: Path, engine: str) -> None:
+        self._command = [sys.executable, "-P", "-m", "metaserver", "--engine", engine]
         self._command += ["--listen", f"tcp:{place}", "--lease-s", str(_LEASE_S)]
         self._log = directory / "metaserver.log"
         self.start()
@@ -76,10 +105,10 @@ class _Metaserver:
 
 
 @contextlib.contextmanager
-def _metaservers(directory: Path) -> Iterator[dict[str, _Metaserver]]:
+def _metaservers(directory: Path, engine: str) -> Iterator[dict[str, _Metaserver]]:
     """Give two metaservers on one engine, by host and port."""
     places = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    servers = {place: _Metaserver(place, directory) for place in places}
+    servers = {place: _Metaserver(place, directory, engine) for place in places}
     try:
         yield servers
     finally:
@@ -96,6 +125,23 @@ def _pause(url: str, servers: dict[str, _Metaserver], writer: _Writer) -> float:
     servers[serving].kill()
     writer.make(_CHANGES)
     servers[serving].start()
+    return writer.take_longest()
+
+
+def _pause_of(database: Server | EtcdCluster, url: str, servers: dict[str, _Metaserver], writer: _Writer) -> float:
+    """Kill a database, or the leader of a cluster, and start it again; return the longest change meanwhile."""
+    _wait(lambda: _online(url) == len(servers))
+    victim = database
+    if isinstance(database, EtcdCluster):
+        _wait(lambda: database.leader() is not None)
+        victim = database.leader() or database.members[0]
+    writer.make(_CHANGES)
+    writer.take_longest()
+    victim.kill()
+    if victim is not database:  # the others go on without it
+        writer.make(_CHANGES)
+    victim.start()
+    writer.make(_CHANGES)
     return writer.take_longest()
 
 

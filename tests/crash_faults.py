@@ -53,6 +53,7 @@ class Faults:
     def do(self, kind: str) -> None:
         """Do one, while the load goes on."""
         self.counts[kind] += 1
+        self._load.may_fail = kind in OF_STORES
         getattr(self, kind)()
 
     def _some_seconds(self) -> float:

@@ -391,6 +391,31 @@ def test_the_difference_of_two_readings() -> None:
     assert figures.total(figures.since(later.requests, earlier.requests)) == figures.Answers(11, 2)
 
 
+# The start
+
+
+def _commands(words: list[str]) -> list[str]:
+    app = cli.app_for(words)
+    return [*(str(each.name) for each in app.registered_commands), *(str(each.name) for each in app.registered_groups)]
+
+
+def test_only_the_command_that_is_called_is_loaded() -> None:
+    everything = _commands([])
+    assert set(everything) == set(cli.MODULES)
+    assert _commands(["no-such-command"]) == everything
+    for name in everything:
+        assert name in (some := _commands([name, "--help"]))
+        assert len(some) <= 2, f"{name} brings {some}"
+
+
+def test_a_worker_starts_without_trio() -> None:
+    command = [sys.executable, "-P", "-X", "importtime", "-m", "fuseclient.worker", "-1"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stderr
+    imported = {line.rpartition("|")[2].strip() for line in told.splitlines() if line.startswith("import time:")}
+    assert {"pyfuse3", "fuseclient.worker.process"} <= imported
+    assert not {each for each in imported if each.partition(".")[0] == "trio"}
+
+
 # The end
 
 

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Iterable
 from functools import partial
 from pathlib import Path
 
-import large_directory
 import pytest
 from namespaces import ROOT, SESSION, Files, new_engine
 
+from bench import large_directory
 from metaserver import wire
 from metaserver.engine.base import Row, Snapshot, Space, Transaction
 from metaserver.errors import Refused

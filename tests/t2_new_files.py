@@ -209,6 +209,51 @@ async def test_a_directory_is_as_old_as_its_newest_file(both: Rig) -> None:
     assert (found.mtime_ns, found.ctime_ns) == (shown.st_mtime_ns, shown.st_ctime_ns)
 
 
+async def test_the_maps_know_a_directory_while_files_in_it_are_held_back(rig: Rig) -> None:
+    """Its times never go back, whichever of its files is told of first; nobody is asked for them."""
+    directory = (await rig.ops.mkdir(ROOT, b"dir", DIR, ME)).st_ino
+    log = watched(rig)
+    shown = [rig.maps.inodes[directory]]
+    handles = []
+    for number in range(3):
+        handles.append(await begin(rig, b"f%d" % number, directory))
+        shown.append(rig.maps.inodes[directory])
+    assert log == []
+    for fh, _ in handles:
+        await rig.ops.flush(fh)
+        shown.append(rig.maps.inodes[directory])
+    assert [type(each) for each in log] == [wire.MakeFiles] * 3
+    times = [(each.mtime_ns, each.ctime_ns) for each in shown]
+    assert times == sorted(times)
+    assert len(set(times)) == 4
+    found = await rig.other.attributes(directory)
+    assert times[-1] == (found.mtime_ns, found.ctime_ns)
+    assert (shown[1].mode, shown[1].nlink, shown[1].uid) == (found.mode, found.nlink, found.uid)
+    for fh, _ in handles:
+        await rig.ops.release(fh)
+    await rig.assert_maps_are_right()
+
+
+async def test_the_maps_forget_a_directory_whose_files_may_have_been_told_of(rig: Rig, quiet: None) -> None:
+    directory = (await rig.ops.mkdir(ROOT, b"dir", DIR, ME)).st_ino
+    fh, _ = await begin(rig, b"file", directory)
+    assert directory in rig.maps.inodes
+    call = rig.session.call
+
+    async def lost(request: wire.Request, reply_type: Any) -> Any:
+        if isinstance(request, wire.MakeFiles):
+            raise Disconnected("nothing was heard")
+        return await call(request, reply_type)
+
+    rig.session.call = lost
+    with fails(errno.EIO):
+        await rig.ops.flush(fh)
+    assert directory not in rig.maps.inodes
+    rig.session.call = call
+    await rig.close(fh)
+    await rig.assert_maps_are_right()
+
+
 async def test_a_setgid_directory_gives_its_group(both: Rig) -> None:
     directory = (await both.ops.mkdir(ROOT, b"dir", DIR, ME)).st_ino
     await both.set_attributes(directory, mode=0o2775, gid=77)

@@ -29,8 +29,9 @@ MEASURED = {
         ("du, again", "ext4"),
         ("cp -a", "ext4"),
     },
+    "million": {("warm-up", "bpfuse bpf"), ("stat, 1,000,000 cached", "bpfuse bpf")},
     "cost": {("create, commit", "bpfuse"), ("unpack, interval", "bpfuse")},
-    "failover": {("failover", "bpfuse")},
+    "failover": {("authority", "bpfuse lmdb")},
 }
 
 

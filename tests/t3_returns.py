@@ -7,11 +7,11 @@ import os
 from typing import Final
 
 import figures
-import large_directory
 import pytest
 import rig
 from conftest import MountFactory
 
+from bench import large_directory
 from fuseclient.observe import status
 
 pytestmark = [pytest.mark.usefixtures("needs_mounts"), pytest.mark.usefixtures("needs_uring")]

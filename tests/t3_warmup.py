@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import figures
-import large_directory
 import pytest
 import rig
 import several_mounts
 from conftest import MountFactory
 
+from bench import large_directory
 from fuseclient import runtime
 
 pytestmark = pytest.mark.usefixtures("needs_mounts")

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import file_exerciser
-import large_directory
 import pytest
 import rig
 from conftest import MountFactory
 from file_exerciser import OneFile, OneTree
 from posix_rig import LONG
 
+from bench import large_directory
 from fuseclient.volumes import EMBEDDED_NAME, Embedded, parse_volume
 
 pytestmark = [pytest.mark.usefixtures("needs_mounts"), pytest.mark.timeout(3600 if LONG else 180)]

@@ -115,6 +115,7 @@ class JuicefsSqlite(Juicefs):
 
     name = "juicefs sqlite"
     engine = "SQLite"
+    durability = "nothing at close: SQLite's log is not synced at each change; fsync uploads"
     metadata_only = True
 
     def meta_url(self) -> str:

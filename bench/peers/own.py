@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
@@ -33,7 +35,13 @@ class Bpfuse(Peer):
         options = [] if writing and self.read_only else [*self.options]
         if ttl_s is not None:
             options += ["--kernel-ttl", str(ttl_s)]
-        bpfuse("mount", self._url, self.root, "--cache-dir", self.directory / "cache", *options)
+        try:
+            bpfuse("mount", self._url, self.root, "--cache-dir", self.directory / "cache", *options)
+        except BaseException:
+            # Interrupted, its processes may be there.
+            with contextlib.suppress(subprocess.CalledProcessError):
+                bpfuse("umount", "--force", self.root)
+            raise
         self._mounted = True
 
     def stop(self) -> None:

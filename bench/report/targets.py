@@ -14,6 +14,7 @@ from fuseclient.bench.figures import Row
 #: What is judged.
 OWN: Final = "bpfuse"
 #: The systems that do what bpfuse does; ext4 and the passthrough server show what could be reached at best.
+CEILING: Final = "ext4"
 PEERS: Final = ("juicefs", "juicefs sqlite", "seaweedfs")
 
 
@@ -48,6 +49,8 @@ class Judged:
     workload: str
     row: str
     speed: float
+    #: How many times as fast as the base ext4 is, which shows what can be reached; None: it was not measured.
+    ext4: float | None = None
 
     @property
     def reached(self) -> bool:
@@ -56,6 +59,8 @@ class Judged:
     @property
     def reason(self) -> str | None:
         """Why it is missed, as far as that is known."""
+        if self.target.base != CEILING and self.ext4 is not None and self.ext4 < self.target.least:
+            return f"Not even ext4 is so many times as fast as {self.target.base} there:"
         return reason(self.workload, self.row, self.target.base)
 
 
@@ -63,7 +68,7 @@ def judge(comparison: Comparison) -> Iterator[Judged]:
     """Yield every row that has a target, once for each of its targets, the worst first within a target."""
     for target in TARGETS:
         found = [
-            Judged(target, measured.name, row.name, speed)
+            Judged(target, measured.name, row.name, speed, row.speed(CEILING, target.base))
             for measured in comparison.workloads
             for row in measured.figures.rows.values()
             if target.applies(measured.name, row) and (speed := row.speed(OWN, target.base)) is not None

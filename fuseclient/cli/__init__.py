@@ -6,46 +6,42 @@ exit code. Anything else that is raised is a bug and shows its traceback.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
-from fuseclient.cli import (
-    bench,
-    doctor,
-    dump,
-    events,
-    format,
-    fsck,
-    gc,
-    metaserver,
-    mount,
-    stats,
-    status,
-    token,
-    top,
-    trace,
-    umount,
-    version,
-    warmup,
-)
 from fuseclient.errors import UserError
 from fuseclient.leaving import leave
 
 _HELP = "A distributed file system whose FUSE requests BPF programs answer in the kernel."
 
-app = typer.Typer(name="bpfuse", help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-_COMMANDS = (
-    *(format, metaserver, mount, umount, warmup, stats, status, bench, events),
-    *(token, top, trace, fsck, gc, dump, doctor, version),
-)
-for _module in _COMMANDS:
-    _module.register(app)
+#: The commands in the order of the help, and the module of each.
+MODULES: Final = {
+    **{name: name for name in ("format", "metaserver", "mount", "umount", "warmup", "stats", "status", "bench")},
+    **{name: name for name in ("events", "token", "top", "trace", "fsck", "gc", "dump")},
+    "load": "dump",
+    "evict": "status",
+    "doctor": "doctor",
+    "version": "version",
+}
+
+
+def app_for(words: Sequence[str]) -> typer.Typer:
+    """Return the command line, of which only the command that the words name is loaded; if they name none, all are."""
+    app = typer.Typer(name="bpfuse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    # With a callback even a single command is called by its name.
+    app.callback(help=_HELP)(lambda: None)
+    named = MODULES.get(words[0]) if words else None
+    for name in dict.fromkeys(MODULES.values()) if named is None else (named,):
+        importlib.import_module(f"fuseclient.cli.{name}").register(app)
+    return app
 
 
 def run() -> NoReturn:
@@ -60,7 +56,7 @@ def main() -> NoReturn:
     """Run the command line and exit: raise SystemExit."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = app(standalone_mode=False)
+        code = app_for(sys.argv[1:])(standalone_mode=False)
     except (UserError, TyperException) as error:
         _say(error)
         code = error.exit_code

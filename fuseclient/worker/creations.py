@@ -100,8 +100,8 @@ class Creations:
         #: Reserved inode numbers.
         self._numbers: list[int] = []
         self._reserving: asyncio.Task[None] | None = None
-        #: Mode and group of directories.
-        self._directories: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        #: Directories as they were last heard of.
+        self._directories: OrderedDict[int, wire.Attributes] = OrderedDict()
         #: Files that were made here, and requests that made them.
         self.files = self.requests = 0
 
@@ -118,8 +118,8 @@ class Creations:
             self._reserve()
         if not self._numbers:
             return None
-        if directory[0] & stat.S_ISGID:
-            gid = directory[1]
+        if directory.mode & stat.S_ISGID:
+            gid = directory.gid
         ino, now_ns = self._numbers.pop(), time.time_ns()
         self._made[ino] = Made(parent, name, now_ns)
         self._names[parent, name] = ino
@@ -143,10 +143,14 @@ class Creations:
     def observe(self, attributes: wire.Attributes) -> None:
         """These are the attributes of an inode now."""
         if stat.S_ISDIR(attributes.mode):
-            self._directories[attributes.ino] = attributes.mode, attributes.gid
+            self._directories[attributes.ino] = attributes
             self._directories.move_to_end(attributes.ino)
             if len(self._directories) > _DIRECTORIES:
                 self._directories.popitem(last=False)
+
+    def directory(self, ino: int) -> wire.Attributes | None:
+        """Return a directory as it was last heard of, if nobody may have changed it since."""
+        return self._directories.get(ino)
 
     def forget(self, ino: int | None) -> None:
         """Others may have changed an inode; None: any."""
@@ -258,7 +262,12 @@ class Creations:
     async def _call(self, request: wire.MakeFiles) -> wire.Changed:
         """Have files made. What was put of them stays, as it is what they are; their directories have changed."""
         with self._feeder.begin() as token:
-            changed = await self._caller.call(request, wire.Changed)
+            try:
+                changed = await self._caller.call(request, wire.Changed)
+            except (Refused, Disconnected):
+                for parent in {file.parent for file in request.files}:
+                    self._feeder.drop_inode(parent)
+                raise
             self.requests += 1
             for file in request.files:
                 self._done(file.ino)

@@ -9,8 +9,8 @@ Of a directory of more than WINDOW entries the first miss fetches those from the
 alone, and as soon as names are asked for in the listing's order the next ones are fetched ahead, more each time.
 
 A listing reads the same fetches, and keeps the last few for the rest of the listing, as long as nothing whatever is
-dropped from the caches; after that it goes on with small fetches of its own. It ends with the entries that were there
-when it began: who renames or makes one for each that he reads comes to an end too.
+dropped from the caches; after that it goes on with a small fetch of its own, until one is read to its end. It ends with
+the entries that were there when it began: who renames or makes one for each that he reads comes to an end too.
 
 Without maps (``window`` None) nothing is kept and nothing fetched ahead: each request is one request to the metaserver.
 """
@@ -278,7 +278,7 @@ class Directories:
         self._siblings = siblings
         self._fetches: dict[int, _Fetch] = {}
         self._large: OrderedDict[int, _Order] = OrderedDict()
-        self._counts = dict.fromkeys(("fetches", "windows", "in_order", "names"), 0)
+        self._counts = dict.fromkeys(("fetches", "windows", "in_order", "names", "small"), 0)
         #: Windows of listings that were fetched ahead.
         self._next: OrderedDict[int, _Fetch] = OrderedDict()
         self._windows: OrderedDict[int, _Fetch] = OrderedDict()
@@ -335,8 +335,10 @@ class Directories:
         fetch = self._listed(ino, cookie)
         if fetch is None:
             fetch = _Fetch(self._request(ino, cookie, PAGE, None, data=False), self._feeder)
+            self._counts["small"] += 1
             await fetch.run(self._session)
             entries = fetch.entries
+            self._keep_small(fetch)
         else:
             self._keep(fetch)
             with fetch:
@@ -420,6 +422,13 @@ class Directories:
         if len(self._windows) > _KEPT_WINDOWS:
             self._windows.popitem(last=False)
 
+    def _keep_small(self, fetch: _Fetch) -> None:
+        """A small fetch is the window from now on: if nothing is dropped until its end, a large one follows."""
+        ino = fetch.request.ino
+        if self._window is not None and fetch.error is None and fetch.generation == self._feeder.generation:
+            self._next.pop(ino, None)
+            self._keep(fetch)
+
     def _join(self, ino: int, around: bytes) -> _Fetch:
         fetch = self._fetches.get(ino)
         return fetch if fetch is not None else self._start(ino, 0, around)
@@ -482,6 +491,6 @@ class Directories:
             self._large.popitem(last=False)
 
     def figures(self) -> dict[str, int]:
-        """Return what ``stats`` shows: fetches, those of parts of large directories, those made ahead of a reader, and
-        names asked for one by one; and what came beside other directories."""
+        """Return what ``stats`` shows: fetches, those of parts of large directories, those made ahead of a reader,
+        names asked for one by one, and small parts of listings; and what came beside other directories."""
         return {**self._counts, **(self._siblings.figures() if self._siblings is not None else {})}

@@ -76,6 +76,8 @@ class Feeder:
         self.on_overtaken: Callable[[wire.Attributes], object] = lambda attributes: None
         #: Says of an inode that is open for writing whether it is nevertheless what these attributes say.
         self.is_shown: Callable[[wire.Attributes], bool] = lambda attributes: False
+        #: Says what a directory's attributes are with all that was made in it and is not committed.
+        self.overlay: Callable[[wire.Attributes], wire.Attributes] = lambda attributes: attributes
         #: Told of each inode that is dropped; ``None`` is all of them.
         self.on_drop: Callable[[int | None], None] = lambda ino: None
         #: Told of each part of a directory that was fetched.
@@ -199,7 +201,7 @@ class Feeder:
 
     def _put_inode(self, attributes: wire.Attributes, content: bytes | None) -> None:
         self.tells(attributes)
-        self._cache.put_inode(attributes, content)
+        self._cache.put_inode(self.overlay(attributes), content)
 
     def _put_name(self, parent: int, name: bytes, ino: int) -> None:
         """Put what a name stands for; 0: nothing."""
@@ -243,8 +245,13 @@ class Feeder:
         self.whole.named(parent, name)
         self._put_name(parent, name, ino)
 
-    def made(self, parent: int, name: bytes, attributes: wire.Attributes) -> None:
-        """A file was made here, with a number that was never used before, and is open for writing."""
+    def made(
+        self, parent: int, name: bytes, attributes: wire.Attributes, directory: wire.Attributes | None = None
+    ) -> None:
+        """A file was made here, with a number that was never used before, and is open for writing.
+
+        ``directory``: what the directory was before, if that is known.
+        """
         self._renew_name(parent, name)
         self.whole.named(parent, name)
         self._put_name(parent, name, attributes.ino)
@@ -253,6 +260,8 @@ class Feeder:
         else:
             self.written(attributes)
         self._drop_attributes(parent)
+        if directory is not None and self._wanted(directory):
+            self._put_inode(directory, None)
 
     def unnamed(self, token: Token, parent: int, name: bytes) -> None:
         """A name was removed."""

@@ -93,7 +93,7 @@ class Mount:
         self._tell(lambda changes: changes.lost())
 
     def _is_written(self, ino: int) -> bool:
-        return self._changes is not None and (self._writer.is_open(ino) or self._creations.has_below(ino))
+        return self._changes is not None and self._writer.is_open(ino)
 
     def _broken(self, told: wire.Break, acknowledge: Acknowledge) -> None:
         """A break comes; if this worker has begun nothing yet, all there is are the maps of the one before it."""
@@ -164,6 +164,7 @@ class Mount:
 
         def made_in_vain(made: Made, ino: int) -> None:
             feeder.drop_name(made.parent, made.name)
+            feeder.drop_inode(made.parent)
             feeder.drop_inode(ino)
             kernel.doubt_later([(made.parent, made.name)], [made.parent, ino])
 
@@ -188,6 +189,7 @@ class Mount:
 
         feeder.on_changed = changed
         feeder.on_overtaken = writer.note
+        feeder.overlay = creations.overlay
         feeder.is_shown = lambda attributes: attributes.ino not in kernel.dropping and writer.show(attributes)
         writer.when_touched = feeder.written
 

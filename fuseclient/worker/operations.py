@@ -557,7 +557,7 @@ class Operations(pyfuse3.Operations):
         with self._feeder.begin() as token:
             opened = self._opened_new(token, made, flags, held=True)
         grant = NO_GRANT if _appends(flags) or not self._lease.ttl_s() else self.grant(opened.fh)
-        self._feeder.made(parent, name, made)
+        self._feeder.made(parent, name, made, self._creations.directory(parent))
         self._kernel.making.add(made.ino)
         return Begun(opened, self._entry(made), grant)
 

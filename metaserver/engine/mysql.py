@@ -51,6 +51,8 @@ _RETRIED: Final = (1205, 1213, 1020)
 _FULL: Final = (1021, 1041, 1114)
 _REFUSED: Final = (1044, 1045, 1049, 1142, 1227, 1698)
 _LOST: Final = (1040, 1053, 1077, 1152, 1153, 1158, 1159, 1160, 1161, 1203, 1317, 1927, 4031, 2002, 2003, 2006, 2013)
+#: What asyncmy raises; RuntimeError for a connection that is closed while it is set up.
+_FAILURES: Final = (MySQLError, OSError, EOFError, TimeoutError, RuntimeError)
 
 
 class Retry(Lost):
@@ -186,7 +188,7 @@ class MysqlStore(SqlStore[Any]):
                     connect_timeout=CONNECT_S,
                     client_flag=CLIENT.MULTI_STATEMENTS,
                 )
-        except (MySQLError, OSError, EOFError, TimeoutError) as error:
+        except _FAILURES as error:
             raise _meaning(error) from None
         return await self._begun(connection, lambda it: ask(it, statement), self._set_up)
 
@@ -213,7 +215,7 @@ async def ask(connection: Any, statements: str, timeout_s: float | None = TIMEOU
             while await cursor.nextset():
                 rows = await cursor.fetchall()
             return rows
-    except (MySQLError, OSError, EOFError, TimeoutError) as error:
+    except _FAILURES as error:
         raise _meaning(error) from None
 
 

@@ -25,8 +25,8 @@ def name_of(number: int) -> bytes:
     return b"entry%07d" % number
 
 
-async def make(directory: Path, volume_name: str, count: int) -> int:
-    """Make a directory :data:`NAME` of so many files in the root of a volume of an LMDB engine that nobody has open.
+async def make(directory: Path, volume_name: str, count: int, name: bytes = NAME) -> int:
+    """Make a directory of so many files in the root of a volume of an LMDB engine that nobody has open.
 
     Return its inode.
     """
@@ -34,7 +34,7 @@ async def make(directory: Path, volume_name: str, count: int) -> int:
     try:
         volume = await engine.read(lambda snapshot: open_volume(snapshot, volume_name))
         context = Context(volume, bytes(16), _NOW_NS)
-        request = wire.MakeNode(wire.ROOT_INO, NAME, stat.S_IFDIR | 0o755, 0, 0)
+        request = wire.MakeNode(wire.ROOT_INO, name, stat.S_IFDIR | 0o755, 0, 0)
         made = await engine.write(lambda txn: WRITES[wire.MakeNode](txn, context, request))
     finally:
         await engine.close()

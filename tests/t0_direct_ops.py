@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuseclient.data.writer import Grant
+from fuseclient.data.grants import Grant
 from fuseclient.worker.direct_ops import Asked, DirectOps
 from fuseclient.worker.extra_messages import Malformed, Opcode
 from metaserver import wire

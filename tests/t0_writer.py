@@ -17,9 +17,11 @@ from one_file import INO, OneFile, Store, plain_reader
 from served import until
 
 from fuseclient.data.extents import Extents
+from fuseclient.data.grants import CREDIT_BYTES, NO_GRANT, RENEW_BYTES, Grant
 from fuseclient.data.objects import NoSpace, StoreError
+from fuseclient.data.open_file import FLUSH_BYTES, STAGED
 from fuseclient.data.uploads import ID_BLOCK, _SliceIds
-from fuseclient.data.writer import CREDIT_BYTES, FLUSH_BYTES, NO_GRANT, RENEW_BYTES, STAGED, Grant, Writer
+from fuseclient.data.writer import Writer
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
 
@@ -140,7 +142,7 @@ async def _follow(steps: list[tuple[str, int, bytes | int]]) -> None:
     closed = await rig.writer.close(INO)
     assert rig.server.content() == model
     assert closed is None or closed.content is None or closed.content == model
-    assert rig.writer.bytes == 0
+    assert rig.writer.uncommitted_bytes == 0
     assert not rig.writer.is_open(INO)
 
 
@@ -198,18 +200,18 @@ async def test_a_sequential_writer_makes_whole_objects() -> None:
     block = bytes(100_000)
     for offset in range(0, size, len(block)):
         await rig.writer.write(INO, offset, block[: size - offset])
-    assert rig.writer.bytes < (STAGED + 2) * FLUSH_BYTES
+    assert rig.writer.uncommitted_bytes < (STAGED + 2) * FLUSH_BYTES
     await rig.writer.flush(INO)
     assert sorted(len(data) for data in rig.store.objects.values()) == [1000] + [FLUSH_BYTES] * 10
-    assert rig.writer.bytes == 0
+    assert rig.writer.uncommitted_bytes == 0
 
 
 async def test_a_writer_waits_when_all_files_hold_too_much() -> None:
     rig = Rig(total_bytes=100)
     await rig.writer.write(INO, 0, b"x" * 100)
-    assert rig.writer.bytes == 100
+    assert rig.writer.uncommitted_bytes == 100
     await rig.writer.write(INO, 100, b"y")
-    assert rig.writer.bytes == 1
+    assert rig.writer.uncommitted_bytes == 1
     assert rig.server.content() == b"x" * 100
 
 
@@ -234,7 +236,7 @@ async def test_what_cannot_be_stored_is_kept_and_tried_again(caplog: pytest.LogC
     rig.store.fail = None
     await rig.writer.flush(INO)
     assert rig.server.content() == b"y" + b"x" * 99
-    assert rig.writer.bytes == 0
+    assert rig.writer.uncommitted_bytes == 0
     await rig.writer.flush_all()
     assert len(rig.store.objects) == 1
     assert "writing to inode 7 failed: no store" in caplog.text
@@ -263,7 +265,7 @@ async def test_memory_is_bounded_while_the_store_is_full(caplog: pytest.LogCaptu
     for _ in range(3):
         with pytest.raises(NoSpace):
             await rig.writer.write(INO, 100, b"y")
-    assert rig.writer.bytes == 100
+    assert rig.writer.uncommitted_bytes == 100
     rig.store.fail = None
     await rig.writer.write(INO, 100, b"y")
     await rig.writer.flush(INO)
@@ -280,11 +282,11 @@ async def test_a_cut_gives_up_what_cannot_be_stored_beyond_it(caplog: pytest.Log
             pass
     async with rig.writer.settled(INO, 70):
         rig.writer.cut(INO, 70)
-    assert rig.writer.bytes == 70
+    assert rig.writer.uncommitted_bytes == 70
     assert rig.writer.overlay(rig.server.attributes).size == 70
     async with rig.writer.settled(INO, 0):
         rig.writer.cut(INO, 0)
-    assert rig.writer.bytes == 0
+    assert rig.writer.uncommitted_bytes == 0
     await rig.writer.flush(INO)
 
 
@@ -358,12 +360,12 @@ async def test_a_writer_waits_for_the_store() -> None:
 
     writing = asyncio.create_task(write_much())
     await until(lambda: rig.store.waiting == STAGED)
-    assert rig.writer.bytes <= (STAGED + 1) * FLUSH_BYTES
+    assert rig.writer.uncommitted_bytes <= (STAGED + 1) * FLUSH_BYTES
     rig.store.gate.set()
     await writing
     await rig.writer.flush(INO)
     assert rig.server.attributes.size == 3 * STAGED * FLUSH_BYTES
-    assert rig.writer.bytes == 0
+    assert rig.writer.uncommitted_bytes == 0
 
 
 async def test_nothing_is_kept_of_a_file_that_is_no_more(caplog: pytest.LogCaptureFixture) -> None:
@@ -373,7 +375,7 @@ async def test_nothing_is_kept_of_a_file_that_is_no_more(caplog: pytest.LogCaptu
     await rig.writer.write(INO, 0, b"x")
     with pytest.raises(Refused):
         await rig.writer.flush(INO)
-    assert rig.writer.bytes == 0
+    assert rig.writer.uncommitted_bytes == 0
     rig.server.before = lambda request: None
     await rig.writer.flush(INO)
 
@@ -398,7 +400,7 @@ async def test_a_sync_asks_a_lazy_metaserver_and_tells_of_its_losses() -> None:
 async def test_an_error_of_the_last_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     rig = Rig()
     given_up: list[int] = []
-    rig.writer.when_given_up = given_up.append
+    rig.writer.hooks.when_given_up = given_up.append
     rig.server.before = _refuse(wire.ErrorCode.NO_SPACE)
     await rig.writer.write(INO, 0, b"x")
     assert await rig.writer.close(INO) is None
@@ -554,7 +556,7 @@ def _new(rig: Rig) -> None:
     """Have the rig's file be one that was made by this mount."""
     rig.writer._files.clear()
     rig.writer.open(rig.server.attributes, is_new=True)
-    rig.writer.is_alone = lambda: True
+    rig.writer.hooks.is_alone = lambda: True
 
 
 async def test_changes_of_a_new_files_attributes_go_with_its_content() -> None:
@@ -605,7 +607,7 @@ async def test_small_files_are_written_ahead_while_that_is_right() -> None:
     for _ in range(3):
         _new(rig)
         await rig.writer.write(INO, 0, b"abc")
-        await until(lambda: not rig.writer.bytes)
+        await until(lambda: not rig.writer.uncommitted_bytes)
         await rig.writer.flush(INO)
     for _ in range(4):
         _new(rig)
@@ -623,7 +625,7 @@ async def test_a_new_file_is_shown_until_something_is_done_to_it() -> None:
     rig = Rig()
     await rig.writer.close(INO)
     touched: list[wire.Attributes] = []
-    rig.writer.when_touched = touched.append
+    rig.writer.hooks.when_touched = touched.append
     made = rig.server.attributes
     assert not rig.writer.show(made), "it is not open"
     rig.writer.open(made, is_new=True)

@@ -44,7 +44,7 @@ class Rig:
         self.store = Busy()
         self.writer = Writer(client.connection, self.store, 0, lambda changed: None)
         self.compactor = Compactor(client.connection, self.store, rate=1e12, pause_s=0.0)
-        self.writer.when_laid = self.compactor.laid
+        self.writer.hooks.when_laid = self.compactor.laid
         self.model = bytearray()
 
     async def write(self, offset: int, data: bytes) -> None:

@@ -18,7 +18,7 @@ import pytest_asyncio
 from served import until
 from worker_rig import INLINE_LIMIT, ME, ROOT, Rig, fails, rigged
 
-from fuseclient.data.writer import NO_GRANT
+from fuseclient.data.grants import NO_GRANT
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
 
@@ -378,13 +378,13 @@ async def closed_ahead(rig: Rig, name: bytes, data: bytes) -> tuple[int, int]:
     assert rig.ops.grant(fh).closes == INLINE_LIMIT
 
     async def withdraw(_: int) -> None:
-        rig.mount._writer.withdraw = nothing
+        rig.mount._writer.hooks.withdraw = nothing
         rig.ops.take_posted(fh, 0, memoryview(data))
 
     async def nothing(_: int) -> None:
         pass
 
-    rig.mount._writer.withdraw = withdraw
+    rig.mount._writer.hooks.withdraw = withdraw
     return fh, ino
 
 
@@ -461,7 +461,7 @@ async def test_a_break_waits_until_the_kernel_knows_a_file_that_was_just_made(ri
 
 
 async def test_a_file_that_stays_open_is_told_of(rig: Rig) -> None:
-    rig.mount._writer._flush_age_s = 0.01
+    rig.mount._writer._committer._flush_age_s = 0.01
     fh, ino = await begin(rig)
     async with asyncio.timeout(5):
         while await known(rig, b"file") != ino:  # noqa: ASYNC110 - by itself, in a moment

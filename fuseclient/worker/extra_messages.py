@@ -13,8 +13,8 @@ from typing import Final, NamedTuple, TypeAlias
 import pyfuse3
 
 from fuseclient._native import lib
+from fuseclient.data.grants import NO_GRANT, Grant
 from fuseclient.data.passthrough import Opening
-from fuseclient.data.writer import NO_GRANT, Grant
 
 _HEADER: Final = struct.Struct("=IIQQIIIHH")
 _REPLY: Final = struct.Struct("=IiQ")

@@ -27,8 +27,8 @@ from typing import Any, Final
 from pyfuse3 import FUSEError
 
 from fuseclient import levels
+from fuseclient.data.grants import NO_GRANT
 from fuseclient.data.ranges import Ranges
-from fuseclient.data.writer import NO_GRANT
 from fuseclient.worker import extra_messages as messages
 from fuseclient.worker.direct_ops import Answer, Asked, DirectOps
 from fuseclient.worker.errors import errno_of

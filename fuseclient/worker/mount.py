@@ -133,7 +133,9 @@ class Mount:
             raise CannotStart(str(error)) from error
         self._assemble(opened)
         await self._reading.start()
-        unused = UnusedObjects(self._session, self._store, opened.lease_ms / 1000, lambda: self._writer.bytes > 0)
+        unused = UnusedObjects(
+            self._session, self._store, opened.lease_ms / 1000, lambda: self._writer.uncommitted_bytes > 0
+        )
         self._cleaning = asyncio.create_task(unused.run(), name="unused objects")
         self._compacting = asyncio.create_task(self._compactor.run(), name="compaction")
         self._returning = asyncio.create_task(self._returns.run(), name="returns")
@@ -160,7 +162,7 @@ class Mount:
             is_lazy=lambda: session.opened.lazy,
             changes=lambda: session.changes,
         )
-        writer.is_alone = lambda: session.alone and lease.left_s() > 0
+        writer.hooks.is_alone = lambda: session.alone and lease.left_s() > 0
 
         def made_in_vain(made: Made, ino: int) -> None:
             feeder.drop_name(made.parent, made.name)
@@ -171,17 +173,17 @@ class Mount:
         creations = self._creations = Creations(
             session,
             feeder,
-            is_alone=writer.is_alone,
+            is_alone=writer.hooks.is_alone,
             is_lazy=lambda: session.opened.lazy,
             when_lost=made_in_vain,
             when_closed_lost=writer.made_in_vain,
         )
         creations.publish = writer.publish
-        writer.held_files = creations
+        writer.hooks.held_files = creations
         ordered = Ordered(session, creations)
         self._compactor = Compactor(ordered, self._store, feeder.drop_inode)
-        writer.when_laid = self._compactor.laid
-        writer.when_given_up = kernel.drop_pages_later
+        writer.hooks.when_laid = self._compactor.laid
+        writer.hooks.when_given_up = kernel.drop_pages_later
 
         def changed(attributes: wire.Attributes) -> None:
             writer.observe(attributes)
@@ -191,7 +193,7 @@ class Mount:
         feeder.on_overtaken = writer.note
         feeder.overlay = creations.overlay
         feeder.is_shown = lambda attributes: attributes.ino not in kernel.dropping and writer.show(attributes)
-        writer.when_touched = feeder.written
+        writer.hooks.when_touched = feeder.written
 
         def is_open(ino: int) -> bool:
             return ino in open_handles or cache.is_open(ino) or writer.is_open(ino)
@@ -315,7 +317,7 @@ class Mount:
         return {
             "session": self.session_id.hex(),
             "lease_remaining_s": self._lease.left_s(),
-            "uncommitted_bytes": self._writer.bytes,
+            "uncommitted_bytes": self._writer.uncommitted_bytes,
             "files_being_written": self._writer.count,
             "filling": cache.get("filling", {}),
             "levels": levels.figures(),

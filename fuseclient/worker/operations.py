@@ -22,9 +22,10 @@ import msgspec
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
+from fuseclient.data.grants import NO_GRANT, Grant
 from fuseclient.data.passthrough import Opening, Passthrough
 from fuseclient.data.reader import Reader
-from fuseclient.data.writer import NO_GRANT, Closed, Grant, Writer
+from fuseclient.data.writer import Closed, Writer
 from fuseclient.worker import handles
 from fuseclient.worker.attributes import absent_entry, dot_entry, entry_of, statistics_of
 from fuseclient.worker.changes import OpenedVersions
@@ -642,8 +643,8 @@ class Operations(pyfuse3.Operations):
         return self._writer.grant(handle.ino)
 
     def on_withdraw(self, withdraw: Callable[[int], Awaitable[None]]) -> None:
-        """Have :meth:`grant` taken back by this: see :class:`~fuseclient.data.writer.Writer`."""
-        self._writer.withdraw = withdraw
+        """Have :meth:`grant` taken back by this: see :class:`~fuseclient.data.writer_hooks.WriterHooks`."""
+        self._writer.hooks.withdraw = withdraw
 
     def take_posted(self, fh: int, off: int, data: memoryview) -> int:
         """Take a write that was answered already, because of a :meth:`grant`; return what that is to be renewed by."""

@@ -13,23 +13,17 @@
  * When a map is full, the coldest groups of entries are given up (cache_evict.c). When the kernel refuses a value all the
  * same, its key is deleted, since an older value may be there; when a deletion fails too, the epoch is raised, which drops
  * everything.
- *
- * A directory is marked as whole when its caller has put all its names and none was lost since he began. It stays so through
- * names that are put. Whatever takes a name away, or fails to put one, takes the mark away first.
  */
 #define _GNU_SOURCE
 #include <bpf/bpf.h>
 #include <errno.h>
-#include <linux/fuse.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
-#include <unistd.h>
 #include "cache_internal.h"
-#include "hash.h"
 #include "map_walk.h"
 
 enum {
@@ -39,32 +33,9 @@ enum {
 	GROUP_SHARE = 16, /* between them the map's capacity divided by this */
 };
 
-void bpfuse_hash_name(const __u8 *name, __u32 length, const __u64 *key, __u64 *out)
-{
-	__u64 words[(BPFUSE_NAME_MAX + 1) / 8];
-
-	words[length / 8] = 0;
-	memcpy(words, name, length);
-	bpfuse_siphash(words, length, key, out);
-}
-
 /* Taking from the maps */
 
-static void mark(__u8 *marks, __u64 ino)
-{
-	__u32 slot = bpfuse_open_slot(ino);
-
-	marks[slot / 8] |= 1 << slot % 8;
-}
-
-static bool is_marked(const __u8 *marks, __u64 ino)
-{
-	__u32 slot = bpfuse_open_slot(ino);
-
-	return marks[slot / 8] >> slot % 8 & 1;
-}
-
-static void deleted(struct bpfuse_cache *cache, int result)
+void cache_deleted(struct bpfuse_cache *cache, int result)
 {
 	if (!result || result == -ENOENT)
 		return;
@@ -74,48 +45,7 @@ static void deleted(struct bpfuse_cache *cache, int result)
 
 void cache_drop(struct bpfuse_cache *cache, int fd, const void *key)
 {
-	deleted(cache, bpf_map_delete_elem(fd, key));
-}
-
-/* `names` is about to be changed. A worker that died after this left the number odd. */
-static void begin_names(struct bpfuse_cache *cache)
-{
-	__atomic_store_n(&cache->control->names_changes, cache->control->names_changes | 1, __ATOMIC_SEQ_CST);
-}
-
-static void end_names(struct bpfuse_cache *cache)
-{
-	__atomic_store_n(&cache->control->names_changes, cache->control->names_changes + 1, __ATOMIC_SEQ_CST);
-}
-
-static void delete_name(struct bpfuse_cache *cache, const struct bpfuse_name_key *key)
-{
-	int result;
-
-	begin_names(cache);
-	result = bpf_map_delete_elem(cache->options.names_fd, key);
-	end_names(cache);
-	deleted(cache, result);
-}
-
-static bool is_whole_mark(const struct bpfuse_name_key *key)
-{
-	return !key->hash[0] && !key->hash[1];
-}
-
-void bpfuse_cache_drop_whole(struct bpfuse_cache *cache, __u64 directory)
-{
-	struct bpfuse_name_key key = { .parent = directory };
-
-	if (is_marked(cache->wholes, directory))
-		delete_name(cache, &key);
-}
-
-void cache_drop_name(struct bpfuse_cache *cache, const struct bpfuse_name_key *key)
-{
-	cache->losses[bpfuse_open_slot(key->parent)]++;
-	bpfuse_cache_drop_whole(cache, key->parent);
-	delete_name(cache, key);
+	cache_deleted(cache, bpf_map_delete_elem(fd, key));
 }
 
 /* Drops a key whose value the kernel did not take. */
@@ -147,11 +77,6 @@ static void unmap_array(void *address, size_t size)
 		munmap(address, (size + BPFUSE_PAGE - 1) & ~(size_t)(BPFUSE_PAGE - 1));
 }
 
-static size_t pages_size(const struct bpfuse_cache *cache)
-{
-	return (size_t)cache->options.page_count * BPFUSE_PAGE;
-}
-
 static __u32 group_slots(const struct bpfuse_cache *cache)
 {
 	return cache->options.capacity / BPFUSE_GROUP_SHARE + 2;
@@ -169,11 +94,6 @@ static __u32 group_most(__u32 capacity)
 	return most < GROUP_LEAST ? GROUP_LEAST : most > GROUP_MOST ? GROUP_MOST : most;
 }
 
-static __u32 pages_of(__u32 bytes)
-{
-	return (bytes + BPFUSE_PAGE - 1) / BPFUSE_PAGE;
-}
-
 static __u64 boot_time(void)
 {
 	struct timespec now;
@@ -188,27 +108,7 @@ static bool has_pages(const struct bpfuse_cache *cache, const struct bpfuse_inod
 	       value->first_page < cache->options.page_count;
 }
 
-static void take_over_name(void *context, const void *key, const void *value)
-{
-	struct bpfuse_cache *cache = context;
-	struct bpfuse_name_value found;
-	struct bpfuse_name_key name;
-	struct member member;
-
-	memcpy(&name, key, sizeof(name));
-	memcpy(&found, value, sizeof(found));
-	if (found.version > cache->version)
-		cache->version = found.version;
-	if (is_whole_mark(&name)) { /* this worker does not know how far the one before it has come */
-		delete_name(cache, &name);
-		return;
-	}
-	member = (struct member){ .hash = { name.hash[0], name.hash[1] }, .ino = found.ino };
-	if (groups_restore(cache->groups, found.group, name.parent))
-		groups_add(cache->groups, found.group, &member);
-}
-
-static void take_over(void *context, const void *key, const void *value)
+static void take_over_inode(void *context, const void *key, const void *value)
 {
 	struct bpfuse_cache *cache = context;
 	struct bpfuse_inode_value inode;
@@ -224,7 +124,7 @@ static void take_over(void *context, const void *key, const void *value)
 		return;
 	cache->owners[inode.first_page] = member.ino;
 	if (S_ISDIR(inode.mode))
-		mark(cache->listed, member.ino);
+		cache_mark(cache->listed, member.ino);
 }
 
 static void take_over_xattrs(void *context, const void *key, const void *value)
@@ -237,7 +137,7 @@ static void take_over_xattrs(void *context, const void *key, const void *value)
 	memcpy(&ino, key, sizeof(ino));
 	if (found.version > cache->version)
 		cache->version = found.version;
-	mark(cache->tagged, ino);
+	cache_mark(cache->tagged, ino);
 }
 
 static int prepare(struct bpfuse_cache *cache)
@@ -246,7 +146,7 @@ static int prepare(struct bpfuse_cache *cache)
 	int result;
 
 	cache->control = map_array(options->control_fd, sizeof(*cache->control));
-	cache->pages = map_array(options->pages_fd, pages_size(cache));
+	cache->pages = map_array(options->pages_fd, cache_pages_size(cache));
 	cache->opens = map_array(options->opens_fd, BPFUSE_OPEN_SLOTS * sizeof(*cache->opens));
 	cache->uses = map_array(options->uses_fd, uses_size(cache));
 	if (!cache->control || !cache->pages || !cache->opens || !cache->uses)
@@ -262,9 +162,9 @@ static int prepare(struct bpfuse_cache *cache)
 	if (cache->control->page_cursor >= options->page_count)
 		cache->control->page_cursor = 0;
 	cache->version = boot_time();
-	result = bpfuse_map_walk(options->names_fd, take_over_name, cache);
+	result = bpfuse_map_walk(options->names_fd, cache_take_over_name, cache);
 	if (!result)
-		result = bpfuse_map_walk(options->inodes_fd, take_over, cache);
+		result = bpfuse_map_walk(options->inodes_fd, take_over_inode, cache);
 	groups_restored(cache->groups);
 	return result ? result : bpfuse_map_walk(options->xattrs_fd, take_over_xattrs, cache);
 }
@@ -289,7 +189,7 @@ int bpfuse_cache_open(struct bpfuse_cache **out, const struct bpfuse_cache_optio
 void bpfuse_cache_close(struct bpfuse_cache *cache)
 {
 	unmap_array(cache->control, sizeof(*cache->control));
-	unmap_array(cache->pages, pages_size(cache));
+	unmap_array(cache->pages, cache_pages_size(cache));
 	unmap_array(cache->opens, BPFUSE_OPEN_SLOTS * sizeof(*cache->opens));
 	unmap_array(cache->uses, uses_size(cache));
 	groups_free(cache->groups);
@@ -328,14 +228,14 @@ static int put_batch(struct bpfuse_cache *cache, int fd, const char *keys, const
 
 	if (fd != cache->options.names_fd)
 		return bpf_map_update_batch(fd, keys, values, count, NULL);
-	begin_names(cache);
+	cache_begin_names(cache);
 	result = bpf_map_update_batch(fd, keys, values, count, NULL);
-	end_names(cache);
+	cache_end_names(cache);
 	return result;
 }
 
-static void put_all(struct bpfuse_cache *cache, int fd, const void *keys, size_t key_size, const void *values,
-		    size_t value_size, __u32 count)
+void cache_put_all(struct bpfuse_cache *cache, int fd, const void *keys, size_t key_size, const void *values,
+		   size_t value_size, __u32 count)
 {
 	__u32 at = 0;
 
@@ -358,19 +258,26 @@ static void put_all(struct bpfuse_cache *cache, int fd, const void *keys, size_t
 	}
 }
 
-static void put_inodes(struct bpfuse_cache *cache, struct inode_batch *batch)
+void cache_put_inodes(struct bpfuse_cache *cache, struct inode_batch *batch)
 {
-	put_all(cache, cache->options.inodes_fd, batch->keys, sizeof(batch->keys[0]), batch->values,
-		sizeof(batch->values[0]), batch->count);
+	cache_put_all(cache, cache->options.inodes_fd, batch->keys, sizeof(batch->keys[0]), batch->values,
+		      sizeof(batch->values[0]), batch->count);
 	batch->count = 0;
 }
 
 static struct bpfuse_inode_value *append(struct bpfuse_cache *cache, struct inode_batch *batch, __u64 ino)
 {
 	if (batch->count == BPFUSE_BATCH)
-		put_inodes(cache, batch);
+		cache_put_inodes(cache, batch);
 	batch->keys[batch->count] = ino;
 	return &batch->values[batch->count++];
+}
+
+void cache_put_inode(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_inode_value *value)
+{
+	value->version = ++cache->version;
+	*append(cache, &cache->inodes, ino) = *value;
+	cache_put_inodes(cache, &cache->inodes);
 }
 
 /* Pages */
@@ -391,8 +298,7 @@ static void overtake(struct bpfuse_cache *cache, __u64 ino, __u32 page)
 	cache->figures.overtaken++;
 }
 
-/* Moves the cursor over `count` pages for `ino`; false if this batch has been once around the ring. */
-static bool take_pages(struct bpfuse_cache *cache, __u64 ino, __u32 count, __u32 *first)
+bool cache_take_pages(struct bpfuse_cache *cache, __u64 ino, __u32 count, __u32 *first)
 {
 	struct bpfuse_control *control = cache->control;
 	__u32 total = cache->options.page_count, cursor = control->page_cursor;
@@ -441,19 +347,13 @@ void bpfuse_cache_place(struct bpfuse_cache *cache, __u32 count)
 		if (!is_servable(record))
 			record->data_bytes = BPFUSE_NO_DATA;
 		else if (record->data_bytes &&
-			 !take_pages(cache, record->ino, pages_of(record->data_bytes), &record->first_page))
+			 !cache_take_pages(cache, record->ino, cache_pages_of(record->data_bytes), &record->first_page))
 			record->data_bytes = BPFUSE_NO_DATA;
 	}
-	put_inodes(cache, &cache->overtaken);
+	cache_put_inodes(cache, &cache->overtaken);
 }
 
 /* Values */
-
-static bool find_directory(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_inode_value *value)
-{
-	return !bpf_map_lookup_elem(cache->options.inodes_fd, &ino, value) && S_ISDIR(value->mode) &&
-	       value->epoch == cache->control->epoch;
-}
 
 static void split_time(__s64 ns, __s64 *seconds, __u32 *nanoseconds)
 {
@@ -463,17 +363,9 @@ static void split_time(__s64 ns, __s64 *seconds, __u32 *nanoseconds)
 	*nanoseconds = rest < 0 ? rest + NANOSECONDS : rest;
 }
 
-static struct backing *find_backing(struct bpfuse_cache *cache, __u64 ino)
-{
-	for (__u32 i = 0; i < cache->backing_count; i++)
-		if (cache->backings[i].ino == ino)
-			return &cache->backings[i];
-	return NULL;
-}
-
 static void fill_opening(struct bpfuse_cache *cache, struct bpfuse_inode_value *value, __u64 ino)
 {
-	const struct backing *backing = find_backing(cache, ino);
+	const struct backing *backing = cache_find_backing(cache, ino);
 
 	if (backing && backing->id)
 		value->device = backing->id;
@@ -529,32 +421,6 @@ static void fill_inode(struct bpfuse_cache *cache, struct bpfuse_inode_value *va
 	value->first_page = record->data_bytes ? record->first_page : 0;
 }
 
-static void fill_name(struct bpfuse_cache *cache, __u32 index, __u64 parent, const __u8 *name, __u32 length, __u64 ino)
-{
-	struct bpfuse_name_key *key = &cache->name_keys[index];
-
-	key->parent = parent;
-	bpfuse_hash_name(name, length, cache->control->hash_key, key->hash);
-	cache_join_group(cache, key->hash, ino); /* which may begin another group */
-	cache->name_values[index] = (struct bpfuse_name_value){
-		.ino = ino,
-		.epoch = cache->control->epoch,
-		.group = cache->group,
-		.version = ++cache->version,
-	};
-}
-
-static void put_names(struct bpfuse_cache *cache, __u32 count)
-{
-	put_all(cache, cache->options.names_fd, cache->name_keys, sizeof(cache->name_keys[0]), cache->name_values,
-		sizeof(cache->name_values[0]), count);
-}
-
-static void begin_batch(struct bpfuse_cache *cache)
-{
-	cache->batch_serial = groups_serial(cache->groups);
-}
-
 /* An inode that comes without a name stays in the group that it is in. */
 static void open_group_of(struct bpfuse_cache *cache, __u64 ino)
 {
@@ -570,91 +436,28 @@ static void open_group_of(struct bpfuse_cache *cache, __u64 ino)
 
 void bpfuse_cache_put(struct bpfuse_cache *cache, __u32 count, __u64 parent, const __u8 *names)
 {
-	begin_batch(cache);
+	cache_begin_batch(cache);
 	if (names)
 		cache_open_group(cache, parent);
 	for (__u32 i = 0; i < count && i < BPFUSE_BATCH; i++) {
 		const struct bpfuse_record *record = &cache->records[i];
 
 		if (names) {
-			fill_name(cache, i, parent, names, record->name_bytes, record->ino);
+			cache_fill_name(cache, i, parent, names, record->name_bytes, record->ino);
 			names += record->name_bytes;
 		} else {
 			open_group_of(cache, record->ino);
 		}
 		fill_inode(cache, append(cache, &cache->inodes, record->ino), record);
 	}
-	put_inodes(cache, &cache->inodes);
+	cache_put_inodes(cache, &cache->inodes);
 	if (names)
-		put_names(cache, count);
-}
-
-void bpfuse_cache_put_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length, __u64 ino)
-{
-	begin_batch(cache);
-	cache_open_group(cache, parent);
-	fill_name(cache, 0, parent, name, length, ino);
-	put_names(cache, 1);
-}
-
-void bpfuse_cache_drop_name(struct bpfuse_cache *cache, __u64 parent, const __u8 *name, __u32 length)
-{
-	struct bpfuse_name_key key = { .parent = parent };
-
-	bpfuse_hash_name(name, length, cache->control->hash_key, key.hash);
-	cache_drop_name(cache, &key);
-}
-
-__u64 bpfuse_cache_losses(const struct bpfuse_cache *cache, __u64 directory)
-{
-	return (__u64)cache->control->epoch << 32 | cache->losses[bpfuse_open_slot(directory)];
-}
-
-/* Puts the mark of a directory, unless to make room for it costs one of its names. */
-static int put_mark(struct bpfuse_cache *cache, const struct bpfuse_name_key *key, __u64 losses)
-{
-	struct bpfuse_name_value value = {
-		.epoch = cache->control->epoch,
-		.group = cache->group,
-		.version = ++cache->version,
-	};
-	int result = -E2BIG;
-
-	for (__u32 tries = 0; tries < 2 && result == -E2BIG; tries++) {
-		__u32 count = 1;
-
-		if (tries && !cache_evict(cache, FULL_NAMES))
-			break;
-		if (bpfuse_cache_losses(cache, key->parent) != losses)
-			break;
-		result = put_batch(cache, cache->options.names_fd, (const char *)key, (const char *)&value, &count);
-	}
-	return result;
-}
-
-int bpfuse_cache_put_whole(struct bpfuse_cache *cache, __u64 directory, __u64 losses)
-{
-	struct bpfuse_name_key key = { .parent = directory };
-
-	if (bpfuse_cache_losses(cache, directory) != losses)
-		return 0;
-	begin_batch(cache);
-	cache_open_group(cache, directory);
-	cache_join_group(cache, key.hash, 0);
-	if (!cache->group)
-		return 0;
-	mark(cache->wholes, directory);
-	if (put_mark(cache, &key, losses)) {
-		bpfuse_cache_drop_whole(cache, directory);
-		return 0;
-	}
-	cache->figures.wholes++;
-	return 1;
+		cache_put_names(cache, count);
 }
 
 void cache_drop_xattrs(struct bpfuse_cache *cache, __u64 ino)
 {
-	if (is_marked(cache->tagged, ino))
+	if (cache_is_marked(cache->tagged, ino))
 		cache_drop(cache, cache->options.xattrs_fd, &ino);
 }
 
@@ -668,8 +471,8 @@ void bpfuse_cache_put_xattrs(struct bpfuse_cache *cache, __u64 ino, struct bpfus
 {
 	value->epoch = cache->control->epoch;
 	value->version = ++cache->version;
-	put_all(cache, cache->options.xattrs_fd, &ino, sizeof(ino), value, sizeof(*value), 1);
-	mark(cache->tagged, ino);
+	cache_put_all(cache, cache->options.xattrs_fd, &ino, sizeof(ino), value, sizeof(*value), 1);
+	cache_mark(cache->tagged, ino);
 }
 
 static const __u64 INO_MASK = (1ULL << BPFUSE_FH_SERIAL_SHIFT) - 1;
@@ -700,198 +503,4 @@ size_t bpfuse_cache_missing(struct bpfuse_cache *cache, const __u64 *inos, size_
 		if (!has_inode(cache, inos[i] & INO_MASK, false))
 			out[missing++] = inos[i];
 	return missing;
-}
-
-/* Listings */
-
-static void put_inode(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_inode_value *value)
-{
-	value->version = ++cache->version;
-	*append(cache, &cache->inodes, ino) = *value;
-	put_inodes(cache, &cache->inodes);
-}
-
-/* The bytes of an entry with its name, or 0 if they are not all there. */
-static __u32 dirent_bytes(const __u8 *entries, size_t left)
-{
-	struct fuse_dirent dirent;
-	__u32 bytes;
-
-	if (left < FUSE_NAME_OFFSET)
-		return 0;
-	memcpy(&dirent, entries, FUSE_NAME_OFFSET);
-	if (dirent.namelen > BPFUSE_NAME_MAX)
-		return 0;
-	bytes = FUSE_DIRENT_SIZE(&dirent);
-	return bytes <= left ? bytes : 0;
-}
-
-/* How many entries there are; 0 if one is not whole. */
-static __u32 count_entries(const __u8 *entries, size_t bytes)
-{
-	__u32 count = 0;
-
-	for (size_t at = 0, size; at < bytes; at += size) {
-		size = dirent_bytes(entries + at, bytes - at);
-		if (!size)
-			return 0;
-		count++;
-	}
-	return count;
-}
-
-/* The bytes of a listing in front of its first entry. */
-static size_t listing_head(__u32 count)
-{
-	return (sizeof(__u32) * (2 + (size_t)count) + 7) & ~(size_t)7;
-}
-
-static void write_listing(__u8 *out, const __u8 *entries, size_t bytes, __u32 count)
-{
-	struct bpfuse_listing *listing = (void *)out;
-	__u32 head = (__u32)listing_head(count);
-	size_t at = 0;
-
-	listing->count = count;
-	for (__u32 i = 0; i < count; i++) {
-		listing->starts[i] = head + (__u32)at;
-		at += dirent_bytes(entries + at, bytes - at);
-	}
-	listing->starts[count] = head + (__u32)at;
-	memcpy(out + head, entries, bytes);
-}
-
-int bpfuse_cache_put_listing(struct bpfuse_cache *cache, __u64 ino, const __u8 *entries, size_t bytes)
-{
-	struct bpfuse_inode_value value;
-	size_t most = pages_size(cache) / BPFUSE_LISTING_SHARE, total;
-	__u32 first, count;
-
-	if (bytes > most || !find_directory(cache, ino, &value))
-		return 0;
-	count = count_entries(entries, bytes);
-	total = listing_head(count) + bytes;
-	if (!count || total > most)
-		return 0;
-	cache->batch_pages = 0;
-	if (!take_pages(cache, ino, pages_of((__u32)total), &first))
-		return 0;
-	put_inodes(cache, &cache->overtaken);
-	if (value.epoch != cache->control->epoch) /* a drop failed */
-		return 0;
-	write_listing(cache->pages + (size_t)first * BPFUSE_PAGE, entries, bytes, count);
-	value.flags |= BPFUSE_INODE_HAS_DATA;
-	value.first_page = first;
-	value.data_bytes = (__u32)total;
-	put_inode(cache, ino, &value);
-	mark(cache->listed, ino);
-	cache->figures.listings++;
-	return 1;
-}
-
-void bpfuse_cache_drop_listing(struct bpfuse_cache *cache, __u64 ino)
-{
-	struct bpfuse_inode_value value;
-
-	if (!is_marked(cache->listed, ino) || !find_directory(cache, ino, &value))
-		return;
-	value.flags &= ~(__u32)BPFUSE_INODE_HAS_DATA;
-	value.first_page = value.data_bytes = 0;
-	put_inode(cache, ino, &value);
-}
-
-/* The control page */
-
-void bpfuse_cache_set_profile(struct bpfuse_cache *cache, __u32 profile)
-{
-	__atomic_store_n(&cache->control->profile, profile, __ATOMIC_SEQ_CST);
-}
-
-void bpfuse_cache_set_deadline(struct bpfuse_cache *cache, __u64 deadline_ns)
-{
-	__atomic_store_n(&cache->control->deadline, deadline_ns, __ATOMIC_SEQ_CST);
-}
-
-void bpfuse_cache_set_ttl(struct bpfuse_cache *cache, __u64 kernel_ttl_ns)
-{
-	__atomic_store_n(&cache->control->kernel_ttl_max, kernel_ttl_ns, __ATOMIC_SEQ_CST);
-}
-
-void bpfuse_cache_set_statfs(struct bpfuse_cache *cache, const struct bpfuse_statfs *figures)
-{
-	struct bpfuse_statfs *out = &cache->control->statfs;
-	__u32 odd = out->seq | 1; /* it may have been left odd by a worker that died in here */
-
-	__atomic_store_n(&out->seq, odd, __ATOMIC_RELAXED);
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	memcpy(&out->bsize, &figures->bsize, sizeof(*out) - offsetof(struct bpfuse_statfs, bsize));
-	__atomic_store_n(&out->seq, odd + 1, __ATOMIC_RELEASE);
-}
-
-void bpfuse_cache_bump_epoch(struct bpfuse_cache *cache)
-{
-	__atomic_store_n(&cache->control->epoch, cache->control->epoch + 1, __ATOMIC_SEQ_CST);
-	groups_cool(cache->groups);
-	memset(cache->owners, 0, cache->options.page_count * sizeof(*cache->owners));
-	memset(cache->listed, 0, BPFUSE_OPEN_SLOTS / 8);
-	memset(cache->tagged, 0, BPFUSE_OPEN_SLOTS / 8);
-	memset(cache->wholes, 0, BPFUSE_OPEN_SLOTS / 8);
-}
-
-/* Handles */
-
-__u64 bpfuse_cache_opens(const struct bpfuse_cache *cache, __u64 ino)
-{
-	return __atomic_load_n(&cache->opens[bpfuse_open_slot(ino)].handles, __ATOMIC_SEQ_CST);
-}
-
-/* Counts one less, unless there are none. */
-static void count_down(__u32 *counter)
-{
-	__u32 count = __atomic_load_n(counter, __ATOMIC_RELAXED);
-
-	while (count &&
-	       !__atomic_compare_exchange_n(counter, &count, count - 1, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
-		;
-}
-
-void bpfuse_cache_released(struct bpfuse_cache *cache, __u64 ino)
-{
-	count_down(&cache->opens[bpfuse_open_slot(ino)].handles);
-}
-
-void bpfuse_cache_opened(struct bpfuse_cache *cache, __u64 ino)
-{
-	__atomic_fetch_add(&cache->opens[bpfuse_open_slot(ino)].handles, 1, __ATOMIC_SEQ_CST);
-}
-
-void bpfuse_cache_locked(struct bpfuse_cache *cache, __u64 ino)
-{
-	__atomic_fetch_add(&cache->opens[bpfuse_open_slot(ino)].locks, 1, __ATOMIC_SEQ_CST);
-}
-
-void bpfuse_cache_unlocked(struct bpfuse_cache *cache, __u64 ino)
-{
-	count_down(&cache->opens[bpfuse_open_slot(ino)].locks);
-}
-
-int bpfuse_cache_set_backing(struct bpfuse_cache *cache, __u64 ino, __u32 backing_id)
-{
-	struct backing *backing = find_backing(cache, ino);
-
-	if (!backing) {
-		if (cache->backing_count == BPFUSE_BACKINGS)
-			return -ENOSPC;
-		backing = &cache->backings[cache->backing_count++];
-	}
-	*backing = (struct backing){ .ino = ino, .id = backing_id };
-	return 0;
-}
-
-void bpfuse_cache_forget_backing(struct bpfuse_cache *cache, __u64 ino)
-{
-	struct backing *backing = find_backing(cache, ino);
-
-	if (backing)
-		*backing = cache->backings[--cache->backing_count];
 }

@@ -102,8 +102,8 @@ size_t bpfuse_cache_missing(struct bpfuse_cache *cache, const __u64 *inos, size_
 enum bpfuse_evicted { BPFUSE_EVICTED_DIRECTORY_BIT = 63 };
 
 /*
- * Tells what was given up since the last time to make room: inodes, some of which were not there any more, and directories of which no entry is left here; returns how
- * many, and in `*lost` whether there was no memory to remember some. At most `room` are told at once.
+ * Tells what was given up since the last time to make room: inodes, some of which were not there any more, and
+ * directories of which no entry is left here; returns how many, and in `*lost` whether there was no memory to remember some. At most `room` are told at once.
  */
 size_t bpfuse_cache_take_evicted(struct bpfuse_cache *cache, __u64 *out, size_t room, int *lost);
 /* Whether an entry of a directory was asked for since the newest of them were put; -1: there are none. */

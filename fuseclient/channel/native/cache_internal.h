@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The state of the worker's side of the kernel cache, which cache_fill.c and cache_evict.c share. */
+/* The state of the worker's side of the kernel cache, and what the files that work on it (cache_*.c) share. */
 #ifndef BPFUSE_CACHE_INTERNAL_H
 #define BPFUSE_CACHE_INTERNAL_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <linux/types.h>
 #include "abi.h"
 #include "cache_fill.h"
 #include "groups.h"
+#include "hash.h"
 
 /* Inode values that are collected to be put by one call. */
 struct inode_batch {
@@ -53,12 +55,77 @@ struct bpfuse_cache {
 	struct bpfuse_name_value name_values[BPFUSE_BATCH];
 };
 
+/* Marks of inodes, a bit by slot: there may be something, or is nothing. */
+static inline void cache_mark(__u8 *marks, __u64 ino)
+{
+	__u32 slot = bpfuse_open_slot(ino);
+
+	marks[slot / 8] |= 1 << slot % 8;
+}
+
+static inline bool cache_is_marked(const __u8 *marks, __u64 ino)
+{
+	__u32 slot = bpfuse_open_slot(ino);
+
+	return marks[slot / 8] >> slot % 8 & 1;
+}
+
+static inline __u32 cache_pages_of(__u32 bytes)
+{
+	return (bytes + BPFUSE_PAGE - 1) / BPFUSE_PAGE;
+}
+
+static inline size_t cache_pages_size(const struct bpfuse_cache *cache)
+{
+	return (size_t)cache->options.page_count * BPFUSE_PAGE;
+}
+
+/* What is put from here on is given up last, to make room for the rest of it. */
+static inline void cache_begin_batch(struct bpfuse_cache *cache)
+{
+	cache->batch_serial = groups_serial(cache->groups);
+}
+
+/* Entries of any map (cache_fill.c) */
+
+/* Puts `count` values; what is refused is dropped and counted. */
+void cache_put_all(struct bpfuse_cache *cache, int fd, const void *keys, size_t key_size, const void *values,
+		   size_t value_size, __u32 count);
 /* Deletes a key from a map that is not `names`; raises the epoch if that cannot be done. */
 void cache_drop(struct bpfuse_cache *cache, int fd, const void *key);
-/* Deletes a name, and before it the mark that its directory is whole. */
-void cache_drop_name(struct bpfuse_cache *cache, const struct bpfuse_name_key *key);
+/* A deletion had this result; raises the epoch if it failed. */
+void cache_deleted(struct bpfuse_cache *cache, int result);
+
+/* Inodes (cache_fill.c) */
+
+void cache_put_inode(struct bpfuse_cache *cache, __u64 ino, struct bpfuse_inode_value *value);
+/* Puts what is collected. */
+void cache_put_inodes(struct bpfuse_cache *cache, struct inode_batch *batch);
+/*
+ * Moves the cursor over `count` pages for `ino`; false if this batch has been once around the ring. Who had them is
+ * collected in `overtaken`, and to be put before they are written.
+ */
+bool cache_take_pages(struct bpfuse_cache *cache, __u64 ino, __u32 count, __u32 *first);
 /* Drops what is in `xattrs` of an inode. */
 void cache_drop_xattrs(struct bpfuse_cache *cache, __u64 ino);
+/* What is known of an inode's backing file, or NULL (cache_control.c). */
+struct backing *cache_find_backing(struct bpfuse_cache *cache, __u64 ino);
+
+/* Names (cache_names.c) */
+
+/* `names` is about to be changed, and was. A worker that died between them left the number odd. */
+void cache_begin_names(struct bpfuse_cache *cache);
+void cache_end_names(struct bpfuse_cache *cache);
+/* Fills in the name at `index` of those that cache_put_names() puts. */
+void cache_fill_name(struct bpfuse_cache *cache, __u32 index, __u64 parent, const __u8 *name, __u32 length, __u64 ino);
+void cache_put_names(struct bpfuse_cache *cache, __u32 count);
+/* For bpfuse_map_walk(): an entry of `names` that another worker left. `context` is the cache. */
+void cache_take_over_name(void *context, const void *key, const void *value);
+/* Deletes a name, and before it the mark that its directory is whole. */
+void cache_drop_name(struct bpfuse_cache *cache, const struct bpfuse_name_key *key);
+
+/* Groups (cache_evict.c) */
+
 /* The group that entries of a directory (0: inodes without names) go to from now on. */
 void cache_open_group(struct bpfuse_cache *cache, __u64 directory);
 /* An entry is put as one of the group that is open; `hash` NULL: an inode without a name. */

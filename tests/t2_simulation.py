@@ -79,7 +79,7 @@ def test_a_fault_of_each_kind_came(seeds: Seeds, what: str) -> None:
     assert seeds.count(what) >= 10
 
 
-@pytest.mark.parametrize("source", READS)
+@pytest.mark.parametrize("source", READS, ids="from_{}".format)  # no "[bpf]", which is a mode and shared out by itself
 def test_each_cache_answered(seeds: Seeds, source: str) -> None:
     assert seeds.count(f"read from {source}") >= 100
 

@@ -180,8 +180,9 @@ def test_requests_of_a_dead_worker_are_repeated_or_refused(mount: MountFactory, 
     (mounted.path / "other").mkdir()
     old = mounted.path / "other" / "old"
     old.touch()
-    old.stat()  # so that the removal is its first request
     (mounted.path / "file").write_bytes(b"x" * 100_000)
+    mounted.remount()  # nobody knows any more what "directory" lacks
+    old.stat()  # so that the removal is its first request
     fd = os.open(mounted.path / "file", os.O_WRONLY | os.O_APPEND)  # such a write is never posted
     with killed_while_stopped(mounted):
         miss = background.until_blocked(lambda: (mounted.path / "directory" / "none").exists())

@@ -159,7 +159,7 @@ def test_what_does_not_fit_into_the_kernel_cache_is_left_out(
     progress = warm(mounted, "--data", path=".")
     assert not progress["complete"]
     assert (progress["directories"], progress["directories_left_out"]) == (1, 1)
-    assert progress["entries"] == progress["room_entries"] > 1500
+    assert progress["entries"] + 1 == progress["room_entries"] > 1500  # one is the mark that the directory is whole
     assert progress["content"]["files"] + progress["content_left_out"]["files"] == 10
     assert 4 <= progress["content"]["files"] <= 8
     maps = figures.stats(mounted)["maps"]

@@ -7,11 +7,9 @@ an architecture and a common one, which bcc finds by itself only below /lib/modu
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -51,20 +49,18 @@ def find(modules: Path = _MODULES, release: str | None = None) -> Headers:
     return Headers(source, [f"-I{build / part}" for part in parts])
 
 
-@contextlib.contextmanager
-def tracefs() -> Iterator[None]:
-    """Have the list of tracepoints mounted, by ourselves if it is not; raise :exc:`UserError`."""
-    if (_TRACEFS / "events").is_dir() or Path("/sys/kernel/debug/tracing/events").is_dir():
-        yield
+def have_tracepoints() -> None:
+    """Mount the list of tracepoints where it belongs, unless it is there; raise :exc:`UserError`.
+
+    It stays, as where systemd mounts it: another tracer may have come to use it.
+    """
+    if _is_listing_tracepoints() or Path("/sys/kernel/debug/tracing/events").is_dir():
         return
-    _run("mount", "-t", "tracefs", "tracefs", str(_TRACEFS))
-    try:
-        yield
-    finally:
-        _run("umount", str(_TRACEFS))
-
-
-def _run(*command: str) -> None:
+    command = ("mount", "-t", "tracefs", "tracefs", str(_TRACEFS))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    if done.returncode and not _is_listing_tracepoints():  # nor did another process mount it meanwhile
         raise UserError(f"{' '.join(command)}: {done.stderr.strip() or 'it failed'}")
+
+
+def _is_listing_tracepoints() -> bool:
+    return (_TRACEFS / "events").is_dir()

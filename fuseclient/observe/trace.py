@@ -58,12 +58,12 @@ def tracing(device_minor: int, recent: int | None) -> Iterator[Tracer]:
         raise UserError("bpfuse trace needs bcc; on Debian: apt-get install python3-bpfcc") from None
     headers = kernel_headers.find()
     flags = [f"-DDEVICE={device_minor}", f"-DRECENT_SLOTS={recent_slots()}", *headers.flags]
-    with kernel_headers.tracefs():
-        program = _compile(bcc, headers, flags)
-        try:
-            yield Tracer(program, recent)
-        finally:
-            program.cleanup()
+    kernel_headers.have_tracepoints()
+    program = _compile(bcc, headers, flags)
+    try:
+        yield Tracer(program, recent)
+    finally:
+        program.cleanup()
 
 
 def _compile(bcc: Any, headers: kernel_headers.Headers, flags: list[str]) -> Any:

@@ -155,9 +155,9 @@ def _etcd_store(location: Location) -> EtcdStore:
         prefix=prefix.encode(),
         user=location.user,
         password=location.password() if location.user else None,
+        key=location.private_key(),
         ca=location.file("ca"),
         certificate=location.file("cert"),
-        key=location.private_key(),
         quota=location.number("quota", etcd.QUOTA, 1 << 20, 1 << 40),
     )
     return etcd.EtcdStore(settings)

@@ -115,11 +115,15 @@ class Faults:
 
     def hang_the_engine(self) -> None:
         assert self._engine is not None
-        self._engine.hang()
+        self._hang_all(self._engine)
+
+    def _hang_all(self, servers: Server | EtcdCluster | Weed) -> None:
+        """Nothing goes on without these."""
+        servers.hang()
         try:
             self._load.stands_still(self._some_seconds())
         finally:
-            self._engine.go_on()
+            servers.go_on()
 
     def _member(self, *, leads: bool) -> Server:
         cluster = self._engine
@@ -157,8 +161,4 @@ class Faults:
 
     def hang_the_store(self) -> None:
         assert self._store is not None
-        self._store.freeze()
-        try:
-            self._load.stands_still(self._some_seconds())
-        finally:
-            self._store.thaw()
+        self._hang_all(self._store)

@@ -7,6 +7,7 @@ import mmap
 import os
 import struct
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import pytest
@@ -228,3 +229,19 @@ def statfs(ino: int = 1) -> Request:
 
 def ioctl(ino: int, data: bytes = b"") -> Request:
     return Request(OPCODE["IOCTL"], ino, struct.pack("<QIIQII", 0, 0, 0x5401, 0, len(data), 36), data)
+
+
+MakeKernel = Callable[..., Kernel]
+
+
+def making() -> Iterator[MakeKernel]:
+    """What a fixture yields from: makes kernels of the sizes that a test asks for, which end with it."""
+    made: list[Kernel] = []
+
+    def make_one(**sizes: int) -> Kernel:
+        made.append(Kernel(**sizes))
+        return made[-1]
+
+    yield make_one
+    for each in made:
+        each.close()

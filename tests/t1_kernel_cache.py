@@ -7,14 +7,14 @@ import random
 import struct
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 from typing import Any
 
 import bpf_map
 import kernel
 import pytest
-from kernel import DIRECTORY, REGULAR, SYMLINK, Kernel, attributes
+from kernel import DIRECTORY, REGULAR, SYMLINK, Kernel, MakeKernel, attributes
 
 from fuseclient import native
 from fuseclient._native import ffi, lib
@@ -26,8 +26,6 @@ from metaserver.wire import Attributes, DirectoryEntry
 ROOT = 1
 PAGE = 4096
 
-MakeKernel = Callable[..., Kernel]
-
 
 @pytest.fixture(scope="module")
 def needs_bpf() -> None:
@@ -36,15 +34,7 @@ def needs_bpf() -> None:
 
 @pytest.fixture
 def make(needs_bpf: None) -> Iterator[MakeKernel]:
-    made: list[Kernel] = []
-
-    def make_one(**sizes: int) -> Kernel:
-        made.append(Kernel(**sizes))
-        return made[-1]
-
-    yield make_one
-    for each in made:
-        each.close()
+    yield from kernel.making()
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.synchronize import Event
 
 import kernel
 import pytest
-from kernel import Kernel, attributes
+from kernel import Kernel, MakeKernel, attributes
 
 from fuseclient import native
 from fuseclient.config import MapFds
@@ -21,21 +21,11 @@ TOP, OTHER = 2, 3
 #: Inodes of files, which are called by them.
 FILES = range(100, 140)
 
-MakeKernel = Callable[..., Kernel]
-
 
 @pytest.fixture
 def make() -> Iterator[MakeKernel]:
     kernel.require_bpf()
-    made: list[Kernel] = []
-
-    def make_one(**sizes: int) -> Kernel:
-        made.append(Kernel(**sizes))
-        return made[-1]
-
-    yield make_one
-    for each in made:
-        each.close()
+    yield from kernel.making()
 
 
 @pytest.fixture

@@ -460,15 +460,20 @@ async def _returned(stage: Stage, client: Client, leases: float = 1.3) -> None:
     await asyncio.sleep(leases * stage.lease_s)
 
 
+async def _changed_elsewhere(stage: Stage, ino: int) -> None:
+    """Change and remove what the other client may have in its caches, and look at what it shows for a lease."""
+    await stage.do(stage.one, lambda program: program.chmod(ino, 0o600))
+    await stage.do(stage.one, lambda program: program.remove(ROOT, FILE, directory=False))
+    await stage.watch(stage.two, stage.lease_s)
+
+
 async def _cached_names(stage: Stage) -> None:
     """What was evicted is still in the kernel's caches, of names and attributes, until the lease is over."""
     one, two = stage.one, stage.two
     ino = await stage.do(one, lambda program: program.create(ROOT, FILE))
     await stage.do(two, lambda program: program.stat(ROOT, FILE))
     await _returned(stage, two, 0.4)
-    await stage.do(one, lambda program: program.chmod(ino, 0o600))
-    await stage.do(one, lambda program: program.remove(ROOT, FILE, directory=False))
-    await stage.watch(two, stage.lease_s)
+    await _changed_elsewhere(stage, ino)
 
 
 async def _cached_pages(stage: Stage) -> None:
@@ -492,9 +497,7 @@ async def _told_again(stage: Stage) -> None:
     await _returned(stage, two, 1.05)
     await stage.do(two, lambda program: program.stat(ROOT, FILE))
     await _returned(stage, two, 0.4)
-    await stage.do(one, lambda program: program.chmod(ino, 0o600))
-    await stage.do(one, lambda program: program.remove(ROOT, FILE, directory=False))
-    await stage.watch(two, stage.lease_s)
+    await _changed_elsewhere(stage, ino)
 
 
 async def _still_open(stage: Stage) -> None:

@@ -106,7 +106,7 @@ async def test_credentials_are_in_a_file_that_nobody_else_reads(
 async def test_a_server_that_hangs_is_given_up_in_time(server: weed.Weed) -> None:
     store = open_store(server.url("hang", timeout=1.5))
     await store.put(1, b"before")
-    server.freeze()
+    server.hang()
     try:
         loop = asyncio.get_running_loop()
         start = loop.time()
@@ -116,7 +116,7 @@ async def test_a_server_that_hangs_is_given_up_in_time(server: weed.Weed) -> Non
             await store.read(1, 0, 6)
         assert loop.time() - start < 6
     finally:
-        server.thaw()
+        server.go_on()
     assert bytes(await store.read(1, 0, 6)) == b"before"
     await store.put(3, b"after")
 
@@ -165,12 +165,12 @@ def test_a_mount_outlives_its_store(server: weed.Weed, sandbox: rig.Sandbox, mou
     try:
         os.write(descriptor, first)
         os.fsync(descriptor)
-        server.kill() if fault == "dies" else server.freeze()
+        server.kill() if fault == "dies" else server.hang()
         _write_all(descriptor, second)
         with pytest.raises(OSError, match="Input/output") as failed:
             os.fsync(descriptor)
         assert failed.value.errno == errno.EIO
-        server.start() if fault == "dies" else server.thaw()
+        server.start() if fault == "dies" else server.go_on()
         # A server that was stopped may be slow at first; what was written is kept for as long as it takes.
         rig.wait_for(lambda: _is_synced(descriptor), "the store takes what was written")
     finally:

@@ -104,11 +104,11 @@ class Weed:
         assert self._process is not None
         self._process.wait()
 
-    def freeze(self) -> None:
+    def hang(self) -> None:
         """Have it accept connections, and answer nothing."""
         self._signal(signal.SIGSTOP)
 
-    def thaw(self) -> None:
+    def go_on(self) -> None:
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:

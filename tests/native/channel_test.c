@@ -330,6 +330,15 @@ static void wait_ready(struct bpfuse_channel *channel)
 	}
 }
 
+/* Ends a worker, and starts another one in its place. */
+static void worker_replace(struct worker *worker, struct bpfuse_channel *channel, struct worker kind)
+{
+	shutdown(worker->fuse, SHUT_RDWR);
+	worker_join(worker);
+	worker_start(worker, channel, kind);
+	wait_ready(channel);
+}
+
 /* Workers die again and again under load; not one application may notice. */
 static void test_workers_die(struct bpfuse_channel *channel, struct worker *last)
 {
@@ -362,10 +371,7 @@ static void test_refused(struct bpfuse_channel *channel, struct worker *worker)
 	struct bpfuse_channel_figures figures;
 	char path[200];
 
-	shutdown(worker->fuse, SHUT_RDWR);
-	worker_join(worker);
-	worker_start(worker, channel, (struct worker){ .answers = 1L << 40, .fatal = FUSE_MKDIR });
-	wait_ready(channel);
+	worker_replace(worker, channel, (struct worker){ .answers = 1L << 40, .fatal = FUSE_MKDIR });
 	snprintf(path, sizeof(path), "%s/absent", directory);
 	CHECK(mkdir(path, 0755) == -1 && errno == EIO);
 	worker_join(worker);
@@ -583,10 +589,7 @@ static void test_interrupted_extra(struct bpfuse_channel *channel, struct worker
 	void *result;
 	int descriptor;
 
-	shutdown(worker->fuse, SHUT_RDWR);
-	worker_join(worker);
-	worker_start(worker, channel, (struct worker){ .answers = 1L << 40, .endless = FUSE_LSEEK });
-	wait_ready(channel);
+	worker_replace(worker, channel, (struct worker){ .answers = 1L << 40, .endless = FUSE_LSEEK });
 	snprintf(path, sizeof(path), "%s/f3", directory);
 	descriptor = open(path, O_RDONLY);
 	CHECK(descriptor >= 0);
@@ -648,10 +651,7 @@ static void test_posted(struct bpfuse_channel *channel, struct worker *worker)
 	CHECK(posted_by(channel, one, 1, 1) == 0);
 	bpfuse_channel_figures(channel, &figures);
 	CHECK(atomic_load(&worker->posted) == figures.posted && figures.stale_replies == stale);
-	shutdown(worker->fuse, SHUT_RDWR);
-	worker_join(worker);
-	worker_start(worker, channel, immortal);
-	wait_ready(channel);
+	worker_replace(worker, channel, immortal);
 	CHECK(posted_by(channel, one, 2, 1) == 1); /* and so does the end of the worker. */
 	CHECK(!close(one));
 	printf("ok: writes that nobody waits for\n");
@@ -673,10 +673,7 @@ static void test_posted_and_locks(struct bpfuse_channel *channel, struct worker 
 	void *result;
 	int one, other;
 
-	shutdown(worker->fuse, SHUT_RDWR);
-	worker_join(worker);
-	worker_start(worker, channel, (struct worker){ .answers = 1L << 40, .endless = FUSE_SETLKW });
-	wait_ready(channel);
+	worker_replace(worker, channel, (struct worker){ .answers = 1L << 40, .endless = FUSE_SETLKW });
 	snprintf(path, sizeof(path), "%s/f5", directory);
 	one = open(path, O_WRONLY);
 	other = open(path, O_RDWR);

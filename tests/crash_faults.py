@@ -53,7 +53,6 @@ class Faults:
     def do(self, kind: str) -> None:
         """Do one, while the load goes on."""
         self.counts[kind] += 1
-        self._load.may_fail = kind in OF_STORES
         getattr(self, kind)()
 
     def _some_seconds(self) -> float:
@@ -156,9 +155,11 @@ class Faults:
 
     def kill_the_store(self) -> None:
         assert self._store is not None
-        self._store.kill()
-        self._store.start()
+        with self._load.without_store():
+            self._store.kill()
+            self._store.start()
 
     def hang_the_store(self) -> None:
         assert self._store is not None
-        self._hang_all(self._store)
+        with self._load.without_store():
+            self._hang_all(self._store)

@@ -6,12 +6,14 @@ were written, whole.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import math
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -74,8 +76,9 @@ class Load:
         self._ended = threading.Event()
         self._failures: list[BaseException] = []
         self.counts: Counter[str] = Counter()
-        #: The store may be away for so long that calls say so (EIO); what they did not do is not in the manifest.
-        self.may_fail = False
+        #: Until when the store is away, on the monotonic clock: for so long that calls say so (EIO). What they did not
+        #: do is not in the manifest.
+        self._store_away_until = 0.0
         self._pauses: dict[str, float] = {}
         self._threads: list[threading.Thread] = []
         self._writers = [f"w{index}" for index in range(len(paths))]
@@ -101,11 +104,11 @@ class Load:
         try:
             result = call()
         except OSError as error:
-            if self.may_fail and kind in ("read", "write") and error.errno == errno.EIO:
+            if began < self._store_away_until and kind in ("read", "write") and error.errno == errno.EIO:
                 self.counts["failed"] += 1
                 return None
             # A close may say that the new file, which LMDB had put off for a moment, is lost with a metaserver.
-            if kind != "write" or error.errno not in (errno.EIO, errno.ESTALE):
+            if kind != "write" or error.errno != errno.EIO:
                 raise
             self.counts["told"] += 1
             return None
@@ -134,6 +137,15 @@ class Load:
             return
         number = number_of(name, found)
         assert number >= least, f"{name} shows {number}, though {least} was there"
+
+    @contextlib.contextmanager
+    def without_store(self) -> Iterator[None]:
+        """Let the calls that overlap with the body fail for want of the store."""
+        self._store_away_until = math.inf
+        try:
+            yield
+        finally:
+            self._store_away_until = time.monotonic()
 
     def went_on(self) -> None:
         """Wait until each mount has written and been read again."""

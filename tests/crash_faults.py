@@ -155,11 +155,13 @@ class Faults:
 
     def kill_the_store(self) -> None:
         assert self._store is not None
-        with self._load.without_store():
-            self._store.kill()
-            self._store.start()
+        self._load.store_goes()
+        self._store.kill()
+        self._store.start()
+        self._load.store_is_back()
 
     def hang_the_store(self) -> None:
         assert self._store is not None
-        with self._load.without_store():
-            self._hang_all(self._store)
+        self._load.store_goes()
+        self._hang_all(self._store)
+        self._load.store_is_back()

@@ -3,9 +3,9 @@
 The server ends a session that has said nothing for ``LAPSE_S``: its holder hangs, or is cut off. It also ends one at
 once, when it restarts or the connection breaks, and the holder may not know yet: he relies on the lock until almost
 ``LAPSE_S`` after he sent the last renewal. So each renewal changes the row, by a number: its *beat*. Whoever takes the
-lock from one who did not give it back waits until the last beat, and only the lock's holder can make one, has been there
-for ``LAPSE_S``; he has looked at it while he stood by, so most of that has passed. And a holder whose session broke
-takes the lock again if nobody has stepped in.
+lock from one who did not give it back waits until the last beat, and only the lock's holder can make one, has been
+there for ``LAPSE_S``; he has looked at it while he stood by, so most of that has passed. And a holder whose session
+broke takes the lock again if nobody has stepped in.
 """
 
 from __future__ import annotations

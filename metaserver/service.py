@@ -118,6 +118,8 @@ class Service:
         request = guard.inward(frame.request)
         if isinstance(request, LockRequest):
             await self._check(session, request)
+            forbidden = await self._forbidden(session, guard, request)
+            return _outward(guard, Answer(self._locking.answer(caller.session(), request, forbidden)))
         return _outward(guard, await self._answer(caller, msgspec.structs.replace(frame, request=request)))
 
     async def _answer(self, caller: Caller, frame: wire.Frame) -> Answer:
@@ -256,6 +258,12 @@ class Service:
         context, guard = Context(session.volume, session.id, self._wall()), session.guard
         if guard is not None:
             await self._engine.read(lambda snapshot: guard.check(snapshot, context, request))
+
+    async def _forbidden(self, session: Session, guard: Guard, request: LockRequest) -> set[int]:
+        """Return the indexes of locks that a session tells of, and may not have."""
+        if not isinstance(request, wire.HoldLocks):
+            return set()
+        return await self._engine.read(lambda snapshot: guard.forbidden(snapshot, session.volume, request.locks))
 
     def _granted(self, session: Session, since: int, request: wire.Request, reply: wire.Reply) -> Answer:
         self._notice_losses()

@@ -31,6 +31,7 @@ from metaserver.locking import Locking, LockRequest
 from metaserver.namespace import Context
 from metaserver.sessions import Session, Sessions, changed_inodes, changed_names, must_own
 from metaserver.status import Overview
+from metaserver.unlinked import REMOVALS, Unlinked
 from metaserver.volumes import Volume
 
 _T = TypeVar("_T")
@@ -39,6 +40,11 @@ _T = TypeVar("_T")
 SOFTWARE: Final = f"bpfuse-metaserver {metadata.version('bpfuse')}"
 #: Times that a commit whose outcome is unknown is looked for.
 _RESOLUTIONS: Final = 3
+
+
+def _too_many(txn: Transaction, context: Context, request: wire.Request) -> wire.Reply:
+    """In place of a verb that may leave another unlinked inode behind."""
+    raise Refused(wire.ErrorCode.NO_SPACE, "the identity keeps too many unlinked files")
 
 
 def _outward(guard: Guard, answer: Answer) -> Answer:
@@ -82,6 +88,7 @@ class Service:
         self._limits = limits
         gate.on_end = lambda account: self._revoke_sessions(account.owner)
         self._locking = Locking(sessions, lambda: self.grace)
+        self._unlinked = Unlinked(engine, sessions)
         self._losses = engine.losses
         self._wall = wall
         self._followers = Followers(engine)
@@ -277,9 +284,10 @@ class Service:
         if isinstance(frame.request, wire.Reap):
             self._coherence.reaping(session, frame.request.inos)
         await self.grace.over()
+        may_remove = not isinstance(frame.request, REMOVALS) or await self._unlinked.has_room(session)
         change = self._coherence.begin(session, author, changed_names(frame.request))
         try:
-            since, outcome = await self._commit(change, verb, frame)
+            since, outcome = await self._commit(change, verb if may_remove else _too_many, frame)
             return self._committed(change, since, frame.request, outcome)
         finally:
             self._coherence.end(change)

@@ -17,7 +17,7 @@ from secured import enter, identity, secured
 from served import DIRECTORY, FILE, Client, Metaserver
 
 from fuseclient.worker import rpc
-from metaserver import guard, namespace, wire
+from metaserver import guard, namespace, unlinked, wire
 from metaserver.tls import Tls
 from metaserver.wire import ROOT_INO, ErrorCode, Squash
 
@@ -283,6 +283,37 @@ async def test_a_lock_takes_the_right_to_open_the_file_so(place: Place) -> None:
     assert (await place.root.connection.call(test, wire.LockIs)).lock is None
     held = (await place.root.connection.call(wire.TestLock(claims[0]), wire.LockIs)).lock
     assert held is not None
+
+
+async def test_an_identity_keeps_so_many_unlinked_files(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all its sessions; what is reaped counts no more, and others are not concerned."""
+    monkeypatch.setattr(unlinked, "MOST_OF_ACCOUNT", 3)
+    one, two = await place.enter("tenant", squash=Squash.NONE), await place.connect("tenant")
+    await two.open("volume")
+    for client, name in ((one, b"a"), (one, b"b"), (two, b"c"), (two, b"d"), (place.root, b"e")):
+        await client.make(name)
+
+    async def remove(client: Client, name: bytes) -> int:
+        return (await client.change(wire.Remove(ROOT_INO, name, False))).attributes[0].ino
+
+    kept = [await remove(one, b"a"), await remove(one, b"b"), await remove(two, b"c")]
+    for request in (
+        wire.Remove(ROOT_INO, b"d", False),
+        wire.Rename(ROOT_INO, b"e", ROOT_INO, b"d"),
+        wire.MakeTemporary(ROOT_INO, FILE, 0, 0),
+    ):
+        for client in (one, two):
+            assert await refused(client.connection.call(request, wire.Changed)) is ErrorCode.NO_SPACE
+    await remove(place.root, b"e")
+    await one.make(b"more")
+    await one.connection.call(wire.Reap(kept[:1]), wire.Done)
+    kept.append(await remove(two, b"d"))
+    assert await refused(remove(one, b"more")) is ErrorCode.NO_SPACE
+    for client in (one, two):
+        await client.connection.call(wire.Reap(kept), wire.Done)
+    for _ in range(10):  # nothing is left behind
+        await one.connection.call(wire.Reap([await remove(one, b"more")]), wire.Done)
+        await one.make(b"more")
 
 
 async def test_no_program_gets_roots_group(place: Place) -> None:

@@ -67,7 +67,7 @@ struct worker {
 	atomic_uint posted, messages; /* writes for which nobody waits, and in how many they came */
 	atomic_uint changes;          /* changes of attributes for which nobody waits; the last of them is */
 	struct fuse_setattr_in change;
-	uint64_t written_ns; /* when what was posted last was written */
+	uint64_t written_ns;   /* when what was posted last was written */
 	atomic_uint withdrawn; /* the writes that had come when the channel said that it had taken back its grants */
 	atomic_uint_fast64_t unanswered; /* the unique of a request that waits to be interrupted */
 	pthread_t thread;

@@ -26,7 +26,7 @@
 
 enum {
 	SECOND_NS = 1000000000,
-	BLOCK = 512,         /* bytes, as stat counts them */
+	BLOCK = 512, /* bytes, as stat counts them */
 	MODE_BITS = 07777,
 	FAR_SECOND_BITS = 33 /* times that are farther from 1970 may not be kept as they are */
 };
@@ -187,8 +187,8 @@ int attributes_flush(struct bpfuse_channel *channel)
  * Answers a request, of which `body` follows the header, if the attributes that it is about are known here. Returns 0,
  * or -EAGAIN if it has to wait. The kernel keeps nothing of the answer: it may have been told of a change on another way.
  */
-int attributes_answer(struct bpfuse_channel *channel, const struct pending *pending, const struct fuse_in_header *header,
-		      struct iovec body, struct answer *answer)
+int attributes_answer(struct bpfuse_channel *channel, const struct pending *pending,
+		      const struct fuse_in_header *header, struct iovec body, struct answer *answer)
 {
 	const struct fuse_setattr_in *in = body.iov_base;
 	struct posting *posting = NULL;

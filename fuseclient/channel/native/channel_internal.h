@@ -123,7 +123,8 @@ struct answer {
 static inline struct answer answer_of(const struct pending *pending, size_t body)
 {
 	return (struct answer){
-		.header = { .len = (uint32_t)(sizeof(struct fuse_out_header) + body), .unique = pending->origin.unique },
+		.header = { .len = (uint32_t)(sizeof(struct fuse_out_header) + body),
+			    .unique = pending->origin.unique },
 	};
 }
 
@@ -199,8 +200,8 @@ void attributes_begin(struct bpfuse_channel *channel, struct posting *posting, c
 void attributes_end(struct bpfuse_channel *channel, const struct pending *pending);
 uint64_t attributes_now_ns(const struct posting *posting);
 void attributes_written(struct posting *posting, const struct fuse_write_in *in);
-int attributes_answer(struct bpfuse_channel *channel, const struct pending *pending, const struct fuse_in_header *header,
-		      struct iovec body, struct answer *answer);
+int attributes_answer(struct bpfuse_channel *channel, const struct pending *pending,
+		      const struct fuse_in_header *header, struct iovec body, struct answer *answer);
 int attributes_flush(struct bpfuse_channel *channel);
 
 /* posting.c: all with the lock held */

@@ -31,9 +31,10 @@ from fuseclient.worker.attributes import absent_entry, dot_entry, entry_of, stat
 from fuseclient.worker.changes import OpenedVersions
 from fuseclient.worker.closings import Closings
 from fuseclient.worker.creations import Creations
-from fuseclient.worker.directories import Directories, Session
+from fuseclient.worker.directories import Directories
 from fuseclient.worker.errors import answered, answered_of_inode
 from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.fetches import Session
 from fuseclient.worker.guard import Token
 from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
@@ -598,6 +599,10 @@ class Operations(pyfuse3.Operations):
             if data is not None:
                 return data
         await self._writer.before_read(ino, off, size)
+        if (found := await self._directories.content(ino)) is not None:
+            data = found.data[off : off + size]
+            self._on_read(found.attributes, len(data))
+            return data
         with self._feeder.begin() as token:
             reading = await self._reader.read(ino, off, size)
             if reading.content is not None:

@@ -466,3 +466,28 @@ def test_a_file_just_made_is_known_to_the_kernel_until_it_is_changed(mount: Moun
     assert seen.st_nlink == (2 if how == "link" else 1)
     os.close(descriptor)
     assert (mounted.path / "f").stat().st_size == seen.st_size
+
+
+@pytest.mark.parametrize("accel", ["bpf", "off"])
+def test_removed_files_are_forgotten_many_at_a_time(mount: MountFactory, accel: str) -> None:
+    """Each forgetting by itself would be a message to the worker, which the next removal waits behind."""
+    files = 400
+    mounted = mount(accel)
+    store = mounted.path / "d"
+    store.mkdir()
+    paths = [store / str(number) for number in range(files)]
+    for path in paths:
+        path.touch()
+
+    def left() -> int:
+        space = os.statvfs(mounted.path)
+        return space.f_files - space.f_ffree
+
+    inodes = left()
+    assert inodes > files
+    for path in paths:
+        path.unlink()
+    rig.wait_for(lambda: left() <= inodes - files, "what was removed is deleted")
+    if accel == "bpf":
+        messages = [figures.answers(mounted, opcode).daemon for opcode in ("FORGET", "BATCH_FORGET")]
+        assert 0 < sum(messages) < files / 2, messages

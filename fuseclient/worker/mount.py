@@ -31,6 +31,7 @@ from fuseclient.worker.lock_store import LockStore
 from fuseclient.worker.locks import Locks
 from fuseclient.worker.operations import Operations, Parts
 from fuseclient.worker.orphans import Orphans
+from fuseclient.worker.places import Places
 from fuseclient.worker.reading import ReadPath
 from fuseclient.worker.returns import Returns
 from fuseclient.worker.rpc import Disconnected, Refused
@@ -201,6 +202,7 @@ class Mount:
         orphans = Orphans(ordered, is_open)
         room = cache.room
         siblings = Siblings(cache.is_used, room.entries // 2, room.pages * _PAGE // 2)
+        places = Places()
         self._directories = directories = Directories(
             ordered,
             feeder,
@@ -208,6 +210,7 @@ class Mount:
             data_budget=_data_budget(config),
             is_live=lambda: lease.left_s() > 0,
             siblings=siblings,
+            places=places,
         )
         versions = OpenedVersions()
 
@@ -228,9 +231,9 @@ class Mount:
         feeder.on_drop = dropped
         through = reading.passthrough
         self._changes = Changes(feeder, directories, writer, orphans, lease, versions, kernel, through, is_open)
-        self._ahead = None if config.maps is None else ContentAhead(ordered, feeder, _data_budget(config))
+        self._ahead = None if config.maps is None else ContentAhead(ordered, feeder, places, _data_budget(config))
         if self._ahead is not None:
-            feeder.on_pages += [self._ahead.page, siblings.page]
+            feeder.on_pages += [places.page, siblings.page]
         self._join_locks()
         self._walks = Walks(
             warming.Parts(

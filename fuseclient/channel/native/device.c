@@ -27,6 +27,7 @@ enum {
 	PROTOCOL_MINOR = 44, /* FUSE-over-io_uring is 7.42; INC_EPOCH, the newest thing used, 7.44 */
 	MAX_BACKGROUND = 64,
 	MOUNT_WAIT_MS = 10000,
+	FORGETS_GATHER_US = 5000, /* an INTERRUPT may wait as long: they concern waits for locks, and copies */
 };
 
 static void describe(char *error, size_t size, const char *format, ...)
@@ -295,13 +296,28 @@ static void device_message(struct bpfuse_channel *channel, size_t length)
 	}
 }
 
+/*
+ * Each file that is removed is forgotten at once, by a message that wakes this thread, the bridge and the worker on its
+ * way, just when the next request is made. What comes while nobody reads the kernel hands over as one BATCH_FORGET; so,
+ * if nothing but these is read here, they are left to gather.
+ */
+static void gather_forgets(const struct bpfuse_channel *channel)
+{
+	const struct fuse_in_header *header = (void *)channel->device_buffer;
+
+	if (channel->uring && (header->opcode == FUSE_FORGET || header->opcode == FUSE_BATCH_FORGET))
+		usleep(FORGETS_GATHER_US);
+}
+
 void *device_reader(void *argument)
 {
 	struct bpfuse_channel *channel = argument;
 	ssize_t length;
 
-	while ((length = device_read(channel)) >= 0)
+	while ((length = device_read(channel)) >= 0) {
 		device_message(channel, (size_t)length);
+		gather_forgets(channel);
+	}
 	atomic_store(&channel->ended, true);
 	channel_signal(channel);
 	return NULL;

@@ -259,6 +259,7 @@ class Mount:
             committed=lambda changed: changing.committed(changed, writer.changed_elsewhere),
             write_back=kernel.drop_pages,
         )
+        self._closings = Closings(session)
         self.operations = Operations(
             Parts(
                 session=ordered,
@@ -268,7 +269,7 @@ class Mount:
                 creations=creations,
                 reader=reading.reader,
                 orphans=orphans,
-                closings=Closings(session),
+                closings=self._closings,
                 lease=lease,
                 cache=cache,
                 opened=versions,
@@ -343,6 +344,7 @@ class Mount:
             await self._ahead.close()
         await self._reading.passthrough.absorb_all()
         await self._writer.flush_all()
+        await self._closings.close()
         await self._session.close(farewell=farewell)
         await self._reading.close()
         self._store.close()

@@ -32,7 +32,7 @@ from fuseclient.worker.changes import OpenedVersions
 from fuseclient.worker.closings import Closings
 from fuseclient.worker.creations import Creations
 from fuseclient.worker.directories import Directories
-from fuseclient.worker.errors import answered, answered_of_inode
+from fuseclient.worker.errors import answered, answered_of_inode, answered_of_writer
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.fetches import Session
 from fuseclient.worker.guard import Token
@@ -627,7 +627,7 @@ class Operations(pyfuse3.Operations):
         self._on_read(reading.attributes, len(reading.data))
         return reading.data
 
-    @answered_of_inode
+    @answered_of_writer
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         _check_end(off + len(buf))
         await self.adopt(fh & ~handles.APPENDS)
@@ -692,12 +692,12 @@ class Operations(pyfuse3.Operations):
         yield
         await self._passthrough.changed_here(inos[-1])
 
-    @answered_of_inode
+    @answered_of_writer
     async def flush(self, fh: int) -> None:
         self._check_opens()
         await self._sync(fh, self._writer.flush)
 
-    @answered_of_inode
+    @answered_of_writer
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._sync(fh, self._writer.sync)
 

@@ -263,6 +263,19 @@ class Feeder:
             self._cache.put_inode(attributes)
         else:
             self.written(attributes)
+        self._names_changed(parent, directory)
+
+    def renamed(
+        self, parent: int, name: bytes, new_name: bytes, file: Closed, directory: wire.Attributes | None = None
+    ) -> None:
+        """A file that nobody else knows of was given another name in its directory, of which see :meth:`made`."""
+        with self.begin() as token:
+            self.closed(file)
+            self.unnamed(token, parent, name)
+            self.named(token, parent, new_name, file.attributes.ino)
+        self._names_changed(parent, directory)
+
+    def _names_changed(self, parent: int, directory: wire.Attributes | None) -> None:
         self._drop_attributes(parent)
         if directory is not None and self._wanted(directory):
             self._put_inode(directory, None)

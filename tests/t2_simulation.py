@@ -101,6 +101,7 @@ def test_the_checker_notices_that_a_rule_is_off(rule: str) -> None:
     for seed in range(SEEDS_OF_A_RULE):
         setup = replace(setup_of(seed), clients=3, programs=3, operations=60, accel=True, lazy=False, faults=True)
         setup = replace(setup, kinds=RULES[rule].faults, late=RULES[rule].late, standby=RULES[rule].standby)
+        setup = replace(setup, lazy=RULES[rule].lazy)
         if run(seed, replace(setup, rule_off=rule)).complaints:
             assert not run(seed, setup).complaints, "with the rule on"
             return

@@ -174,7 +174,18 @@ def test_rows_are_judged_by_their_targets() -> None:
     )
     assert "- small: delete: 0.500 of juicefs\n" in text
     assert "- small: read 4 KiB shuffled, warm: 5.00 of juicefs (8.00 is wanted)\n" in text
-    assert markdown.verdict(_slow_reads()).startswith("bpfuse is faster than every peer in 4 of 5 rows of small;")
+    assert markdown.verdict(_slow_reads()).startswith("bpfuse is faster than every peer in 4 of 5 rows of small.")
+
+
+def test_what_is_on_disk_as_late_is_judged_by_itself() -> None:
+    slow = _slow_reads()
+    slow.workloads[0].figures.add("delete", "bpfuse interval", 4.0, "us")
+    text = markdown.whole(slow)
+    assert "| faster than juicefs at changes of like durability | 1 of 1 | small: delete, 1.25 |" in text
+    assert "bpfuse interval, whose changes are on disk as late as theirs, in 1 of the 1 rows" in markdown.verdict(slow)
+    slow.workloads[0].figures.add("mkdir", "bpfuse interval", 4.0, "us")
+    slow.workloads[0].figures.add("mkdir", "juicefs", 1.0, "us")
+    assert "0.250 of juicefs by bpfuse interval\n" in markdown.whole(slow)
 
 
 def test_what_ext4_does_not_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any, cast
 
 from fuseclient.worker.content_ahead import ContentAhead
+from fuseclient.worker.places import Places
 from metaserver import wire
 
 SIZE = 4096
@@ -25,9 +26,10 @@ class Directory:
         self.put: set[int] = set()
         self.fetches: list[wire.FetchDirectory] = []
         self.misses = 0
-        self.ahead = ContentAhead(cast(Any, self), cast(Any, self), 8 << 20)
+        self.places = Places()
+        self.ahead = ContentAhead(cast(Any, self), cast(Any, self), self.places, 8 << 20)
         for begin in range(0, count, 1000):
-            self.ahead.page(_page(self.entries[begin : begin + 1000]))
+            self.places.page(_page(self.entries[begin : begin + 1000]))
 
     async def stream(self, request: wire.FetchDirectory) -> AsyncIterator[wire.DirectoryPage]:
         self.fetches.append(request)
@@ -46,7 +48,7 @@ class Directory:
 
     def page(self, token: None, page: wire.DirectoryPage) -> None:
         self.put.update(entry.attributes.ino for entry in page.entries if entry.data is not None)
-        self.ahead.page(page)
+        self.places.page(page)
 
     async def read(self, number: int) -> None:
         """Read a file: the worker hears of it if its content is not in the maps."""

@@ -83,9 +83,16 @@ def test_a_posted_write_has_no_answer_and_others_say_what_may_be_posted() -> Non
     told: list[bytes] = []
     handler = DirectOps(operations, told.append).handlers[Opcode.WRITE]  # type: ignore[arg-type]
     assert handler(asked(struct.pack("=QQIIQII", 9, 8, 3, 0, 0, 0, 0) + b"abc")) == struct.pack("=IHH", 3, 4, 2)
-    assert handler(asked(struct.pack("=QQIIQII", 9, 8, 3, 0, 0, 0, 1) + b"abc")) is None
-    assert operations.asked == [("write_now", 9, 8, b"abc"), ("grant", 9), ("take_posted", 9, 8, b"abc")]
+    assert handler(asked(struct.pack("=QQIIQII", 9, 8, 3, 0, 55, 0, 1) + b"abc")) is None
+    assert operations.asked == [("write_now", 9, 8, b"abc"), ("grant", 9), ("take_posted", 9, 8, b"abc", 55)]
     assert told == [struct.pack("=IiQQII", 32, 0, 6, 9, 512, 0)]
+
+
+def test_a_posted_change_has_no_answer_and_says_when_it_was_made() -> None:
+    operations = Recorder()
+    handler = DirectOps(operations).handlers[Opcode.SETATTR]  # type: ignore[arg-type]
+    assert handler(asked(_SETATTR.pack(1 | 1024, 2, 0, 0, 0, 0, 0, 5, 0, 0, 6, 0o100640, 0, 3, 4, 0))) is None
+    assert operations.asked == [("take_change", wire.SetAttributes(2, mode=0o640, changed_ns=5_000_000_006))]
 
 
 def test_every_opcode_is_covered() -> None:

@@ -14,9 +14,9 @@ import pytest
 from kernel import Kernel
 
 from fuseclient import native
-from fuseclient.worker.content_ahead import ContentAhead
 from fuseclient.worker.directories import Directories
 from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.places import Places
 from fuseclient.worker.siblings import Siblings
 from metaserver import wire
 
@@ -83,9 +83,10 @@ def _answered(bpf: Kernel, directories: range) -> set[bool]:
 async def test_a_million_entries(bpf: Kernel, capsys: pytest.CaptureFixture[str]) -> None:
     session: Any = Session()
     feeder = Feeder(bpf.cache, lambda ino: False)
+    places = Places()
     siblings = Siblings(bpf.cache.is_used, CAPACITY // 2, 0)
-    feeder.on_pages += [ContentAhead(session, feeder, 0).page, siblings.page]
-    directories = Directories(session, feeder, window=4096, data_budget=0, siblings=siblings)
+    feeder.on_pages += [places.page, siblings.page]
+    directories = Directories(session, feeder, window=4096, data_budget=0, siblings=siblings, places=places)
     before = _resident_bytes()
     for parent in range(2, 2 + DIRECTORIES):
         assert (await directories.lookup(parent, b"0")).attributes is not None

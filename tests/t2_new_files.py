@@ -24,6 +24,8 @@ from metaserver import wire
 
 FILE = stat.S_IFREG | 0o644
 DIR = stat.S_IFDIR | 0o755
+#: When what is posted here was written: later than anything is made, and in time for an int64 of nanoseconds.
+NOW = 4 * 10**18
 QUIET = (wire.ClosedForWriting, wire.ReserveInodes, wire.InspectSlices, wire.ListSlices)
 
 
@@ -379,7 +381,7 @@ async def closed_ahead(rig: Rig, name: bytes, data: bytes) -> tuple[int, int]:
 
     async def withdraw(_: int) -> None:
         rig.mount._writer.hooks.withdraw = nothing
-        rig.ops.take_posted(fh, 0, memoryview(data))
+        rig.ops.take_posted(fh, 0, memoryview(data), NOW)
 
     async def nothing(_: int) -> None:
         pass
@@ -400,6 +402,55 @@ async def test_what_was_closed_ahead_is_taken_before_anybody_is_told_of_the_file
     assert (await rig.other.attributes(ino)).size == len(b"joined")
     await rig.ops.release(fh)
     assert await rig.content(ino) == b"joined"
+    await rig.assert_maps_are_right()
+
+
+async def changed_ahead(rig: Rig, name: bytes) -> tuple[int, int]:
+    """Make a file that the channel has answered a change of, which comes when what was granted is taken back."""
+    begun = rig.ops.create_now(ROOT, name, FILE, os.O_CREAT | os.O_EXCL | os.O_RDWR, ME)
+    assert begun is not None
+    assert begun.grant.changes
+    ino = begun.entry.st_ino
+
+    async def withdraw(_: int) -> None:
+        rig.mount._writer.hooks.withdraw = nothing
+        rig.ops.take_change(wire.SetAttributes(ino, mode=0o604, changed_ns=NOW))
+
+    async def nothing(_: int) -> None:
+        pass
+
+    rig.mount._writer.hooks.withdraw = withdraw
+    return begun.opened.fh, ino
+
+
+@pytest.mark.parametrize("how", ["rename", "join", "look", "wait"])
+async def test_what_was_changed_ahead_is_taken_before_anybody_is_told_of_the_file(rig: Rig, how: str) -> None:
+    fh, ino = await changed_ahead(rig, b"a")
+    if how == "rename":
+        await rig.ops.rename(ROOT, b"a", ROOT, b"b", 0, ME)
+    elif how == "join":
+        await joined(rig)
+    elif how == "look":
+        await rig.ops.listxattr(ino, ME)
+    else:
+        rig.mount._writer._committer._grown_old(rig.mount._writer._files[ino])
+        await until(lambda: ino not in rig.mount._creations)
+    found = await rig.other.attributes(ino)
+    assert found.mode & 0o777 == 0o604
+    assert how == "rename" or found.ctime_ns == NOW
+    assert not rig.ops.grant(fh, changes=True).changes, "others may know of it"
+    with pytest.raises(RuntimeError, match="others may know"):
+        rig.ops.take_change(wire.SetAttributes(ino, mode=0o600, changed_ns=NOW))
+    await rig.close(fh)
+    await rig.assert_maps_are_right()
+
+
+async def test_nothing_is_taken_back_for_a_flush_that_has_ended_it(rig: Rig) -> None:
+    fh, ino = await changed_ahead(rig, b"a")
+    rig.ops.take_change(wire.SetAttributes(ino, mode=0o640, changed_ns=NOW))
+    rig.ops.syncs(ino)
+    await rig.close(fh)
+    assert (await rig.other.attributes(ino)).mode & 0o777 == 0o640
     await rig.assert_maps_are_right()
 
 
@@ -430,7 +481,7 @@ async def test_a_file_that_was_closed_ahead_is_made_whatever_stands_in_the_way(r
         return await call(request, reply_type)
 
     rig.session.call = refuse
-    rig.ops.take_posted(fh, 0, memoryview(b"data"))
+    rig.ops.take_posted(fh, 0, memoryview(b"data"), NOW)
     with fails(errno.ENOSPC):
         await rig.ops.rename(ROOT, b"file", ROOT, b"other", 0, ME)
     await rig.ops.release(fh)

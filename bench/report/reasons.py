@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Final
 
 _CHANGES: Final = (
-    "Names and files that come and go: bpfuse answers a change when it is on disk, by two synchronous writes of"
-    " its metadata engine (fdatasync of the pages, then the one that makes them valid), which changes that wait"
-    " together share. While 40 directories were made and removed, JuiceFS on Redis synced twice, JuiceFS on "
-    'SQLite and SeaweedFS not at all (strace). The column of "bpfuse interval", which syncs every 100 ms, '
-    "compares with like durability. What is left there are a change's hand-overs between kernel, channel, "
-    "worker and metaserver: beside waiting, committing and sending no function of the two has more than a "
-    "twentieth of the samples (py-spy):"
+    "Names and files that come and go: bpfuse answers a change when it is on disk, by a synchronous write of its "
+    "metadata engine's log, which changes that wait together share. While 40 directories were made and removed, "
+    "JuiceFS on Redis synced twice, JuiceFS on SQLite and SeaweedFS not at all (strace). The column of "
+    '"bpfuse interval", which syncs every 100 ms, compares with like durability. What is left there are a change\'s '
+    "hand-overs between kernel, channel, worker and metaserver: beside waiting, committing and sending no function of "
+    "the two has more than a twentieth of the samples (py-spy):"
 )
 
 

@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
-from fuseclient.worker.directories import Session
 from fuseclient.worker.feeding import Feeder, comes_with_directory
-from fuseclient.worker.guard import Token
+from fuseclient.worker.fetches import Session
+from fuseclient.worker.places import Places, Window
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
 
@@ -43,26 +42,9 @@ _FIRST_BYTES: Final = 1 << 20
 _FILES: Final = 512
 #: Directories that are being read.
 _RUNS: Final = 64
-#: Files of which it is known where they are, at 16 bytes each; and inodes in a block that says which windows have them.
-_PLACES: Final = 1 << 20
-_BLOCK: Final = 4096
-#: Blocks that a window may touch.
-_MOST_BLOCKS: Final = 64
 #: More fetches wasted than paid, lately, that switch it off; and for how many reads.
 _WASTE: Final = 4
 _PAUSE: Final = 1000
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Small files of a directory that follow one another, by rising cookie."""
-
-    parent: int
-    cookies: array[int]
-    inos: array[int]
-
-    def blocks(self) -> set[int]:
-        return {ino // _BLOCK for ino in self.inos}
 
 
 @dataclass
@@ -80,74 +62,29 @@ class _Run:
 
 
 class ContentAhead:
-    """Told of each page of a directory and of each small file that the worker reads. ``most_bytes``: of one fetch."""
+    """Told of each small file that the worker reads by itself, of which ``places`` says where it is. ``most_bytes``: of
+    one fetch."""
 
-    def __init__(self, session: Session, feeder: Feeder, most_bytes: int) -> None:
+    def __init__(self, session: Session, feeder: Feeder, places: Places, most_bytes: int) -> None:
         self._session = session
         self._feeder = feeder
         self._most_bytes = most_bytes
-        self._windows: OrderedDict[tuple[int, int], _Window] = OrderedDict()
-        self._places = 0
-        self._blocks: dict[int, dict[tuple[int, int], None]] = {}
+        self._places = places
         self._runs: OrderedDict[int, _Run] = OrderedDict()
         #: Fetches paid less fetches wasted, within bounds; and reads that nothing is done for.
         self._balance = 0
         self._paused = 0
-        self._brings = False
         self._fetches = self._files = self._bytes = self._paid = self._wasted = self._pauses = 0
-
-    def page(self, page: wire.DirectoryPage) -> None:
-        """A part of a directory was fetched: remember where its small files are."""
-        if self._brings:
-            return
-        places = sorted(
-            (entry.cookie, entry.attributes.ino) for entry in page.entries if comes_with_directory(entry.attributes)
-        )
-        if places:
-            cookies, inos = zip(*places, strict=True)
-            self._put(_Window(page.directory.ino, array("Q", cookies), array("Q", inos)))
-
-    def _put(self, window: _Window) -> None:
-        key = window.parent, window.cookies[0]
-        blocks = window.blocks()
-        if key in self._windows:
-            self._forget(key)
-        if len(blocks) > _MOST_BLOCKS:
-            return
-        self._windows[key] = window
-        self._places += len(window.inos)
-        for block in blocks:
-            self._blocks.setdefault(block, {})[key] = None
-        while self._places > _PLACES:
-            self._forget(next(iter(self._windows)))
-
-    def _forget(self, key: tuple[int, int]) -> None:
-        window = self._windows.pop(key)
-        self._places -= len(window.inos)
-        for block in window.blocks():
-            del self._blocks[block][key]
-            if not self._blocks[block]:
-                del self._blocks[block]
-
-    def _find(self, ino: int) -> tuple[_Window, int] | None:
-        """Return where a file is, as far as is known."""
-        for key in reversed(self._blocks.get(ino // _BLOCK, {})):
-            window = self._windows[key]
-            try:
-                return window, window.inos.index(ino)
-            except ValueError:
-                continue
-        return None
 
     def read(self, ino: int) -> None:
         """The worker has read the beginning of a small file."""
         if self._paused:
             self._paused -= 1
             return
-        found = self._find(ino)
-        if found is None:
+        place = self._places.find(ino)
+        if place is None:
             return
-        window, index = found
+        window, index = place.window, place.index
         run = self._runs.get(window.parent)
         if run is None:
             run = self._begin(window, index)
@@ -163,7 +100,7 @@ class ContentAhead:
         if run.count >= _BEGIN and not self._paused:
             run.task = asyncio.create_task(self._bring(window.parent, run), name=f"content ahead {window.parent}")
 
-    def _begin(self, window: _Window, index: int) -> _Run:
+    def _begin(self, window: Window, index: int) -> _Run:
         run = self._runs[window.parent] = _Run(window.cookies[index])
         self._runs.move_to_end(window.parent)
         if len(self._runs) > _RUNS:
@@ -180,7 +117,7 @@ class ContentAhead:
         return run.strays <= _STRAYS
 
     @staticmethod
-    def _follows(run: _Run, window: _Window, index: int) -> bool:
+    def _follows(run: _Run, window: Window, index: int) -> bool:
         behind = index - bisect_right(window.cookies, run.cookie)
         return 0 <= behind <= _SLACK
 
@@ -206,20 +143,13 @@ class ContentAhead:
         try:
             with self._feeder.begin() as token:
                 async for page in self._session.stream(request):
-                    self._put_page(token, page)
+                    self._feeder.page(token, page)
                     whole = whole and self._came(page, run)
                     run.brought = True
         except (Refused, Disconnected) as error:
             _log.debug("content of directory %d is not brought: %s", parent, error)
         finally:
             run.task = None
-
-    def _put_page(self, token: Token, page: wire.DirectoryPage) -> None:
-        self._brings = True
-        try:
-            self._feeder.page(token, page)
-        finally:
-            self._brings = False
 
     def _came(self, page: wire.DirectoryPage, run: _Run) -> bool:
         """Count what a page has brought, up to the first file that came without its content; False if there is one."""

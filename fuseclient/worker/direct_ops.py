@@ -41,7 +41,7 @@ _DATA_ONLY: Final = 1 << 0
 _CREATE: Final = struct.Struct("=IIII")
 
 #: Bits of fuse_setattr_in.valid.
-_MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _ATIME_NOW, _MTIME_NOW = 1, 2, 4, 8, 16, 32, 128, 256
+_MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _ATIME_NOW, _MTIME_NOW, _CTIME = 1, 2, 4, 8, 16, 32, 128, 256, 1024
 _MODE_BITS: Final = 0o7777
 _SECOND_NS: Final = 1_000_000_000
 _INT64: Final = 1 << 63
@@ -104,7 +104,12 @@ class DirectOps:
         return encode_attributes(await self._operations.getattr(asked.nodeid, asked.context))
 
     def _setattr(self, asked: Asked) -> Answer:
-        request = _set_attributes(asked.nodeid, _fields(_SETATTR, asked.body))
+        fields = _fields(_SETATTR, asked.body)
+        request, posted = _set_attributes(asked.nodeid, fields), fields[1]
+        if posted:
+            levels.at_once(posted)
+            self._operations.take_change(request)
+            return None
         entry = self._operations.change_now(request)
         return self._changed(request) if entry is None else encode_attributes(entry)
 
@@ -128,13 +133,13 @@ class DirectOps:
         return _nothing(self._operations.rmdir(asked.nodeid, _name(asked.body, 0), asked.context))
 
     def _write(self, asked: Asked) -> Answer:
-        fh, offset, size, _, _, _, posted = _fields(_WRITE, asked.body, longer=True)
+        fh, offset, size, _, made_ns, _, posted = _fields(_WRITE, asked.body, longer=True)
         data = asked.body[_WRITE.size :]
         if len(data) != size:
             raise Malformed(f"a write of {len(data)} bytes that says {size}")
         if posted:
             levels.at_once(posted)
-            if taken := self._operations.take_posted(fh, offset, data):
+            if taken := self._operations.take_posted(fh, offset, data, made_ns):
                 self._tell(encode_renewal(fh, taken))
             return None
         if self._operations.write_now(fh, offset, data):
@@ -151,6 +156,7 @@ class DirectOps:
 
     def _fsync(self, asked: Asked) -> Answer:
         fh, flags, _ = _fields(_FSYNC, asked.body)
+        self._operations.syncs(asked.nodeid)
         return _nothing(self._operations.fsync(fh, bool(flags & _DATA_ONLY)))
 
     def _create(self, asked: Asked) -> Answer:
@@ -190,7 +196,7 @@ def _name(body: memoryview, offset: int) -> bytes:
 
 
 def _set_attributes(ino: int, fields: tuple[Any, ...]) -> wire.SetAttributes:
-    (valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = fields
+    (valid, _, _, size, _, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns, mode, _, uid, gid, _) = fields
     now_ns = time.time_ns() if valid & (_ATIME_NOW | _MTIME_NOW) else 0
     return wire.SetAttributes(
         ino,
@@ -200,6 +206,7 @@ def _set_attributes(ino: int, fields: tuple[Any, ...]) -> wire.SetAttributes:
         size=size if valid & _SIZE else None,
         atime_ns=_time(valid, _ATIME, _ATIME_NOW, atime, atime_ns, now_ns),
         mtime_ns=_time(valid, _MTIME, _MTIME_NOW, mtime, mtime_ns, now_ns),
+        changed_ns=_time(valid, _CTIME, 0, ctime, ctime_ns, 0),
     )
 
 

@@ -8,6 +8,11 @@ after enough evicted ones the directory is fetched again.
 Of a directory of more than WINDOW entries the first miss fetches those from the name on. Later ones ask for their name
 alone, and as soon as names are asked for in the listing's order the next ones are fetched ahead, more each time.
 
+Who lists a directory is told names and attributes. The content of its small files is left out until one of them is
+read (left_out.py): then it is fetched, with that of directories beside it, while it pays. Where files were read in a
+directory that had been listed, the next listing beside it brings content at once. A name that is looked up brings
+content, too: it is a file about to be opened as often as not.
+
 A listing reads the same fetches, and keeps the last few for the rest of the listing, as long as nothing whatever is
 dropped from the caches; after that it goes on with a small fetch of its own, until one is read to its end. It ends with
 the entries that were there when it began: who renames or makes one for each that he reads comes to an end too.
@@ -20,15 +25,16 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
-from fuseclient.data.caller import Caller
-from fuseclient.levels import Level, reach
 from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.fetches import Answer, Content, Fetch, Session, cookie_of
+from fuseclient.worker.left_out import LeftOut, Stretch
 from fuseclient.worker.listings import Entry
-from fuseclient.worker.rpc import Refused
+from fuseclient.worker.places import Places
+from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.siblings import Siblings
 from metaserver import wire
 
@@ -46,27 +52,14 @@ _KEPT_WINDOWS: Final = 8
 _IN_ORDER: Final = 2
 _SLACK: Final = 16
 _FIRST_WINDOW: Final = 64
-#: Large directories of which it is known in what order they are read.
+#: Large directories of which it is known in what order they are read, or how much content is to be fetched next.
 _LARGE: Final = 1024
+#: Bytes of content that the first fetch of a part of a directory brings, because a file is read.
+_FIRST_BYTES: Final = 1 << 20
+_COUNTED: Final = ("fetches", "windows", "in_order", "names", "small", "without_content", "content_read")
 
 
-class Session(Caller, Protocol):
-    """What reaches the metaserver."""
-
-    def stream(self, request: wire.FetchDirectory, /) -> AsyncIterator[wire.DirectoryPage]:
-        """Yield the pages of a directory fetch."""
-        ...
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a name stands for; None: nothing. If not ``fresh``, it changed meanwhile and must not be kept."""
-
-    attributes: wire.Attributes | None
-    fresh: bool
-
-
-async def _answer(fetch: _Fetch, name: bytes) -> Answer | None:
+async def _answer(fetch: Fetch, name: bytes) -> Answer | None:
     """Return what a fetch tells of a name; nothing of a directory that may be searched, but not listed."""
     try:
         return await fetch.answer(name)
@@ -74,10 +67,6 @@ async def _answer(fetch: _Fetch, name: bytes) -> Answer | None:
         if refused.code is not wire.ErrorCode.ACCESS_DENIED:
             raise
         return None
-
-
-def _cookie(entry: Entry) -> int:
-    return entry.cookie
 
 
 class Listing(NamedTuple):
@@ -89,148 +78,6 @@ class Listing(NamedTuple):
     entries: list[Entry]
     complete: bool
     is_fresh: Callable[[Entry], bool]
-
-
-class _Fetch:
-    """One fetch, under way or done. Its token lives as long as somebody reads from it."""
-
-    def __init__(self, request: wire.FetchDirectory, feeder: Feeder) -> None:
-        self.request = request
-        self.entries: list[Entry] = []
-        self.names: dict[bytes, wire.Attributes] = {}
-        #: The directory's version: that of its newest entry, at most.
-        self.version = 0
-        #: Of content.
-        self.bytes = 0
-        #: Called once, when all has come that will come.
-        self.on_end: Callable[[_Fetch], object] = lambda fetch: None
-        #: It began at the directory's first entry / the directory's listing ended in it.
-        self.whole = False
-        self.complete = False
-        self.done = False
-        self.error: Exception | None = None
-        self.generation = feeder.generation
-        self._losses = feeder.losses(request.ino)
-        self._feeder = feeder
-        self._token = feeder.begin()
-        self._users = 1
-        self._progress = asyncio.Event()
-
-    def __enter__(self) -> _Fetch:
-        self._users += 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._users -= 1
-        if self._users == 0:
-            self._token.end()
-            self.names = {}
-
-    async def run(self, session: Session, beside: Mapping[int, _Fetch] | None = None) -> None:
-        """Read all pages into the maps and into here, or into the fetches of what comes ``beside``.
-
-        This is the first user of them all, from the beginning.
-        """
-        beside = beside or {}
-        try:
-            async for page in session.stream(self.request):
-                fetch = beside.get(page.directory.ino, self)
-                fetch._add(page)
-                if page.complete:
-                    fetch._end()
-        except Exception as error:
-            self.error = error
-        finally:
-            for fetch in (self, *beside.values()):
-                fetch._end()
-
-    def _end(self) -> None:
-        if self.done:
-            return
-        self.entries.sort(key=_cookie)
-        self._put_listing()
-        if self.error is None and self.whole and self.complete:
-            names = {entry.name: entry.attributes.ino for entry in self.entries}
-            self._feeder.know_whole(self._token, self.request.ino, names, self._losses)
-        self.done = True
-        self.on_end(self)
-        self._progress.set()
-        self.__exit__()
-
-    @property
-    def came(self) -> bool:
-        """Whether it was answered: what was to come beside another may not have."""
-        return self.version > 0 or self.error is not None
-
-    def _put_listing(self) -> None:
-        """Put what these entries add to the directory's listing, if they follow a known one."""
-        after = self._begins
-        if self.error is None and after is not None:
-            self._feeder.listing(self._token, self.request.ino, after, self.entries, complete=self.complete)
-
-    @property
-    def _begins(self) -> int | None:
-        """The cookie that all entries follow, or None if they are those around a name."""
-        if self.request.around is None:
-            return self.request.cookie
-        return 0 if self.whole else None
-
-    def _add(self, page: wire.DirectoryPage) -> None:
-        self._feeder.page(self._token, page)
-        self.version = page.directory.version
-        self.bytes += sum(len(entry.data) for entry in page.entries if entry.data)
-        for entry in page.entries:
-            self.entries.append(Entry(entry.name, entry.cookie, entry.attributes))
-            self.names[entry.name] = entry.attributes
-        self.whole, self.complete = page.whole, page.complete
-        self._progress.set()
-
-    async def advanced(self) -> None:
-        """Wait for another page, or for the end; raise what ended it early."""
-        if not self.done:
-            reach(Level.METASERVER)
-            self._progress.clear()
-            await self._progress.wait()
-        if self.error is not None:
-            raise self.error
-
-    async def answer(self, name: bytes) -> Answer | None:
-        """Return what a name stands for, or None if this fetch does not say; to be called by a user."""
-        while name not in self.names and not self.done:
-            await self.advanced()
-        if self.error is not None and name not in self.names:
-            raise self.error
-        attributes = self.names.get(name)
-        parent = self.request.ino
-        if attributes is not None:
-            fresh = self._feeder.fresh(self._token, parent, name, attributes.ino)
-            return Answer(attributes, True) if fresh else None
-        if self.whole and self.complete and self._feeder.absent(self._token, parent, name):
-            return Answer(None, True)
-        return None
-
-    def is_fresh(self, entry: Entry) -> bool:
-        """Say whether nothing of an entry was dropped since it was fetched."""
-        if self.generation == self._feeder.generation:
-            return True
-        return self._feeder.fresh(self._token, self.request.ino, entry.name, entry.attributes.ino)
-
-    def after(self, cookie: int) -> list[Entry]:
-        """Return the entries read so far that follow a cookie; of a fetch around a name, none before its end."""
-        if self.request.around is not None and not self.done:
-            return []
-        return self.entries[self._index(cookie) :]
-
-    def _index(self, cookie: int) -> int:
-        return bisect_right(self.entries, cookie, key=_cookie)
-
-    def serves(self, cookie: int) -> bool:
-        """Say whether the listing after a cookie can be read here: nothing was dropped since, and it is covered."""
-        if self.generation != self._feeder.generation or self.error is not None:
-            return False
-        begins = self._begins
-        covered = begins is not None and begins <= cookie
-        return covered and (not self.done or self.complete or self._index(cookie) < len(self.entries))
 
 
 @dataclass
@@ -266,6 +113,7 @@ class Directories:
         data_budget: int,
         is_live: Callable[[], bool] = lambda: True,
         siblings: Siblings | None = None,
+        places: Places | None = None,
     ) -> None:
         self._session = session
         self._feeder = feeder
@@ -276,12 +124,16 @@ class Directories:
         #: Of directories that were fetched: how many evicted names were asked for since.
         self._misses: OrderedDict[int, int] = OrderedDict()
         self._siblings = siblings
-        self._fetches: dict[int, _Fetch] = {}
+        self._places = places
+        self._left_out = LeftOut()
+        #: Of directories fetched in part because files are read: the bytes of content that the next such fetch brings.
+        self._budgets: OrderedDict[int, int] = OrderedDict()
+        self._fetches: dict[int, Fetch] = {}
         self._large: OrderedDict[int, _Order] = OrderedDict()
-        self._counts = dict.fromkeys(("fetches", "windows", "in_order", "names", "small"), 0)
+        self._counts = dict.fromkeys(_COUNTED, 0)
         #: Windows of listings that were fetched ahead.
-        self._next: OrderedDict[int, _Fetch] = OrderedDict()
-        self._windows: OrderedDict[int, _Fetch] = OrderedDict()
+        self._next: OrderedDict[int, Fetch] = OrderedDict()
+        self._windows: OrderedDict[int, Fetch] = OrderedDict()
         #: Of directories that are being listed: the version at the last beginning, and so the last cookie to be told.
         self._ends: OrderedDict[int, int] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -323,7 +175,7 @@ class Directories:
         if order is not None:
             if order.follows(cookie) and parent not in self._fetches:
                 self._counts["in_order"] += 1
-                self._start(parent, cookie, None, order.limit)
+                self._start(parent, cookie, None, limit=order.limit)
                 order.limit = min(2 * order.limit, WINDOW)
         elif parent in self._misses:
             self._misses[parent] += 1
@@ -334,7 +186,7 @@ class Directories:
         """Return at least one of the entries that follow a cookie, or say that there are none."""
         fetch = self._listed(ino, cookie)
         if fetch is None:
-            fetch = _Fetch(self._request(ino, cookie, PAGE, None, data=False), self._feeder)
+            fetch = Fetch(self._request(ino, cookie, PAGE, None, budget=0), self._feeder)
             self._counts["small"] += 1
             await fetch.run(self._session)
             entries = fetch.entries
@@ -349,7 +201,7 @@ class Directories:
             raise fetch.error
         return self._ended(ino, cookie, fetch, entries)
 
-    def _listed(self, ino: int, cookie: int) -> _Fetch | None:
+    def _listed(self, ino: int, cookie: int) -> Fetch | None:
         """Return the fetch, which may begin with this, that serves a listing; None: a small one is to be made."""
         if self._window is None:
             return None
@@ -359,9 +211,15 @@ class Directories:
                 return fetch
         if cookie and any(fetch.generation != self._feeder.generation for fetch in known):
             return None
-        return self._start(ino, cookie, None)
+        return self._list(ino, cookie)
 
-    def _read_ahead(self, fetch: _Fetch, cookie: int) -> None:
+    def _list(self, ino: int, cookie: int) -> Fetch:
+        """Fetch entries that follow a cookie; without content, as far as one can tell that it is not wanted."""
+        content = bool(self._data_budget and self._siblings and cookie == 0 and self._siblings.are_read(ino))
+        self._counts["without_content"] += not content
+        return self._start(ino, cookie, None, budget=None if content else 0)
+
+    def _read_ahead(self, fetch: Fetch, cookie: int) -> None:
         """Fetch the next window of a listing when half of this one has been read."""
         ino = fetch.request.ino
         if not cookie or not fetch.done or fetch.complete or not fetch.entries or not fetch.serves(cookie):
@@ -372,12 +230,12 @@ class Directories:
             return
         if 2 * len(fetch.after(cookie)) <= len(fetch.entries):
             self._counts["in_order"] += 1
-            self._next[ino] = self._start(ino, last, None)
+            self._next[ino] = self._list(ino, last)
             self._next.move_to_end(ino)
             if len(self._next) > _KEPT_WINDOWS:
                 self._next.popitem(last=False)
 
-    def _ended(self, ino: int, cookie: int, fetch: _Fetch, entries: list[Entry]) -> Listing:
+    def _ended(self, ino: int, cookie: int, fetch: Fetch, entries: list[Entry]) -> Listing:
         """Leave out what has come into the directory since its listing began."""
         if cookie == 0 or ino not in self._ends:
             self._ends[ino] = fetch.version
@@ -386,13 +244,48 @@ class Directories:
         end = self._ends[ino]
         self._ends.move_to_end(ino)
         if entries and entries[-1].cookie > end:
-            entries = entries[: bisect_right(entries, end, key=_cookie)]
+            entries = entries[: bisect_right(entries, end, key=cookie_of)]
             complete = True
         else:
             complete = fetch.done and fetch.complete
         if complete and not entries:
             del self._ends[ino]
         return Listing(entries, complete, fetch.is_fresh)
+
+    async def content(self, ino: int) -> Content | None:
+        """Return a small file that is read, if its content was left out when it was listed, or is on its way.
+
+        None: it is to be read by itself.
+        """
+        place = self._places.find(ino) if self._places is not None and (self._left_out or self._fetches) else None
+        if place is None:
+            return None
+        parent, cookie = place.window.parent, place.cookie
+        fetch = self._fetches.get(parent)
+        if fetch is None or not fetch.may_bring(cookie):
+            stretch = self._left_out.find(parent, cookie)
+            if stretch is None or not self._data_budget:
+                return None
+            fetch = self._bring(parent, cookie, stretch)
+        try:
+            with fetch:
+                found = await fetch.content(ino)
+        except (Refused, Disconnected):
+            return None
+        return found if self._is_live() else None
+
+    def _bring(self, parent: int, cookie: int, stretch: Stretch) -> Fetch:
+        """Fetch the content of a directory, if none has come so far; else of the files from one on, to the stretch's
+        end, and more each time."""
+        self._counts["content_read"] += 1
+        if stretch.whole:
+            return self._start(parent, 0, None, self._also(parent, content=True))
+        budget = self._budgets.pop(parent, _FIRST_BYTES)
+        self._budgets[parent] = 2 * budget
+        if len(self._budgets) > _LARGE:
+            self._budgets.popitem(last=False)
+        limit = min(WINDOW, stretch.last - cookie + 1)
+        return self._start(parent, cookie - 1, None, limit=limit, budget=budget)
 
     def fetched(self, ino: int) -> None:
         """All of a directory has been put into the maps."""
@@ -411,10 +304,12 @@ class Directories:
         self._windows.clear()
         self._next.clear()
         self._large.clear()
+        self._left_out.clear()
+        self._budgets.clear()
         if self._siblings is not None:
             self._siblings.clear()
 
-    def _keep(self, fetch: _Fetch) -> None:
+    def _keep(self, fetch: Fetch) -> None:
         if self._next.get(fetch.request.ino) is fetch:
             del self._next[fetch.request.ino]
         self._windows[fetch.request.ino] = fetch
@@ -422,22 +317,37 @@ class Directories:
         if len(self._windows) > _KEPT_WINDOWS:
             self._windows.popitem(last=False)
 
-    def _keep_small(self, fetch: _Fetch) -> None:
+    def _keep_small(self, fetch: Fetch) -> None:
         """A small fetch is the window from now on: if nothing is dropped until its end, a large one follows."""
         ino = fetch.request.ino
         if self._window is not None and fetch.error is None and fetch.generation == self._feeder.generation:
             self._next.pop(ino, None)
             self._keep(fetch)
 
-    def _join(self, ino: int, around: bytes) -> _Fetch:
+    def _join(self, ino: int, around: bytes) -> Fetch:
         fetch = self._fetches.get(ino)
         return fetch if fetch is not None else self._start(ino, 0, around)
 
-    def _start(self, ino: int, cookie: int, around: bytes | None, limit: int | None = None) -> _Fetch:
-        also = self._also(ino) if limit is None and cookie == 0 else []
-        request = self._request(ino, cookie, limit or self._window or PAGE, around, also, data=True)
-        fetch = self._fetches[ino] = _Fetch(request, self._feeder)
-        beside = {each: _Fetch(self._request(each, 0, WINDOW, None, data=True), self._feeder) for each in also}
+    def _start(
+        self,
+        ino: int,
+        cookie: int,
+        around: bytes | None,
+        also: Sequence[int] | None = None,
+        *,
+        limit: int | None = None,
+        budget: int | None = None,
+    ) -> Fetch:
+        """Begin to fetch entries of a directory, and all of others: ``also``, or those that siblings say.
+
+        ``budget``: bytes of content; None: as many as a fetch may bring.
+        """
+        budget = self._data_budget if budget is None else min(budget, self._data_budget)
+        if also is None:
+            also = self._also(ino) if limit is None and cookie == 0 else ()
+        request = self._request(ino, cookie, limit or self._window or PAGE, around, also, budget=budget)
+        fetch = self._fetches[ino] = Fetch(request, self._feeder)
+        beside = {each: Fetch(self._request(each, 0, WINDOW, None, budget=budget), self._feeder) for each in also}
         for each in beside.values():
             each.on_end = self._came_beside
         fetch.on_end = self._finish
@@ -448,38 +358,54 @@ class Directories:
         self._counts["fetches"] += 1
         return fetch
 
-    def _also(self, ino: int) -> list[int]:
+    def _also(self, ino: int, *, content: bool = False) -> list[int]:
         if self._siblings is None or self._window is None:
             return []
-        return self._siblings.missed(ino, lambda each: each in self._misses or each in self._fetches)
+
+        def is_known(each: int) -> bool:
+            known = each in self._misses and not (content and self._left_out.is_whole(each))
+            return known or each in self._fetches
+
+        return self._siblings.missed(ino, is_known, content=content)
 
     def _request(
-        self, ino: int, cookie: int, limit: int, around: bytes | None, also: Sequence[int] = (), *, data: bool
+        self, ino: int, cookie: int, limit: int, around: bytes | None, also: Sequence[int] = (), *, budget: int
     ) -> wire.FetchDirectory:
-        data_limit, budget = (wire.MAX_INLINE, self._data_budget) if data else (0, 0)
-        return wire.FetchDirectory(ino, cookie, limit, data_limit, budget, around, list(also))
+        return wire.FetchDirectory(ino, cookie, limit, wire.MAX_INLINE if budget else 0, budget, around, list(also))
 
-    def _finish(self, fetch: _Fetch) -> None:
+    def _finish(self, fetch: Fetch) -> None:
         self._note(fetch)
         if fetch.error is None and fetch.whole:
             self._keep(fetch)
 
-    def _came_beside(self, fetch: _Fetch) -> None:
+    def _came_beside(self, fetch: Fetch) -> None:
         self._note(fetch)
         if fetch.complete and self._siblings is not None:
             self._siblings.brought(fetch.request.ino, len(fetch.entries), fetch.bytes)
 
-    def _note(self, fetch: _Fetch) -> None:
+    def _note(self, fetch: Fetch) -> None:
         ino = fetch.request.ino
         if self._fetches.get(ino) is fetch:
             del self._fetches[ino]
         if fetch.error is not None or not fetch.came:
+            if fetch.error is not None:
+                self._left_out.forget(ino)
             return
+        self._note_left_out(fetch)
         if not fetch.complete:
             self._note_large(fetch)
         self.fetched(ino)
 
-    def _note_large(self, fetch: _Fetch) -> None:
+    def _note_left_out(self, fetch: Fetch) -> None:
+        """Note what content is still to come. What was asked for in vain is not asked for again."""
+        ino, tried = fetch.request.ino, fetch.request.data_budget > 0
+        if tried and fetch.entries:
+            self._left_out.take(ino, fetch.entries[0].cookie, fetch.entries[-1].cookie)
+        if fetch.first_without and not (tried and not fetch.bytes):
+            whole = fetch.whole and fetch.complete and not tried
+            self._left_out.put(ino, Stretch(fetch.first_without, fetch.last_without, whole))
+
+    def _note_large(self, fetch: Fetch) -> None:
         """A directory has more entries than one fetch brought: go on behind them, if they are asked for in order."""
         self._counts["windows"] += 1
         order = self._large.setdefault(fetch.request.ino, _Order())

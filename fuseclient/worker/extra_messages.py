@@ -358,8 +358,9 @@ def encode_written(count: int, grant: Grant) -> bytes:
 
 def _grant(grant: Grant) -> int:
     """Return what tells the channel of a grant (``enum bpfuse_grant``)."""
-    credit, closes = (min(each // int(lib.BPFUSE_GRANT_UNIT), int(lib.BPFUSE_GRANT_MOST)) for each in grant)
-    return credit | closes << int(lib.BPFUSE_GRANT_CLOSE_SHIFT)
+    unit, most = int(lib.BPFUSE_GRANT_UNIT), int(lib.BPFUSE_GRANT_MOST)
+    sizes = min(grant.credit // unit, most) | min(grant.closes // unit, most) << int(lib.BPFUSE_GRANT_CLOSE_SHIFT)
+    return sizes | grant.changes << int(lib.BPFUSE_GRANT_CHANGES_BIT)
 
 
 def encode_renewal(fh: int, count: int) -> bytes:

@@ -172,6 +172,10 @@ class Feeder:
             self._put_inode(attributes, content)
         return self._guard.may_put(token, attributes.ino)
 
+    def may_keep(self, token: Token, attributes: wire.Attributes) -> bool:
+        """Say whether what was fetched of an inode is what it is, and nobody is changing it here."""
+        return self._may_put_inode(token, attributes)
+
     def _may_put_inode(self, token: Token, attributes: wire.Attributes) -> bool:
         return self._guard.may_put(token, attributes.ino) and self._wanted(attributes)
 

@@ -32,6 +32,7 @@ from fuseclient.worker.lock_store import LockStore
 from fuseclient.worker.locks import Locks
 from fuseclient.worker.operations import Operations, Parts
 from fuseclient.worker.orphans import Orphans
+from fuseclient.worker.places import Places
 from fuseclient.worker.reading import ReadPath
 from fuseclient.worker.removals import Removals
 from fuseclient.worker.returns import Returns
@@ -229,6 +230,7 @@ class Mount:
         orphans = removals.orphans = Orphans(ordered, is_open)
         room = cache.room
         siblings = Siblings(cache.is_used, room.entries // 2, room.pages * _PAGE // 2)
+        places = Places()
         self._directories = directories = Directories(
             ordered,
             feeder,
@@ -236,6 +238,7 @@ class Mount:
             data_budget=_data_budget(config),
             is_live=lambda: lease.left_s() > 0,
             siblings=siblings,
+            places=places,
         )
         versions = OpenedVersions()
 
@@ -258,9 +261,9 @@ class Mount:
         self._changes = Changes(
             feeder, directories, writer, orphans, lease, versions, kernel, through, removals, is_open
         )
-        self._ahead = None if config.maps is None else ContentAhead(ordered, feeder, _data_budget(config))
+        self._ahead = None if config.maps is None else ContentAhead(ordered, feeder, places, _data_budget(config))
         if self._ahead is not None:
-            feeder.on_pages += [self._ahead.page, siblings.page]
+            feeder.on_pages += [places.page, siblings.page]
         self._join_locks()
         self._walks = Walks(
             warming.Parts(
@@ -286,6 +289,7 @@ class Mount:
             committed=lambda changed: changing.committed(changed, writer.changed_elsewhere),
             write_back=kernel.drop_pages,
         )
+        self._closings = Closings(session)
         self.operations = Operations(
             Parts(
                 session=ordered,
@@ -296,7 +300,7 @@ class Mount:
                 removals=removals,
                 reader=reading.reader,
                 orphans=orphans,
-                closings=Closings(session),
+                closings=self._closings,
                 lease=lease,
                 cache=cache,
                 opened=versions,
@@ -374,6 +378,7 @@ class Mount:
         await self._writer.flush_all()
         with contextlib.suppress(Refused, Disconnected):
             await self._removals.settle()
+        await self._closings.close()
         await self._session.close(farewell=farewell)
         await self._reading.close()
         self._store.close()

@@ -31,9 +31,10 @@ from fuseclient.worker.attributes import absent_entry, dot_entry, entry_of, stat
 from fuseclient.worker.changes import OpenedVersions
 from fuseclient.worker.closings import Closings
 from fuseclient.worker.creations import Creations
-from fuseclient.worker.directories import Directories, Session
-from fuseclient.worker.errors import answered, answered_of_inode
+from fuseclient.worker.directories import Directories
+from fuseclient.worker.errors import answered, answered_of_inode, answered_of_writer
 from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.fetches import Session
 from fuseclient.worker.guard import Token
 from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
@@ -571,7 +572,7 @@ class Operations(pyfuse3.Operations):
             return None
         with self._feeder.begin() as token:
             opened = self._opened_new(token, made, flags, held=True)
-        grant = NO_GRANT if _appends(flags) or not self._lease.ttl_s() else self.grant(opened.fh)
+        grant = NO_GRANT if _appends(flags) or not self._lease.ttl_s() else self.grant(opened.fh, changes=True)
         self._feeder.made(parent, name, made, self._creations.directory(parent))
         self._kernel.making.add(made.ino)
         return Begun(opened, self._entry(made), grant)
@@ -612,6 +613,10 @@ class Operations(pyfuse3.Operations):
             if data is not None:
                 return data
         await self._writer.before_read(ino, off, size)
+        if (found := await self._directories.content(ino)) is not None:
+            data = found.data[off : off + size]
+            self._on_read(found.attributes, len(data))
+            return data
         with self._feeder.begin() as token:
             reading = await self._reader.read(ino, off, size)
             if reading.content is not None:
@@ -621,7 +626,7 @@ class Operations(pyfuse3.Operations):
         self._on_read(reading.attributes, len(reading.data))
         return reading.data
 
-    @answered_of_inode
+    @answered_of_writer
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         _check_end(off + len(buf))
         await self.adopt(fh & ~handles.APPENDS)
@@ -644,8 +649,8 @@ class Operations(pyfuse3.Operations):
             return False
         return self._locks.may_write(ino) and self._writer.write_now(ino, off, data)
 
-    def grant(self, fh: int) -> Grant:
-        """Return what may be done through a handle without waiting for a word of it.
+    def grant(self, fh: int, *, changes: bool = False) -> Grant:
+        """Return what may be done through a handle without waiting for a word of it; ``changes``: it makes the file.
 
         Nothing while there are locks: a write under one that is lost is to be refused, and closing ends some.
         """
@@ -654,17 +659,25 @@ class Operations(pyfuse3.Operations):
             return NO_GRANT
         if self._passthrough.has(handle.ino) or self._locks.has(handle.ino):
             return NO_GRANT
-        return self._writer.grant(handle.ino)
+        return self._writer.grant(handle.ino, changes=changes)
 
     def on_withdraw(self, withdraw: Callable[[int], Awaitable[None]]) -> None:
         """Have :meth:`grant` taken back by this: see :class:`~fuseclient.data.writer_hooks.WriterHooks`."""
         self._writer.hooks.withdraw = withdraw
 
-    def take_posted(self, fh: int, off: int, data: memoryview) -> int:
+    def take_posted(self, fh: int, off: int, data: memoryview, made_ns: int) -> int:
         """Take a write that was answered already, because of a :meth:`grant`; return what that is to be renewed by."""
         ino = handles.decode(fh).ino
-        self._writer.write_posted(ino, off, data)
+        self._writer.write_posted(ino, off, data, made_ns)
         return self._writer.renewal(ino)
+
+    def take_change(self, request: wire.SetAttributes) -> None:
+        """Take a change of attributes that was answered already, because of a :meth:`grant`."""
+        self._writer.change_posted(request)
+
+    def syncs(self, ino: int) -> None:
+        """A FLUSH or an FSYNC has come, before which the channel has ended that it answers changes of attributes."""
+        self._writer.end_changes(ino)
 
     async def absorb(self, ino: int) -> None:
         """Have what was written through mappings of a passthrough file come to the writer."""
@@ -678,12 +691,12 @@ class Operations(pyfuse3.Operations):
         yield
         await self._passthrough.changed_here(inos[-1])
 
-    @answered_of_inode
+    @answered_of_writer
     async def flush(self, fh: int) -> None:
         self._check_opens()
         await self._sync(fh, self._writer.flush)
 
-    @answered_of_inode
+    @answered_of_writer
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._sync(fh, self._writer.sync)
 

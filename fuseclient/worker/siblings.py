@@ -32,6 +32,14 @@ class _Run:
         self.width = 0
         self.last = 0.0
 
+    def next_width(self, now: float) -> int:
+        """Note a miss, and return how many directories its fetch brings."""
+        if now - self.last > _PAUSE_S:
+            self.width = 0
+        width, self.last = self.width, now
+        self.width = min(2 * width or 1, wire.MAX_ALSO)
+        return width
+
 
 class Siblings:
     """Told of each page of a directory; says what to fetch with a directory that is missed.
@@ -53,7 +61,10 @@ class Siblings:
         #: By parent, its directories in the order of its listing.
         self._children: OrderedDict[int, array[int]] = OrderedDict()
         self._parents: dict[int, int] = {}
-        self._runs: OrderedDict[int, _Run] = OrderedDict()
+        #: By parent, and whether it is content that is missed.
+        self._runs: OrderedDict[tuple[int, bool], _Run] = OrderedDict()
+        #: Parents of directories in which content was missed since one was listed with its content.
+        self._read: OrderedDict[int, None] = OrderedDict()
         #: Of directories that nobody has asked for yet: entries and bytes of content.
         self._unused: OrderedDict[int, tuple[int, int]] = OrderedDict()
         self._entries = self._bytes = 0
@@ -82,20 +93,29 @@ class Siblings:
         for ino in self._children.pop(parent):
             if self._parents.get(ino) == parent:
                 del self._parents[ino]
-        self._runs.pop(parent, None)
+        self._read.pop(parent, None)
+        for content in (False, True):
+            self._runs.pop((parent, content), None)
 
-    def missed(self, ino: int, is_known: Callable[[int], bool]) -> list[int]:
-        """A directory is about to be fetched: return those to be fetched with it. ``is_known``: not to be fetched."""
+    def are_read(self, ino: int) -> bool:
+        """Say of a directory that is about to be listed whether files beside it were read, since this was said last."""
+        parent = self._parents.get(ino)
+        if parent is None or parent not in self._read:
+            return False
+        del self._read[parent]
+        return True
+
+    def missed(self, ino: int, is_known: Callable[[int], bool], *, content: bool = False) -> list[int]:
+        """A directory is about to be fetched: return those to be fetched with it. ``is_known``: not to be fetched.
+
+        ``content``: its names are known, and a file of it is being read.
+        """
         parent = self._parents.get(ino)
         if parent is None:
             return []
-        run = self._runs.setdefault(parent, _Run())
-        self._runs.move_to_end(parent)
-        now = self._clock()
-        if now - run.last > _PAUSE_S:
-            run.width = 0
-        width, run.last = run.width, now
-        run.width = min(2 * width or 1, wire.MAX_ALSO)
+        if content:
+            self._read[parent] = None
+        width = self._runs.setdefault((parent, content), _Run()).next_width(self._clock())
         self._judge()
         if width and (self._entries > self._most_entries or self._bytes > self._most_bytes):
             self._held_back += 1
@@ -106,7 +126,7 @@ class Siblings:
         found: list[int] = []
         begin = children.index(ino) + 1
         for each in (*children[begin:], *children[: begin - 1]) if width else ():
-            if each not in self._unused and not is_known(each) and self._parents.get(each) is not None:
+            if not is_known(each) and self._parents.get(each) is not None:
                 found.append(each)
                 if len(found) == width:
                     break

@@ -18,8 +18,8 @@ from fuseclient.data.keeping import Keeper, Kept
 from fuseclient.data.reader import Reader
 from fuseclient.data.store_errors import StoreError
 from fuseclient.warmup import Progress
-from fuseclient.worker.directories import Session
 from fuseclient.worker.feeding import Feeder, comes_with_directory
+from fuseclient.worker.fetches import Session
 from fuseclient.worker.guard import Token
 from fuseclient.worker.rpc import Refused
 from fuseclient.worker.warm_directories import DIRECTORY, WarmDirectory

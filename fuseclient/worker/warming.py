@@ -24,8 +24,9 @@ from fuseclient.data.keeping import Keeper
 from fuseclient.data.reader import Reader
 from fuseclient.errors import UserError
 from fuseclient.warmup import Progress, Request
-from fuseclient.worker.directories import Directories, Session
+from fuseclient.worker.directories import Directories
 from fuseclient.worker.feeding import Feeder
+from fuseclient.worker.fetches import Session
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.warm_directories import DIRECTORY, INO, WarmDirectory
 from fuseclient.worker.warm_fetching import MARK, PAGE_BYTES, DirectoryFetch, Files, Room, together

@@ -238,7 +238,8 @@ def test_names_removed_just_before_their_worker_dies_may_be_there_again(mount: M
     (directory / "lost").unlink()
     kill_worker(mounted)
     possible = [["kept"], ["kept", "lost"]] if accel == "bpf" else [["kept"]]
-    rig.wait_for(lambda: figures.stats(mounted)["lease_remaining_s"] > 0, "all that was shown is dropped")
+    if accel == "bpf":
+        rig.wait_for(lambda: figures.stats(mounted)["lease_remaining_s"] > 0, "all that was shown is dropped")
     names = sorted(os.listdir(directory))
     assert names in possible
     assert (directory / "lost").exists() == ("lost" in names)

@@ -264,6 +264,19 @@ class Feeder:
             self._cache.put_inode(attributes)
         else:
             self.written(attributes)
+        self._names_changed(parent, directory)
+
+    def renamed(
+        self, parent: int, name: bytes, new_name: bytes, file: Closed, directory: wire.Attributes | None = None
+    ) -> None:
+        """A file that nobody else knows of was given another name in its directory, of which see :meth:`made`."""
+        with self.begin() as token:
+            self.closed(file)
+            self.unnamed(token, parent, name)
+            self.named(token, parent, new_name, file.attributes.ino)
+        self._names_changed(parent, directory)
+
+    def _names_changed(self, parent: int, directory: wire.Attributes | None) -> None:
         self._drop_attributes(parent)
         if directory is not None and self._wanted(directory):
             self._put_inode(directory, None)
@@ -278,17 +291,12 @@ class Feeder:
         self._put_name(parent, name, 0)
 
     def removed(self, parent: int, name: bytes, ino: int, directory: wire.Attributes | None = None) -> None:
-        """A name of a file was removed here, which the metaserver is told later.
-
-        ``directory``: what the directory was before, if that is known.
-        """
+        """A name of a file was removed here, which the metaserver is told later. ``directory``: as of :meth:`made`."""
         self._renew_name(parent, name)
         self.whole.unnamed(parent, name)
         self._put_name(parent, name, 0)
         self.drop_inode(ino)
-        self._drop_attributes(parent)
-        if directory is not None and self._wanted(directory):
-            self._put_inode(directory, None)
+        self._names_changed(parent, directory)
 
     def closed(self, closed: Closed) -> None:
         """The last writer of a file has gone; what is known of it is as new as its last change or break."""

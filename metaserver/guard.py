@@ -181,8 +181,8 @@ class Guard:
         kind = type(request)
         if self._read_only:
             self._check_reads(request)
-        if isinstance(request, wire.MakeFiles):
-            raise Refused(ErrorCode.ACCESS_DENIED, "the identity's files are made one by one")
+        if isinstance(request, wire.MakeFiles | wire.RemoveNames):
+            raise Refused(ErrorCode.ACCESS_DENIED, "the identity's files are made and removed one by one")
         if self.is_confined:
             self._check_place(snapshot, context, request)
         if isinstance(request, wire.SetLock) and not request.unlock:

@@ -70,17 +70,20 @@ def test_every_request_that_names_an_inode_is_known() -> None:
         names = {name for name in request.__struct_fields__ if name in ("ino", "parent", "new_parent", "source")}
         assert names == set(guard._INODES.get(type(request), ())), type(request)
     volume_wide = {wire.ListSlices, wire.InspectSlices, wire.ForgetSlices, wire.RetireSlices}
-    refused_to_all = {wire.MakeFiles}
+    refused_to_all = {wire.MakeFiles, wire.RemoveNames}
     assert {*namespace.READS, *namespace.WRITES} - fields_named() == volume_wide | refused_to_all
 
 
-async def test_who_is_bounded_makes_files_one_by_one(place: Place) -> None:
+async def test_who_is_bounded_makes_and_removes_files_one_by_one(place: Place) -> None:
     client = await place.enter("squashed", squash=wire.Squash.ROOT)
     number = (await place.root.connection.call(wire.ReserveInodes(1), wire.InodesReserved)).first
     assert await refused(client.connection.call(wire.ReserveInodes(1), wire.InodesReserved)) is ErrorCode.ACCESS_DENIED
     file = wire.NewFile(wire.ROOT_INO, b"file", number, 0o644, 0, 0, 1, 1, 1, 1)
     assert await refused(client.connection.call(wire.MakeFiles([file]), wire.Changed)) is ErrorCode.ACCESS_DENIED
     assert (await place.root.change(wire.MakeFiles([file]))).attributes[0].ino == number
+    removal = wire.RemoveNames([wire.RemovedName(wire.ROOT_INO, b"file", number, 1)])
+    assert await refused(client.connection.call(removal, wire.Changed)) is ErrorCode.ACCESS_DENIED
+    assert (await place.root.change(removal)).attributes[0].nlink == 0
 
 
 async def test_who_may_only_read_changes_nothing(place: Place) -> None:

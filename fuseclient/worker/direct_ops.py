@@ -128,7 +128,10 @@ class DirectOps:
         return encode_entry(await self._operations.mkdir(asked.nodeid, name, mode, asked.context))
 
     def _unlink(self, asked: Asked) -> Answer:
-        return _nothing(self._operations.unlink(asked.nodeid, _name(asked.body, 0), asked.context))
+        name = _name(asked.body, 0)
+        if self._operations.unlink_now(asked.nodeid, name):
+            return b""
+        return _nothing(self._operations.unlink(asked.nodeid, name, asked.context))
 
     def _rmdir(self, asked: Asked) -> Answer:
         return _nothing(self._operations.rmdir(asked.nodeid, _name(asked.body, 0), asked.context))

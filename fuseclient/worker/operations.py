@@ -41,6 +41,7 @@ from fuseclient.worker.lease import Lease
 from fuseclient.worker.listings import DOTS
 from fuseclient.worker.locks import Locks
 from fuseclient.worker.orphans import Orphans
+from fuseclient.worker.removals import Removals
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.xattrs import ROOT_XATTRS, Xattrs
 from metaserver import wire
@@ -66,6 +67,7 @@ class Parts:
     directories: Directories
     writer: Writer
     creations: Creations
+    removals: Removals
     reader: Reader
     orphans: Orphans
     closings: Closings
@@ -109,6 +111,7 @@ class Operations(pyfuse3.Operations):
         self._directories = parts.directories
         self._writer = parts.writer
         self._creations = parts.creations
+        self._removals = parts.removals
         self._reader = parts.reader
         self._orphans = parts.orphans
         self._closings = parts.closings
@@ -179,7 +182,7 @@ class Operations(pyfuse3.Operations):
             if target is not None and fresh:
                 self._feeder.content(made, target)
             if fresh and stat.S_ISDIR(mode):
-                self._feeder.know_whole(token, made.ino, (), self._feeder.losses(made.ino))
+                self._feeder.know_whole(token, made.ino, {}, self._feeder.losses(made.ino))
         return made, fresh
 
     def _named(self, token: Token, parent: int, name: bytes, changed: wire.Changed) -> bool:
@@ -202,7 +205,18 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._remove(parent_inode, name, directory=False)
+        if not self.unlink_now(parent_inode, name):
+            await self._remove(parent_inode, name, directory=False)
+
+    def unlink_now(self, parent: int, name: bytes) -> bool:
+        """Remove a file's name, of which the metaserver is told later; False: that cannot be, and nothing is done.
+
+        The kernel has found the name, and that it is no directory's, under the lock that keeps it so.
+        """
+        _check_name(name)
+        if not self._may_remember or self._creations.find(parent, name) is not None:
+            return False
+        return self._removals.remove(parent, name, self._creations.directory(parent))
 
     @answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:

@@ -39,12 +39,13 @@ enum bpfuse_fh_bit {
 /*
  * What the worker grants of a file that is open for writing, in the last word of its reply to CREATE, OPEN (unless that
  * names a backing) and WRITE. How many bytes it takes without a word, and above them up to which size it takes the
- * file's closing so; in units. The kernel sees 0 there.
+ * file's closing so; in units. CREATE's says, too, whether it takes changes of attributes. The kernel sees 0 there.
  */
 enum bpfuse_grant {
 	BPFUSE_GRANT_UNIT = 1024,
-	BPFUSE_GRANT_MOST = 0xffff,    /* of either */
+	BPFUSE_GRANT_MOST = 0x7fff,    /* of either */
 	BPFUSE_GRANT_CLOSE_SHIFT = 16, /* the size lies above the bytes */
+	BPFUSE_GRANT_CHANGES_BIT = 31,
 };
 
 /* By a reply to nobody the worker says, too, how much it has taken of what was posted: so much more may be. */

@@ -53,7 +53,6 @@ class Faults:
     def do(self, kind: str) -> None:
         """Do one, while the load goes on."""
         self.counts[kind] += 1
-        self._load.may_fail = kind in OF_STORES
         getattr(self, kind)()
 
     def _some_seconds(self) -> float:
@@ -156,9 +155,13 @@ class Faults:
 
     def kill_the_store(self) -> None:
         assert self._store is not None
+        self._load.store_goes()
         self._store.kill()
         self._store.start()
+        self._load.store_is_back()
 
     def hang_the_store(self) -> None:
         assert self._store is not None
+        self._load.store_goes()
         self._hang_all(self._store)
+        self._load.store_is_back()

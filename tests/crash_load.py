@@ -2,18 +2,25 @@
 
 A read that begins after a write's call has returned on another mount must show it; and a file is one of those that
 were written, whole.
+
+They are in a process of their own. Who starts a server while it has files of a mount open waits until those are
+flushed, as the child closes them before it is another program: for ever, if the mount waits for that server.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import math
+import multiprocessing
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.managers import BaseManager
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, cast
 
 import rig
 
@@ -66,16 +73,25 @@ def number_of(name: str, found: bytes) -> int:
     return number
 
 
-class Load:
-    """Programs on the mounts."""
+class Done(NamedTuple):
+    """What programs have done: how often what, and what the manifest says (:class:`Manifest`)."""
 
-    def __init__(self, manifest: Manifest, paths: list[Path], seed: int) -> None:
-        self._manifest = manifest
+    counts: Counter[str]
+    numbers: dict[str, int]
+    directories: set[str]
+
+
+class Load:
+    """Programs on the mounts. ``manifest`` is the path of a new file."""
+
+    def __init__(self, manifest: Path, paths: list[Path], seed: int) -> None:
+        self._manifest = Manifest(manifest)
         self._ended = threading.Event()
         self._failures: list[BaseException] = []
-        self.counts: Counter[str] = Counter()
-        #: The store may be away for so long that calls say so (EIO); what they did not do is not in the manifest.
-        self.may_fail = False
+        self._counts: Counter[str] = Counter()
+        #: Until when the store is away, on the monotonic clock: for so long that calls say so (EIO). What they did not
+        #: do is not in the manifest.
+        self._store_away_until = 0.0
         self._pauses: dict[str, float] = {}
         self._threads: list[threading.Thread] = []
         self._writers = [f"w{index}" for index in range(len(paths))]
@@ -101,20 +117,20 @@ class Load:
         try:
             result = call()
         except OSError as error:
-            if self.may_fail and kind in ("read", "write") and error.errno == errno.EIO:
-                self.counts["failed"] += 1
+            if began < self._store_away_until and kind in ("read", "write") and error.errno == errno.EIO:
+                self._counts["failed"] += 1
                 return None
             # A close may say that the new file, which LMDB had put off for a moment, is lost with a metaserver.
-            if kind != "write" or error.errno not in (errno.EIO, errno.ESTALE):
+            if kind != "write" or error.errno != errno.EIO:
                 raise
-            self.counts["told"] += 1
+            self._counts["told"] += 1
             return None
         self._pauses[kind] = max(self._pauses.get(kind, 0.0), time.monotonic() - began)
-        self.counts[kind] += 1
+        self._counts[kind] += 1
         return result
 
     def _write(self, root: Path, writer: str) -> None:
-        number = self.counts[writer] = self.counts[writer] + 1
+        number = self._counts[writer] = self._counts[writer] + 1
         name = f"{writer}-{number % FILES}"
         if self._timed("write", lambda: _replace(root / name, content(name, number))) is None:
             return
@@ -135,11 +151,19 @@ class Load:
         number = number_of(name, found)
         assert number >= least, f"{name} shows {number}, though {least} was there"
 
+    def store_goes(self) -> None:
+        """Calls may fail for want of the store, from now on until after it is back."""
+        self._store_away_until = math.inf
+
+    def store_is_back(self) -> None:
+        """The store answers: what is called from now on may not fail."""
+        self._store_away_until = time.monotonic()
+
     def went_on(self) -> None:
         """Wait until each mount has written and been read again."""
-        before = Counter(self.counts)
+        before = Counter(self._counts)
         rig.wait_for(
-            lambda: self._failures or all(self.counts[kind] > before[kind] + 3 for kind in (*self._writers, "read")),
+            lambda: self._failures or all(self._counts[kind] > before[kind] + 3 for kind in (*self._writers, "read")),
             "the load goes on",
             _GOES_ON_S,
         )
@@ -147,13 +171,13 @@ class Load:
 
     def stands_still(self, seconds: float) -> None:
         """Return when no write has been completed for so long."""
-        last, since = self.counts["write"], time.monotonic()
+        last, since = self._counts["write"], time.monotonic()
         deadline = since + _GOES_ON_S
         while time.monotonic() < since + seconds:
             assert time.monotonic() < deadline, "the load goes on, in spite of everything"
             time.sleep(0.01)
-            if self.counts["write"] != last:
-                last, since = self.counts["write"], time.monotonic()
+            if self._counts["write"] != last:
+                last, since = self._counts["write"], time.monotonic()
 
     def take_pauses(self) -> dict[str, float]:
         """Return the longest time that a call of each kind took since this was called last, in seconds."""
@@ -166,11 +190,30 @@ class Load:
         for thread in self._threads:
             thread.join(rig.WAIT_S)
 
-    def end(self) -> None:
+    def end(self) -> Done:
         """Return when all calls have returned; fail if one of them has shown or said what it should not."""
         self.stop()
         assert not any(thread.is_alive() for thread in self._threads)
         assert not self._failures, self._failures
+        return Done(self._counts, self._manifest.numbers, self._manifest.directories)
+
+
+class _Process(BaseManager):
+    """The process of the programs."""
+
+
+_Process.register("Load", Load)
+
+
+@contextlib.contextmanager
+def running(manifest: Path, paths: list[Path], seed: int) -> Iterator[Load]:
+    """Programs, until the end of the body. What is called may raise whatever there is to say of their process, too."""
+    with _Process(ctx=multiprocessing.get_context("spawn")) as process:
+        load = cast(Load, process.Load(manifest, paths, seed))  # type: ignore[attr-defined]
+        try:
+            yield load
+        finally:
+            load.stop()
 
 
 def _replace(path: Path, data: bytes) -> bytes:

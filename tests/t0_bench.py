@@ -15,6 +15,7 @@ from bench.comparison import NAME, Comparison, Measured, compare
 from bench.peers.local import Ext4, Passthrough
 from bench.peers.own import Bpfuse
 from bench.report import documents, markdown, plots, reasons, targets
+from bench.results import Figure, Result, Samples
 from bench.workloads import fio, sources, stale_reads
 from bench.workloads.base import Scale, Turn, Workload
 from fuseclient.bench import works
@@ -174,7 +175,18 @@ def test_rows_are_judged_by_their_targets() -> None:
     )
     assert "- small: delete: 0.500 of juicefs\n" in text
     assert "- small: read 4 KiB shuffled, warm: 5.00 of juicefs (8.00 is wanted)\n" in text
-    assert markdown.verdict(_slow_reads()).startswith("bpfuse is faster than every peer in 4 of 5 rows of small;")
+    assert markdown.verdict(_slow_reads()).startswith("bpfuse is faster than every peer in 4 of 5 rows of small.")
+
+
+def test_what_is_on_disk_as_late_is_judged_by_itself() -> None:
+    slow = _slow_reads()
+    slow.workloads[0].figures.add("delete", "bpfuse interval", 4.0, "us")
+    text = markdown.whole(slow)
+    assert "| faster than juicefs at changes of like durability | 1 of 1 | small: delete, 1.25 |" in text
+    assert "bpfuse interval, whose changes are on disk as late as theirs, in 1 of the 1 rows" in markdown.verdict(slow)
+    slow.workloads[0].figures.add("mkdir", "bpfuse interval", 4.0, "us")
+    slow.workloads[0].figures.add("mkdir", "juicefs", 1.0, "us")
+    assert "0.250 of juicefs by bpfuse interval\n" in markdown.whole(slow)
 
 
 def test_what_ext4_does_not_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,3 +383,19 @@ def test_versions_are_seen_whole_or_not_at_all(tmp_path: Path) -> None:
     Path(path).write_bytes(Path(path).read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="wrong content"):
         stale_reads.read(path)
+
+
+def test_a_part_says_why_figures_miss_their_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    why = "Both commits are synced."
+    monkeypatch.setattr(reasons, "REASONS", (reasons.Reason("engines", "create", "juicefs .*", why),))
+    figures = [
+        Figure("create", "bpfuse", "juicefs etcd", 1.5, "x", 1.0),
+        Figure("create", "bpfuse", "juicefs mysql", 1.5, "x", 1.0),
+        Figure("create", "bpfuse", "juicefs redis", 0.5, "x", 1.0),
+        Figure("lookup", "bpfuse", "juicefs etcd", 1.5, "x", 1.0),
+    ]
+    result = Result("engines", 1, {}, Samples(), figures)
+    assert [each for each in result.tables() if isinstance(each, str)] == [why]
+    result.write(tmp_path)
+    written = json.loads((tmp_path / "engines.json").read_text())["figures"]
+    assert [each["reason"] for each in written] == [why, why, None, None]

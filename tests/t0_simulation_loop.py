@@ -266,3 +266,26 @@ def test_a_reader_that_pauses_gets_the_rest_later() -> None:
         assert wired.near.received == b"later"
 
     wired.play(story)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_a_run_leaves_may_start_tasks_at_its_end() -> None:
+    """As the worker does, when the last writer of a file has gone; none of them runs."""
+    box = Box()
+
+    async def late() -> None:
+        box.log.append("late")
+
+    async def left() -> None:
+        try:
+            await asyncio.sleep(10.0)
+        finally:
+            box.log.append(asyncio.create_task(late()))
+
+    async def main() -> None:
+        box.loop.spawn(Node("left"), left())
+        await asyncio.sleep(1.0)
+
+    box.run(main())
+    assert len(box.log) == 1
+    assert isinstance(box.log[0], asyncio.Task)

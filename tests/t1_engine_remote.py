@@ -8,6 +8,8 @@ import functools
 import operator
 from collections.abc import AsyncIterator, Sequence
 
+import grpc
+import grpc.aio
 import pytest
 from local_store import LocalStore, Rows
 from msgspec import structs
@@ -15,6 +17,7 @@ from namespaces import FILE, ROOT, SESSION, Files
 
 from metaserver import new_files, recovery, wire
 from metaserver.engine import Snapshot, Transaction
+from metaserver.engine.etcd import EtcdStore, Settings
 from metaserver.engine.remote import RemoteEngine
 from metaserver.engine.store import Found, Lost, Moved, Query
 from metaserver.errors import EngineFull, EngineUnavailable, EngineUnusable, LimitExceeded, Unknown
@@ -327,3 +330,29 @@ async def test_nothing_is_lost_when_a_server_is_killed(engine: RemoteEngine) -> 
     await recovery.spoil(engine)
     assert await recovery.prepare(engine)
     assert await files.make(b"after") > before + 1000
+
+
+async def test_etcd_is_waited_for_longer_only_after_all_endpoints_were_silent() -> None:
+    """Those without a leader are silent, while another one may know the next one."""
+    store = EtcdStore(Settings(("one:1", "two:2", "three:3"), b"p"))
+    waited: list[tuple[int, float]] = []
+
+    class Silent:
+        def __init__(self, channel: object) -> None:
+            self._at = store._channels.index(channel)
+
+        def Range(self, request: object, *, timeout: float, metadata: object) -> asyncio.Future[None]:
+            waited.append((self._at, timeout))
+            answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            code = grpc.StatusCode.DEADLINE_EXCEEDED
+            answer.set_exception(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata()))
+            return answer
+
+    for _ in range(7):
+        with pytest.raises(Lost):
+            await store.call(Silent, "Range", None)
+    await store.close()
+    assert [at for at, _ in waited] == [0, 1, 2, 0, 1, 2, 0]
+    first, second, third = (waited[at][1] for at in (0, 3, 6))
+    assert [timeout for _, timeout in waited] == [first] * 3 + [second] * 3 + [third]
+    assert first < second < third

@@ -10,6 +10,9 @@ import pytest
 from databases import SERVERS, Databases, Etcd, Proxy, Server
 
 from metaserver.engine import Engine, Snapshot, Transaction, candidate, open_engine
+from metaserver.engine.authority import LAPSE_S
+from metaserver.engine.remote_authority import RemoteCandidate, boottime_s
+from metaserver.engine.session_lock import SessionLock
 from metaserver.errors import EngineBusy, EngineUnusable, LimitExceeded
 
 _DEADLINE_S = 30.0
@@ -135,6 +138,57 @@ async def test_looking_who_has_the_authority_does_not_end_it(server: Server) -> 
         assert await standing.holder() == "next"
     assert len(sessions) == 1
     await standing.resign()
+    await former.resign()
+
+
+@pytest.mark.parametrize("server", ["postgresql", "mysql"], indirect=True)
+async def test_who_stood_by_takes_over_soon_and_not_too_soon(server: Server, proxy: Proxy) -> None:
+    """From one that hangs, whose session lapses; and from one that crashes, whose session is over at once."""
+    url = server.url()
+    former = candidate(url.replace(f":{server.port}", f":{proxy.port}"), "former")
+    standing, third = candidate(url, "next"), candidate(url, "third")
+    assert isinstance(former, RemoteCandidate)
+    assert isinstance(standing, RemoteCandidate)
+    assert isinstance(third, RemoteCandidate)
+    await former.take()
+    waiting = asyncio.create_task(standing.wait())
+    proxy.hold()
+    held_s = boottime_s()
+    async with asyncio.timeout(_DEADLINE_S):
+        await waiting
+    assert boottime_s() >= former._until
+    assert boottime_s() - held_s < 1.5 * LAPSE_S, "it did not wait twice"
+    proxy.let_go()
+
+    waiting = asyncio.create_task(third.wait())
+    lock = standing._lock
+    assert isinstance(lock, SessionLock)
+    begun_s = boottime_s()
+    async with asyncio.timeout(_DEADLINE_S):
+        while boottime_s() < begun_s + LAPSE_S:  # it is looked at all the time, and beats
+            assert await standing.holder() == "next"
+        assert standing._keeping is not None
+        standing._keeping.cancel()
+        lock._end()
+        await waiting
+    assert boottime_s() >= standing._until
+    for each in (third, standing, former):
+        await each.resign()
+
+
+@pytest.mark.parametrize("server", ["postgresql", "mysql"], indirect=True)
+async def test_who_has_never_looked_waits_as_long_as_the_former_may_rely_on_it(server: Server) -> None:
+    url = server.url()
+    former, fresh = candidate(url, "former"), candidate(url, "fresh")
+    assert isinstance(former, RemoteCandidate)
+    await former.take()
+    assert former._keeping is not None
+    former._keeping.cancel()
+    former._lock._end()  # type: ignore[attr-defined]
+    async with asyncio.timeout(_DEADLINE_S):
+        await fresh.wait()
+    assert boottime_s() >= former._until
+    await fresh.resign()
     await former.resign()
 
 

@@ -12,7 +12,7 @@ import rig
 from fuseclient import mounts
 from fuseclient.channel import acceleration
 
-_CHANNEL = ("pending", "posting", "queue", "device", "bridge", "notify")
+_CHANNEL = ("pending", "posting", "attributes", "queue", "device", "bridge", "notify")
 _SOURCES = [
     rig.REPOSITORY / "tests/native/channel_test.c",
     *(rig.REPOSITORY / f"fuseclient/channel/native/{name}.c" for name in _CHANNEL),
@@ -21,7 +21,7 @@ _SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
-_CHECKS = 12
+_CHECKS = 13
 
 
 @pytest.fixture(scope="module", params=_SANITIZERS)

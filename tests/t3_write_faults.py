@@ -245,6 +245,33 @@ def test_a_killed_metaserver_loses_nothing_that_was_synced(mount: MountFactory, 
     assert {path.name: path.read_bytes() for path in mounted.path.iterdir()} == synced
 
 
+@pytest.mark.parametrize("synced", [True, False])
+def test_a_new_file_that_is_lost_with_the_metaserver_is_an_error_of_its_data(mount: MountFactory, synced: bool) -> None:
+    """By fsync, or by close: not of its name (ESTALE), which nobody has asked for."""
+    died = r"the metaserver \(pid \d+\) ended with -9"
+    mounted = mount("off", "--durability", "interval", allowed=(*REFUSED, died, "may have lost", "NOT_FOUND"))
+    for number in range(20):
+        before = mounted.process("metaserver").pid
+        descriptor = os.open(mounted.path / f"f{number}", os.O_WRONLY | os.O_CREAT)
+        os.kill(before, signal.SIGKILL)
+        os.write(descriptor, b"data")
+        rig.wait_for(lambda old=before: mounted.process("metaserver").pid != old, "it is started again")  # type: ignore[misc]
+        try:
+            if synced:
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            else:
+                os.close(descriptor)
+        except OSError as error:
+            assert error.errno == errno.EIO  # noqa: PT017 - it need not be raised
+            assert not (mounted.path / f"f{number}").exists()
+            return
+        assert (mounted.path / f"f{number}").read_bytes() == b"data"
+    pytest.fail("no file was lost")
+
+
 def test_the_durability_of_a_remote_volume_is_its_metaservers(sandbox: rig.Sandbox, small_engine: str) -> None:
     rig.require_mounts()
     outcome = sandbox.run("mount", small_engine, sandbox.directory("mnt"), "--durability", "interval")

@@ -26,7 +26,7 @@ import rig
 import weed
 from cables import Cable, cables
 from crash_faults import Faults
-from crash_load import FILES, Load, Manifest, number_of
+from crash_load import FILES, number_of, running
 from databases import SERVERS, Server, Unavailable
 from several_metaservers import Group
 from several_mounts import SLACK_S
@@ -34,10 +34,11 @@ from several_mounts import SLACK_S
 from bench.etcd_cluster import EtcdCluster
 from fuseclient import features
 
-pytestmark = pytest.mark.usefixtures("needs_mounts")
+_COUNT: Final = int(os.environ.get("BPFUSE_CRASHES", "0"))
+#: Seconds for the servers, and for each fault: a store that was killed takes 20 until it stores again.
+pytestmark = [pytest.mark.usefixtures("needs_mounts"), pytest.mark.timeout(180 + 60 * _COUNT)]
 
 LEASE_S: Final = 5.0
-_COUNT: Final = int(os.environ.get("BPFUSE_CRASHES", "0"))
 _METASERVERS: Final = 2
 #: The lines in a mount's log when a close says so.
 _TOLD: Final = ("may have lost changes that it had acknowledged", r"NOT_FOUND: there is no inode \d+")
@@ -126,9 +127,8 @@ def test_what_was_acknowledged_outlives_every_process(
     kind: str, site: Site, sandbox: rig.Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order, seed = _order(kind, site.store)
-    monkeypatch.setattr(rig, "WATCHDOG_S", rig.WATCHDOG_S * max(1, len(order) / 2))
+    monkeypatch.setattr(rig, "WATCHDOG_S", rig.WATCHDOG_S * max(1, len(order)))
     print(f"{kind}, seed {seed}: {order}")
-    manifest = Manifest(sandbox.path / "manifest")
     accelerated = "off" if features.missing_for_bpf(rig.probed()) else "bpf"
     allowed = [*_TOLD, *(_FAILED if set(order) & set(crash_faults.OF_STORES) else ())]
     mounts = [rig.Mount(sandbox, site.group.url, sandbox.directory(name), accel, (), allowed) for name, accel in
@@ -137,8 +137,7 @@ def test_what_was_acknowledged_outlives_every_process(
     with contextlib.ExitStack() as stack:
         for each in mounts:
             stack.enter_context(rig.watched(each))
-        load = Load(manifest, [each.path for each in mounts], seed)
-        stack.callback(load.stop)
+        load = stack.enter_context(running(sandbox.path / "manifest", [each.path for each in mounts], seed))
         faults = Faults(site.group, load, random.Random(seed), site.database, site.cables, site.store)
         for fault in order:
             load.went_on()
@@ -149,23 +148,23 @@ def test_what_was_acknowledged_outlives_every_process(
             print(f"{fault}: {time.monotonic() - began:.1f} s, longest calls {pauses}", flush=True)
             if fault not in crash_faults.HANGS and (_COUNT or kind == "lmdb"):
                 assert all(pause < LEASE_S + SLACK_S for pause in pauses.values()), pauses
-        load.end()
+        done = load.end()
         epoch = site.group.status()["epoch"]
     changed = sum(faults.counts[each] for each in crash_faults.GO_ROUND)
     assert epoch - first >= changed
     assert epoch - first == changed or kind != "lmdb", "the authority went round"
     assert sum(faults.counts.values()) == len(order) > 1
-    assert load.counts["told"] <= (2 * changed if kind == "lmdb" else 0), "each writer has one file open"
-    assert load.counts["read"] > 0
-    assert load.counts["rename"] > 0
-    assert len(manifest.numbers) > FILES, "both have written"
-    print(dict(load.counts))
+    assert done.counts["told"] <= (2 * changed if kind == "lmdb" else 0), "each writer has one file open"
+    assert done.counts["read"] > 0
+    assert done.counts["rename"] > 0
+    assert len(done.numbers) > FILES, "both have written"
+    print(dict(done.counts))
 
     site.group.close()
     sandbox.run("fsck", site.group.url, "--engine", site.engine, "--verify").expect_success()
     site.group.start()
     with rig.watched(rig.Mount(sandbox, site.group.url, sandbox.directory("c"), "off", (), [])) as fresh:
-        shown = {name: number_of(name, (fresh.path / name).read_bytes()) for name in manifest.numbers}
-        lost = {name: number for name, number in manifest.numbers.items() if shown[name] < number}
+        shown = {name: number_of(name, (fresh.path / name).read_bytes()) for name in done.numbers}
+        lost = {name: number for name, number in done.numbers.items() if shown[name] < number}
         assert not lost
-        assert manifest.directories <= set(os.listdir(fresh.path))
+        assert done.directories <= set(os.listdir(fresh.path))

@@ -31,6 +31,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     held: int
     posted: int
     flushed: int
+    changed: int
+    told: int
     replayed: int
     refused: int
     interrupted: int

@@ -252,9 +252,9 @@ class Committer:
 
     async def _commit_held(self, file: OpenFile, lazy: bool) -> None:
         """Have a file made that was held back, with its attributes, and its content if that is small."""
-        if file.closes_ahead:
+        if file.closes_ahead or file.changes_ahead:
             await self._hooks.withdraw(file.attributes.ino)
-            file.closes_ahead = False
+            file.closes_ahead = file.changes_ahead = False
         content = b""
         if not file.staged and file.dirty.end <= self._inline_limit:
             content = whole_content(file.begin_inline())

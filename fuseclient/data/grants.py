@@ -1,9 +1,11 @@
-"""What may be done to an open file without asking: writes that are posted, and the closing of a small new file.
+"""What may be done to an open file without asking: writes that are posted, changes of a new file's attributes, and the
+closing of a small one.
 
 Posted writes are answered before they come here: a grant has promised to take them. They are gathered whatever stands
 in the way, which the next write that waits is told of, or a flush, as of what else is gathered. So is the closing of a
 file that is held back and may wait, which fails in nothing: until it is committed, for which that promise is taken
-back first, it is never given up.
+back first, it is never given up. Changes of a file that is held back go with its making, before which what allows them
+is taken back, too: nobody who is told of the file is told what they are to change.
 
 A grant holds until something is appended to the file, a handle of it is closed, or it is taken back
 (:attr:`~fuseclient.data.writer_hooks.WriterHooks.withdraw`).
@@ -22,10 +24,12 @@ RENEW_BYTES: Final = CREDIT_BYTES // 4
 
 
 class Grant(NamedTuple):
-    """What may be done to a file without a word: so many bytes be written, and it be closed up to a size, in bytes."""
+    """What may be done to a file without a word: so many bytes be written, and it be closed up to a size, in bytes;
+    and its attributes be changed, all but the size."""
 
     credit: int
     closes: int
+    changes: bool = False
 
 
 NO_GRANT: Final = Grant(0, 0)
@@ -38,14 +42,17 @@ def may_grant(file: OpenFile) -> bool:
     return not (file.appended and file.uncommitted()) and file.memory.has_room(CREDIT_BYTES)
 
 
-def grant(file: OpenFile, closes: int | None) -> Grant:
-    """Grant what :func:`may_grant` allows; and the closing up to ``closes`` bytes, unless that is None."""
+def grant(file: OpenFile, closes: int | None, *, changes: bool) -> Grant:
+    """Grant what :func:`may_grant` allows; and the closing up to ``closes`` bytes, unless that is None; and, of a file
+    that nobody was told of yet, changes of its attributes, if ``changes``."""
     file.taken = 0
     file.granted = True
+    changes = changes and file.held
+    file.changes_ahead |= changes
     if closes is None:
-        return Grant(CREDIT_BYTES, 0)
+        return Grant(CREDIT_BYTES, 0, changes)
     file.closes_ahead = file.trusted = True
-    return Grant(CREDIT_BYTES, closes)
+    return Grant(CREDIT_BYTES, closes, changes)
 
 
 def take_posted(file: OpenFile, length: int) -> None:

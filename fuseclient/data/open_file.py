@@ -95,6 +95,8 @@ class OpenFile:
     closes_ahead: bool = False
     #: or it may have been, as long as it is held: then it is not given up, whatever stands in the way.
     trusted: bool = False
+    #: Its attributes may be changed without a word, as long as it is held.
+    changes_ahead: bool = False
     #: Changes of its attributes that wait.
     pending: wire.SetAttributes | None = None
     #: How often it was written to since it was made.
@@ -146,12 +148,15 @@ class OpenFile:
         batches = self.uncommitted()
         return any((offset + length > size and each.end > size) or each.overlaps(offset, length) for each in batches)
 
-    def gather(self, offset: int, data: bytes | memoryview) -> None:
-        """Lay a write over what is gathered; a change of the time of the last write that waits is overtaken by it."""
+    def gather(self, offset: int, data: bytes | memoryview, made_ns: int | None = None) -> None:
+        """Lay a write over what is gathered; a change of the time of the last write that waits is overtaken by it.
+
+        ``made_ns``: when it was made, in ns since 1970, if not now.
+        """
         before = self.dirty.bytes
         self.dirty.write(offset, data)
         self.memory.used += self.dirty.bytes - before
-        self.written_ns = max(time.time_ns(), self.attributes.ctime_ns + 1)
+        self.written_ns = max(made_ns or time.time_ns(), self.attributes.ctime_ns + 1)
         if self.pending is not None:
             self.written_ns = max(self.written_ns, (self.pending.changed_ns or 0) + 1)
             self.pending = msgspec.structs.replace(self.pending, mtime_ns=None)
@@ -257,8 +262,8 @@ class OpenFile:
         self.content = None
 
     def defer(self, request: wire.SetAttributes) -> None:
-        """Have a change of attributes, but not of the size, wait with those that do."""
-        changed_ns = max(time.time_ns(), self.overlay().ctime_ns + 1)
+        """Have a change of attributes, but not of the size, wait with those that do; it is made now, or says when."""
+        changed_ns = max(request.changed_ns or time.time_ns(), self.overlay().ctime_ns + 1)
         before = self.pending or wire.SetAttributes(request.ino)
         self.pending = msgspec.structs.replace(before, changed_ns=changed_ns, **_given(request))
 

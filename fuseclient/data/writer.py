@@ -147,10 +147,10 @@ class Writer:
 
         Raises what is in the way. This client is not alone any more, so there are no new ones.
         """
-        if ahead := [file for file in self._files.values() if file.closes_ahead]:
+        if ahead := [file for file in self._files.values() if file.closes_ahead or file.changes_ahead]:
             await self.hooks.withdraw(0)
             for file in ahead:
-                file.closes_ahead = False
+                file.closes_ahead = file.changes_ahead = False
         await self.hooks.held_files.commit_all()
         pending = [file for file in self._files.values() if file.pending is not None]
         await asyncio.gather(*(self._committer.drain(file) for file in pending))
@@ -248,27 +248,44 @@ class Writer:
         self._take(file, offset, data)
         return True
 
-    def grant(self, ino: int) -> Grant:
-        """Return what may be done to a file without a word of it; it holds as grants.py says."""
+    def grant(self, ino: int, *, changes: bool = False) -> Grant:
+        """Return what may be done to a file without a word of it; it holds as grants.py says.
+
+        ``changes``: who is granted it knows the attributes, and all that was done since to those of a new file.
+        """
         file = self._files.get(ino)
         if file is None or not grants.may_grant(file):
             return NO_GRANT
         self._touch(file)
-        return grants.grant(file, self._inline_limit if self.may_wait(ino) else None)
+        return grants.grant(file, self._inline_limit if self.may_wait(ino) else None, changes=changes)
 
     def renewal(self, ino: int) -> int:
         """Return by how much what was granted of a file is to be renewed, now that as much of it was taken."""
         return grants.renewal(self._files[ino])
 
-    def write_posted(self, ino: int, offset: int, data: memoryview) -> None:
-        """Gather a write that :meth:`grant` allowed, and that was answered."""
+    def write_posted(self, ino: int, offset: int, data: memoryview, made_ns: int | None = None) -> None:
+        """Gather a write that :meth:`grant` allowed, and that was answered, at ``made_ns``."""
         file = self._files[ino]
         grants.take_posted(file, len(data))
-        self._take(file, offset, data)
+        self._take(file, offset, data, made_ns)
 
-    def _take(self, file: OpenFile, offset: int, data: bytes | memoryview) -> None:
+    def change_posted(self, request: wire.SetAttributes) -> None:
+        """Have a change of attributes wait that :meth:`grant` allowed, and that was answered."""
+        file = self._files[request.ino]
+        if not file.held:
+            raise RuntimeError(f"inode {request.ino} was changed without a word although others may know of it")
+        file.defer(request)
+        self._committer.start_timer(file)
+
+    def end_changes(self, ino: int) -> None:
+        """What was asked of a file has ended that its attributes may be changed without a word."""
+        file = self._files.get(ino)
+        if file is not None:
+            file.changes_ahead = False
+
+    def _take(self, file: OpenFile, offset: int, data: bytes | memoryview, made_ns: int | None = None) -> None:
         self._touch(file)
-        file.gather(offset, data)
+        file.gather(offset, data, made_ns)
         self._committer.start_timer(file)
         if file.dirty.end > self._inline_limit:
             file.closes_ahead = file.trusted = False  # who granted that knows

@@ -38,6 +38,12 @@ class Closings:
         """A file is about to be opened for writing: what was not told yet is not true any more."""
         self._closed.pop(ino, None)
 
+    async def close(self) -> None:
+        """Tell no more: the session is about to end, and all that is open in it with it."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
     async def _tell(self) -> None:
         try:
             while self._closed:

@@ -34,6 +34,8 @@ from metaserver import wire
 _GETATTR: Final = struct.Struct("=IIQ")
 _SETATTR: Final = struct.Struct("=IIQQQqqqIIIIIIII")
 _MKDIR: Final = struct.Struct("=II")
+_RENAME: Final = struct.Struct("=Q")
+_RENAME2: Final = struct.Struct("=QII")
 _READ: Final = struct.Struct("=QQIIQII")
 _WRITE: Final = struct.Struct("=QQIIQII")
 _FSYNC: Final = struct.Struct("=QII")
@@ -41,7 +43,7 @@ _DATA_ONLY: Final = 1 << 0
 _CREATE: Final = struct.Struct("=IIII")
 
 #: Bits of fuse_setattr_in.valid.
-_MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _ATIME_NOW, _MTIME_NOW = 1, 2, 4, 8, 16, 32, 128, 256
+_MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _ATIME_NOW, _MTIME_NOW, _CTIME = 1, 2, 4, 8, 16, 32, 128, 256, 1024
 _MODE_BITS: Final = 0o7777
 _SECOND_NS: Final = 1_000_000_000
 _INT64: Final = 1 << 63
@@ -81,6 +83,8 @@ class DirectOps:
             Opcode.MKDIR: self._mkdir,
             Opcode.UNLINK: self._unlink,
             Opcode.RMDIR: self._rmdir,
+            Opcode.RENAME: self._rename,
+            Opcode.RENAME2: self._rename2,
             Opcode.READ: self._read,
             Opcode.WRITE: self._write,
             Opcode.FSYNC: self._fsync,
@@ -104,7 +108,12 @@ class DirectOps:
         return encode_attributes(await self._operations.getattr(asked.nodeid, asked.context))
 
     def _setattr(self, asked: Asked) -> Answer:
-        request = _set_attributes(asked.nodeid, _fields(_SETATTR, asked.body))
+        fields = _fields(_SETATTR, asked.body)
+        request, posted = _set_attributes(asked.nodeid, fields), fields[1]
+        if posted:
+            levels.at_once(posted)
+            self._operations.take_change(request)
+            return None
         entry = self._operations.change_now(request)
         return self._changed(request) if entry is None else encode_attributes(entry)
 
@@ -119,19 +128,37 @@ class DirectOps:
         return encode_entry(await self._operations.mkdir(asked.nodeid, name, mode, asked.context))
 
     def _unlink(self, asked: Asked) -> Answer:
-        return _nothing(self._operations.unlink(asked.nodeid, _name(asked.body, 0), asked.context))
+        name = _name(asked.body, 0)
+        if self._operations.unlink_now(asked.nodeid, name):
+            return b""
+        return _nothing(self._operations.unlink(asked.nodeid, name, asked.context))
 
     def _rmdir(self, asked: Asked) -> Answer:
         return _nothing(self._operations.rmdir(asked.nodeid, _name(asked.body, 0), asked.context))
 
+    def _rename(self, asked: Asked) -> Answer:
+        (parent,) = _fields(_RENAME, asked.body, longer=True)
+        return self._moved(asked, asked.body[_RENAME.size :], parent, 0)
+
+    def _rename2(self, asked: Asked) -> Answer:
+        parent, flags, _ = _fields(_RENAME2, asked.body, longer=True)
+        return self._moved(asked, asked.body[_RENAME2.size :], parent, flags)
+
+    def _moved(self, asked: Asked, names: memoryview, parent: int, flags: int) -> Answer:
+        end = bytes(names).find(b"\0") + 1
+        old, new = _name(names[:end], 0), _name(names, end)
+        if self._operations.rename_now(asked.nodeid, old, parent, new, flags):
+            return b""
+        return _nothing(self._operations.rename(asked.nodeid, old, parent, new, flags, asked.context))
+
     def _write(self, asked: Asked) -> Answer:
-        fh, offset, size, _, _, _, posted = _fields(_WRITE, asked.body, longer=True)
+        fh, offset, size, _, made_ns, _, posted = _fields(_WRITE, asked.body, longer=True)
         data = asked.body[_WRITE.size :]
         if len(data) != size:
             raise Malformed(f"a write of {len(data)} bytes that says {size}")
         if posted:
             levels.at_once(posted)
-            if taken := self._operations.take_posted(fh, offset, data):
+            if taken := self._operations.take_posted(fh, offset, data, made_ns):
                 self._tell(encode_renewal(fh, taken))
             return None
         if self._operations.write_now(fh, offset, data):
@@ -148,6 +175,7 @@ class DirectOps:
 
     def _fsync(self, asked: Asked) -> Answer:
         fh, flags, _ = _fields(_FSYNC, asked.body)
+        self._operations.syncs(asked.nodeid)
         return _nothing(self._operations.fsync(fh, bool(flags & _DATA_ONLY)))
 
     def _create(self, asked: Asked) -> Answer:
@@ -187,7 +215,7 @@ def _name(body: memoryview, offset: int) -> bytes:
 
 
 def _set_attributes(ino: int, fields: tuple[Any, ...]) -> wire.SetAttributes:
-    (valid, _, _, size, _, atime, mtime, _, atime_ns, mtime_ns, _, mode, _, uid, gid, _) = fields
+    (valid, _, _, size, _, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns, mode, _, uid, gid, _) = fields
     now_ns = time.time_ns() if valid & (_ATIME_NOW | _MTIME_NOW) else 0
     return wire.SetAttributes(
         ino,
@@ -197,6 +225,7 @@ def _set_attributes(ino: int, fields: tuple[Any, ...]) -> wire.SetAttributes:
         size=size if valid & _SIZE else None,
         atime_ns=_time(valid, _ATIME, _ATIME_NOW, atime, atime_ns, now_ns),
         mtime_ns=_time(valid, _MTIME, _MTIME_NOW, mtime, mtime_ns, now_ns),
+        changed_ns=_time(valid, _CTIME, 0, ctime, ctime_ns, 0),
     )
 
 

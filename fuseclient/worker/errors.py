@@ -1,7 +1,8 @@
 """Domain errors to errno: what operations.py shows the kernel. The funnel through which every operation answers.
 
 What is gone is ENOENT where a name was asked for, and ESTALE where an inode was: between the kernel's look for a name
-and its request, others may have removed the file or put another in its place. The kernel then looks once more.
+and its request, others may have removed the file or put another in its place. The kernel then looks once more. Through
+an open handle it does not: there, what is gone is what was written, and that is EIO.
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ def answered(
 def answered_of_inode(operation: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, Coroutine[Any, Any, _R]]:
     """As :func:`answered`, of an operation that names an inode and no name."""
     return answered(operation, gone=errno.ESTALE)
+
+
+def answered_of_writer(operation: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, Coroutine[Any, Any, _R]]:
+    """As :func:`answered`, of an operation that writes through a handle, or says what became of what was written."""
+    return answered(operation, gone=errno.EIO)
 
 
 def errno_of(error: Exception, operation: str, *, gone: int = errno.ENOENT) -> int:

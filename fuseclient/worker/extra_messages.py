@@ -73,6 +73,7 @@ class Opcode(enum.IntEnum):
     MKDIR = 9
     UNLINK = 10
     RMDIR = 11
+    RENAME = 12
     OPEN = 14
     READ = 15
     WRITE = 16
@@ -86,6 +87,7 @@ class Opcode(enum.IntEnum):
     CREATE = 35
     INTERRUPT = 36
     FALLOCATE = 43
+    RENAME2 = 45
     LSEEK = 46
     COPY_FILE_RANGE = 47
     TMPFILE = 51
@@ -358,8 +360,9 @@ def encode_written(count: int, grant: Grant) -> bytes:
 
 def _grant(grant: Grant) -> int:
     """Return what tells the channel of a grant (``enum bpfuse_grant``)."""
-    credit, closes = (min(each // int(lib.BPFUSE_GRANT_UNIT), int(lib.BPFUSE_GRANT_MOST)) for each in grant)
-    return credit | closes << int(lib.BPFUSE_GRANT_CLOSE_SHIFT)
+    unit, most = int(lib.BPFUSE_GRANT_UNIT), int(lib.BPFUSE_GRANT_MOST)
+    sizes = min(grant.credit // unit, most) | min(grant.closes // unit, most) << int(lib.BPFUSE_GRANT_CLOSE_SHIFT)
+    return sizes | grant.changes << int(lib.BPFUSE_GRANT_CHANGES_BIT)
 
 
 def encode_renewal(fh: int, count: int) -> bytes:

@@ -166,6 +166,7 @@ class ExtraOps:
             case messages.Release():
                 return not self._locks.has(header.nodeid) and self._operations.release_now(body.fh)
             case messages.Flush():
+                self._operations.syncs(header.nodeid)
                 return not self._locks.has(header.nodeid) and self._operations.flush_now(body.fh)
             case _:
                 return False

@@ -32,7 +32,7 @@ from fuseclient.worker.changes import OpenedVersions
 from fuseclient.worker.closings import Closings
 from fuseclient.worker.creations import Creations
 from fuseclient.worker.directories import Directories
-from fuseclient.worker.errors import answered, answered_of_inode
+from fuseclient.worker.errors import answered, answered_of_inode, answered_of_writer
 from fuseclient.worker.feeding import Feeder
 from fuseclient.worker.fetches import Session
 from fuseclient.worker.guard import Token
@@ -41,6 +41,7 @@ from fuseclient.worker.lease import Lease
 from fuseclient.worker.listings import DOTS
 from fuseclient.worker.locks import Locks
 from fuseclient.worker.orphans import Orphans
+from fuseclient.worker.removals import Removals
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.xattrs import ROOT_XATTRS, Xattrs
 from metaserver import wire
@@ -66,6 +67,7 @@ class Parts:
     directories: Directories
     writer: Writer
     creations: Creations
+    removals: Removals
     reader: Reader
     orphans: Orphans
     closings: Closings
@@ -109,6 +111,7 @@ class Operations(pyfuse3.Operations):
         self._directories = parts.directories
         self._writer = parts.writer
         self._creations = parts.creations
+        self._removals = parts.removals
         self._reader = parts.reader
         self._orphans = parts.orphans
         self._closings = parts.closings
@@ -179,7 +182,7 @@ class Operations(pyfuse3.Operations):
             if target is not None and fresh:
                 self._feeder.content(made, target)
             if fresh and stat.S_ISDIR(mode):
-                self._feeder.know_whole(token, made.ino, (), self._feeder.losses(made.ino))
+                self._feeder.know_whole(token, made.ino, {}, self._feeder.losses(made.ino))
         return made, fresh
 
     def _named(self, token: Token, parent: int, name: bytes, changed: wire.Changed) -> bool:
@@ -202,7 +205,18 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._remove(parent_inode, name, directory=False)
+        if not self.unlink_now(parent_inode, name):
+            await self._remove(parent_inode, name, directory=False)
+
+    def unlink_now(self, parent: int, name: bytes) -> bool:
+        """Remove a file's name, of which the metaserver is told later; False: that cannot be, and nothing is done.
+
+        The kernel has found the name, and that it is no directory's, under the lock that keeps it so.
+        """
+        _check_name(name)
+        if not self._may_remember or self._creations.find(parent, name) is not None:
+            return False
+        return self._removals.remove(parent, name, self._creations.directory(parent))
 
     @answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -228,8 +242,8 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        _check_name(name_old)
-        _check_name(name_new)
+        if self.rename_now(parent_inode_old, name_old, parent_inode_new, name_new, flags):
+            return
         exchange, no_replace = bool(flags & pyfuse3.RENAME_EXCHANGE), bool(flags & pyfuse3.RENAME_NOREPLACE)
         if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE):
             raise FUSEError(errno.EINVAL)
@@ -237,6 +251,18 @@ class Operations(pyfuse3.Operations):
         async with self._changing((parent_inode_old, name_old), (parent_inode_new, name_new)) as token:
             changed = await self._session.call(request, wire.Changed)
             self._renamed(token, request, changed)
+
+    def rename_now(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> bool:
+        """Rename a closed file that the metaserver is told of later; False: that cannot be, and nothing is done."""
+        _check_name(name)
+        _check_name(new_name)
+        if parent != new_parent or name == new_name or flags & ~pyfuse3.RENAME_NOREPLACE:
+            return False
+        renamed = self._creations.rename(parent, name, new_name)
+        if renamed is None:
+            return False
+        self._feeder.renamed(parent, name, new_name, Closed(*renamed), self._creations.directory(parent))
+        return True
 
     def _renamed(self, token: Token, request: wire.Rename, changed: wire.Changed) -> None:
         old, new = (request.parent, request.name), (request.new_parent, request.new_name)
@@ -327,16 +353,19 @@ class Operations(pyfuse3.Operations):
     @answered_of_inode
     async def change(self, request: wire.SetAttributes) -> EntryAttributes:
         """Change attributes, and return them all."""
-        return self._changed_entry(await self._set_attributes(request))
+        entry = self.change_now(request)
+        return self._changed_entry(await self._set_attributes(request)) if entry is None else entry
 
     def change_now(self, request: wire.SetAttributes) -> EntryAttributes | None:
-        """Change attributes of a new file, with its first flush; None: that cannot be."""
+        """Change attributes of a new file, of which the metaserver is told later, or with its first flush; None: that
+        cannot be."""
         deferred = self._writer.defer(request)
+        if deferred is None and (changed := self._creations.change(request)) is not None:
+            self._feeder.closed(Closed(*changed))
+            deferred, _ = changed
         return None if deferred is None else self._changed_entry(deferred)
 
     async def _set_attributes(self, request: wire.SetAttributes) -> wire.Attributes:
-        if (deferred := self._writer.defer(request)) is not None:
-            return deferred
         if request.size is None and self._writer.will_sync(request.ino):
             request = msgspec.structs.replace(request, lazy=True)
         async with self._writer.settled(request.ino, request.size):
@@ -558,7 +587,7 @@ class Operations(pyfuse3.Operations):
             return None
         with self._feeder.begin() as token:
             opened = self._opened_new(token, made, flags, held=True)
-        grant = NO_GRANT if _appends(flags) or not self._lease.ttl_s() else self.grant(opened.fh)
+        grant = NO_GRANT if _appends(flags) or not self._lease.ttl_s() else self.grant(opened.fh, changes=True)
         self._feeder.made(parent, name, made, self._creations.directory(parent))
         self._kernel.making.add(made.ino)
         return Begun(opened, self._entry(made), grant)
@@ -612,7 +641,7 @@ class Operations(pyfuse3.Operations):
         self._on_read(reading.attributes, len(reading.data))
         return reading.data
 
-    @answered_of_inode
+    @answered_of_writer
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         _check_end(off + len(buf))
         await self.adopt(fh & ~handles.APPENDS)
@@ -635,8 +664,8 @@ class Operations(pyfuse3.Operations):
             return False
         return self._locks.may_write(ino) and self._writer.write_now(ino, off, data)
 
-    def grant(self, fh: int) -> Grant:
-        """Return what may be done through a handle without waiting for a word of it.
+    def grant(self, fh: int, *, changes: bool = False) -> Grant:
+        """Return what may be done through a handle without waiting for a word of it; ``changes``: it makes the file.
 
         Nothing while there are locks: a write under one that is lost is to be refused, and closing ends some.
         """
@@ -645,17 +674,25 @@ class Operations(pyfuse3.Operations):
             return NO_GRANT
         if self._passthrough.has(handle.ino) or self._locks.has(handle.ino):
             return NO_GRANT
-        return self._writer.grant(handle.ino)
+        return self._writer.grant(handle.ino, changes=changes)
 
     def on_withdraw(self, withdraw: Callable[[int], Awaitable[None]]) -> None:
         """Have :meth:`grant` taken back by this: see :class:`~fuseclient.data.writer_hooks.WriterHooks`."""
         self._writer.hooks.withdraw = withdraw
 
-    def take_posted(self, fh: int, off: int, data: memoryview) -> int:
+    def take_posted(self, fh: int, off: int, data: memoryview, made_ns: int) -> int:
         """Take a write that was answered already, because of a :meth:`grant`; return what that is to be renewed by."""
         ino = handles.decode(fh).ino
-        self._writer.write_posted(ino, off, data)
+        self._writer.write_posted(ino, off, data, made_ns)
         return self._writer.renewal(ino)
+
+    def take_change(self, request: wire.SetAttributes) -> None:
+        """Take a change of attributes that was answered already, because of a :meth:`grant`."""
+        self._writer.change_posted(request)
+
+    def syncs(self, ino: int) -> None:
+        """A FLUSH or an FSYNC has come, before which the channel has ended that it answers changes of attributes."""
+        self._writer.end_changes(ino)
 
     async def absorb(self, ino: int) -> None:
         """Have what was written through mappings of a passthrough file come to the writer."""
@@ -669,12 +706,12 @@ class Operations(pyfuse3.Operations):
         yield
         await self._passthrough.changed_here(inos[-1])
 
-    @answered_of_inode
+    @answered_of_writer
     async def flush(self, fh: int) -> None:
         self._check_opens()
         await self._sync(fh, self._writer.flush)
 
-    @answered_of_inode
+    @answered_of_writer
     async def fsync(self, fh: int, datasync: bool) -> None:
         await self._sync(fh, self._writer.sync)
 

@@ -40,7 +40,7 @@ QUOTA: Final = 2 * 1024**3
 #: Seconds that one request may take: at first, and when others took long.
 _TIMEOUT_S: Final = 1.0
 _LONGEST_S: Final = 10.0
-#: How many times longer than the last answer the next one may take.
+#: How many times longer than the last answer, or than all endpoints were waited for, the next one may take.
 _SLOWER: Final = 4.0
 #: Rows of one page of a range: half of what may be received, if all are as large as can be.
 _PAGE: Final = 512
@@ -112,7 +112,9 @@ class EtcdStore(Store):
         self._tip = settings.prefix + _TIP
         self._at = 0
         #: How long an answer is waited for: some members may hang, or have no leader, while others know the next one.
+        #: So it is longer only after as many in a row did not answer in time as there are endpoints: all may be slow.
         self._timeout_s = _TIMEOUT_S
+        self._silences = 0
         #: Made when they are first used: a channel belongs to the loop that runs then.
         self._channels: list[grpc.aio.Channel | None] = [None] * len(settings.endpoints)
         self._token: str | None = None
@@ -245,10 +247,13 @@ class EtcdStore(Store):
                 raise Lost(f"{self._settings.endpoints[at]}: no answer")
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                self._timeout_s = min(_LONGEST_S, 2 * self._timeout_s)
+                self._silences += 1
+                if self._silences % len(self._settings.endpoints) == 0:
+                    self._timeout_s = min(_LONGEST_S, _SLOWER * self._timeout_s)
             raise self._meaning(error, at) from None
         except grpc.aio.UsageError as error:  # the channel is closed
             raise EngineError(f"etcd: {error}") from None
+        self._silences = 0
         took_s = asyncio.get_running_loop().time() - began
         self._timeout_s = min(_LONGEST_S, max(_TIMEOUT_S, _SLOWER * took_s))
         return reply

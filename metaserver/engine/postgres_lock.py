@@ -16,6 +16,7 @@ _CLASS: Final = 0x62706675
 _MS: Final = str(int(LAPSE_S * 1000))
 _SETTINGS: Final = {
     "idle_session_timeout": _MS,
+    "synchronous_commit": "on",
     "tcp_user_timeout": _MS,
     "tcp_keepalives_idle": "1",
     "tcp_keepalives_interval": "1",

@@ -1,9 +1,11 @@
 """The authority on databases: a lock of a session, and a row that says whose it is.
 
 The server ends a session that has said nothing for ``LAPSE_S``: its holder hangs, or is cut off. It also ends one at
-once, when it restarts or the connection breaks, and the holder may not know yet. So whoever takes the lock from one who
-did not give it back waits for ``LAPSE_S`` before it is his; the holder stops relying on it earlier than that. And a
-holder whose session broke takes the lock again if nobody has stepped in.
+once, when it restarts or the connection breaks, and the holder may not know yet: he relies on the lock until almost
+``LAPSE_S`` after he sent the last renewal. So each renewal changes the row, by a number: its *beat*. Whoever takes the
+lock from one who did not give it back waits until the last beat, and only the lock's holder can make one, has been
+there for ``LAPSE_S``; he has looked at it while he stood by, so most of that has passed. And a holder whose session
+broke takes the lock again if nobody has stepped in.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from metaserver.errors import EngineBusy, EngineClosed
 C = TypeVar("C")
 T = TypeVar("T")
 
-_TOKEN_BYTES: Final = 16
+#: A token is who took the lock, and the beat.
+_ID_BYTES: Final = 8
+_BEAT_BYTES: Final = 4
 #: Seconds that each answer may take.
 _ANSWER_S: Final = LAPSE_S
 
@@ -33,7 +37,11 @@ class SessionLock(Lock, Generic[C]):
 
     def __init__(self, store: SqlStore[C]) -> None:
         self._store = store
-        self._token = os.urandom(_TOKEN_BYTES)
+        self._id = os.urandom(_ID_BYTES)
+        self._address = ""
+        #: The token that was seen last, and when at the latest it came to be, on a clock that counts suspend.
+        self._seen = b""
+        self._seen_s = 0.0
         self._session: C | None = None
         #: This session has the lock.
         self._is_held = False
@@ -56,7 +64,7 @@ class SessionLock(Lock, Generic[C]):
 
     @abc.abstractmethod
     async def _say(self, session: C, address: str, token: bytes) -> None:
-        """Say who has taken the lock."""
+        """Say who has taken the lock, durably: by a beat that a crash undid the holder would seem silent."""
 
     @abc.abstractmethod
     async def _give_back(self, session: C, token: bytes) -> None:
@@ -78,22 +86,45 @@ class SessionLock(Lock, Generic[C]):
         if not await self._ask(self._obtain):
             holder = await self.holder()
             raise EngineBusy(f"the metaserver at {holder or 'an unknown place'} has the authority over this engine")
-        end = boottime_s() + LAPSE_S
-        said = await self._ask(self._said)
-        if said is not None and said[1] != self._token:
+        said = await self._ask(self._look)
+        if said is not None and not self._is_own(said):
+            end = self._seen_s + LAPSE_S
             while boottime_s() < end:
                 await asyncio.sleep(min(RENEW_S, end - boottime_s()))
-                await self._ask(self._said)  # the session is to go on
+                await self._ask(self._look)  # the session is to go on
         if not self._is_held:
             raise Lost("the session that had the lock has ended")
-        await self._ask(lambda session: self._say(session, address, self._token))
+        self._address = address
+        await self._ask(lambda session: self._say(session, address, self._token(0)))
 
     async def renew(self) -> None:
         if not self._is_held and not await self._ask(self._obtain):
             raise EngineBusy("another session has its lock")
-        said = await self._ask(self._said)
-        if said is None or said[1] != self._token:
+        if not await self._ask(self._beat):
             raise EngineBusy("another metaserver has taken it")
+
+    def _token(self, beat: int) -> bytes:
+        return self._id + beat.to_bytes(_BEAT_BYTES)
+
+    def _is_own(self, said: tuple[str, bytes]) -> bool:
+        return said[1].startswith(self._id)
+
+    async def _beat(self, session: C) -> bool:
+        """Say that the lock is still this one's, over the session that has it; False: it is not."""
+        said = await self._said(session)
+        if said is None or not self._is_own(said):
+            return False
+        beat = int.from_bytes(said[1][_ID_BYTES:]) + 1
+        await self._say(session, self._address, self._token(beat % 256**_BEAT_BYTES))
+        return True
+
+    async def _look(self, session: C) -> tuple[str, bytes] | None:
+        """As :meth:`_said`, and take note of when the holder was last heard of."""
+        said = await self._said(session)
+        token = said[1] if said is not None else b""
+        if token != self._seen or len(token) != _ID_BYTES + _BEAT_BYTES:  # others are of versions that do not beat
+            self._seen, self._seen_s = token, boottime_s()
+        return said
 
     async def holder(self) -> str | None:
         """As :meth:`Lock.holder`; who does not wait for the answer any more does not end the session, and its lock."""
@@ -107,10 +138,14 @@ class SessionLock(Lock, Generic[C]):
 
     async def release(self) -> None:
         if self._session is not None:
-            await self._ask(lambda session: self._give_back(session, self._token))
+            await self._ask(self._resign)
         announced, self._announced = self._announced, ""
         if announced:
             await self._ask_beside(lambda connection: self._withdraw(connection, announced))
+
+    async def _resign(self, session: C) -> None:
+        said = await self._said(session)
+        await self._give_back(session, said[1] if said is not None and self._is_own(said) else self._id)
 
     async def close(self) -> None:
         self._is_closed = True
@@ -122,7 +157,7 @@ class SessionLock(Lock, Generic[C]):
         return self._is_held
 
     async def _find_holder(self, session: C) -> str | None:
-        said = await self._said(session)
+        said = await self._look(session)
         return said[0] if said is not None and await self._is_locked(session) else None
 
     async def _ask(self, what: Callable[[C], Awaitable[T]]) -> T:

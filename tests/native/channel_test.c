@@ -39,6 +39,8 @@ enum { BACKED = 33, OPEN_PASSTHROUGH = 1 << 7 };
 enum { GRANT = BPFUSE_GRANT_UNIT, GRANTED = 34 };
 /* The size up to which that one is closed without a word. */
 enum { CLOSES = 2 * BPFUSE_GRANT_UNIT };
+/* The inode of what is made here, and how often it may be posted to; its attributes may be changed without a word. */
+enum { MADE = 2000, MADE_GRANT = 4 };
 static atomic_uint backing;
 
 /* A forced unmount aborts the connection; without it a thread that waits for a reply could not be killed. */
@@ -63,6 +65,9 @@ struct worker {
 	uint32_t endless;             /* answers requests of this opcode when they are interrupted */
 	bool nonsense;                /* answers with what is not a reply */
 	atomic_uint posted, messages; /* writes for which nobody waits, and in how many they came */
+	atomic_uint changes;          /* changes of attributes for which nobody waits; the last of them is */
+	struct fuse_setattr_in change;
+	uint64_t written_ns;   /* when what was posted last was written */
 	atomic_uint withdrawn; /* the writes that had come when the channel said that it had taken back its grants */
 	atomic_uint_fast64_t unanswered; /* the unique of a request that waits to be interrupted */
 	pthread_t thread;
@@ -74,7 +79,7 @@ static void attributes_of(uint64_t ino, struct fuse_attr *attr)
 	attr->ino = ino;
 	attr->mode = ino == 1 ? S_IFDIR | 0755 : S_IFREG | 0644;
 	attr->nlink = 1;
-	attr->size = ino == 1 ? 0 : SIZE;
+	attr->size = ino == 1 || ino == MADE ? 0 : SIZE;
 }
 
 /* Writes the payload of a reply to `out`; returns its size or a negative errno. */
@@ -100,6 +105,14 @@ static int answer(const struct fuse_in_header *in, const void *body, void *out)
 		entry->nodeid = 2 + (uint64_t)atoi((const char *)body + 1);
 		attributes_of(entry->nodeid, &entry->attr);
 		return sizeof(*entry);
+	case FUSE_CREATE:
+		memset(out, 0, sizeof(*entry) + sizeof(struct fuse_open_out));
+		entry->nodeid = MADE;
+		attributes_of(entry->nodeid, &entry->attr);
+		((struct fuse_open_out *)(entry + 1))->fh = MADE;
+		((struct fuse_open_out *)(entry + 1))->padding = (int32_t)(1u << BPFUSE_GRANT_CHANGES_BIT | MADE_GRANT);
+		return sizeof(*entry) + sizeof(struct fuse_open_out);
+	case FUSE_SETATTR:
 	case FUSE_GETATTR:
 		memset(attr, 0, sizeof(*attr));
 		attributes_of(in->nodeid, &attr->attr);
@@ -154,6 +167,8 @@ static bool is_extra(uint32_t opcode)
 		FUSE_MKDIR,
 		FUSE_UNLINK,
 		FUSE_RMDIR,
+		FUSE_RENAME,
+		FUSE_RENAME2,
 		FUSE_READ,
 		FUSE_FSYNC,
 		FUSE_WRITE,
@@ -221,7 +236,7 @@ static bool worker_serve(struct worker *worker, int socket, char *request, char 
 	if (is_one_way(in->opcode))
 		return true;
 	if (in->opcode == BPFUSE_WITHDRAWN_OPCODE) {
-		CHECK(in->nodeid == GRANTED + 2);
+		CHECK(in->nodeid == GRANTED + 2 || in->nodeid == MADE);
 		atomic_store(&worker->withdrawn, atomic_load(&worker->posted));
 		return true;
 	}
@@ -229,7 +244,13 @@ static bool worker_serve(struct worker *worker, int socket, char *request, char 
 		return false;
 	if (in->opcode == FUSE_WRITE && ((const struct fuse_write_in *)(in + 1))->padding) {
 		atomic_fetch_add(&worker->posted, ((const struct fuse_write_in *)(in + 1))->padding);
+		worker->written_ns = ((const struct fuse_write_in *)(in + 1))->lock_owner;
 		atomic_fetch_add(&worker->messages, 1);
+		return true;
+	}
+	if (in->opcode == FUSE_SETATTR && ((const struct fuse_setattr_in *)(in + 1))->padding) {
+		worker->change = *(const struct fuse_setattr_in *)(in + 1);
+		atomic_fetch_add(&worker->changes, worker->change.padding);
 		return true;
 	}
 	if (in->opcode == worker->endless) {
@@ -745,6 +766,102 @@ static void test_granted_at_open(struct bpfuse_channel *channel, struct worker *
 	printf("ok: what is granted at opening, and taken back\n");
 }
 
+static int make_file(void)
+{
+	char path[200];
+	int descriptor;
+
+	snprintf(path, sizeof(path), "%s/made", directory);
+	descriptor = open(path, O_CREAT | O_EXCL | O_WRONLY, 0644);
+	CHECK(descriptor >= 0);
+	return descriptor;
+}
+
+/* Whether the attributes of a file are known without the worker. */
+static bool is_told(struct bpfuse_channel *channel, int descriptor, struct stat *status)
+{
+	struct bpfuse_channel_figures before, after;
+
+	bpfuse_channel_figures(channel, &before);
+	CHECK(!fstat(descriptor, status));
+	bpfuse_channel_figures(channel, &after);
+	CHECK(after.told - before.told + after.forwarded[FUSE_GETATTR] - before.forwarded[FUSE_GETATTR] == 1);
+	return after.told > before.told;
+}
+
+static void release(struct bpfuse_channel *channel, int descriptor)
+{
+	struct bpfuse_channel_figures before, after;
+
+	bpfuse_channel_figures(channel, &before);
+	CHECK(!close(descriptor));
+	do
+		bpfuse_channel_figures(channel, &after);
+	while (after.forwarded[FUSE_RELEASE] == before.forwarded[FUSE_RELEASE]);
+}
+
+static uint64_t ns_of(struct timespec time)
+{
+	return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
+}
+
+/* The attributes of a new file are changed and told without the worker, which learns all of it in order. */
+static void test_changes(struct bpfuse_channel *channel, struct worker *worker)
+{
+	const struct timespec times[2] = { { -5, 6 }, { 7, 8 } };
+	struct {
+		struct fuse_out_header header;
+		uint64_t ino;
+	} withdrawal = { { sizeof(withdrawal), 0, BPFUSE_WITHDRAW_UNIQUE }, MADE };
+	struct stat made, written, changed;
+	unsigned withdrawn;
+	int one;
+
+	worker_replace(worker, channel, immortal);
+	one = make_file();
+	CHECK(is_told(channel, one, &made) && made.st_size == 0 && made.st_blocks == 0);
+	CHECK(write(one, "abc", 3) == 3 && is_told(channel, one, &written));
+	CHECK(written.st_size == 3 && written.st_blocks == 1 && written.st_mode == made.st_mode);
+	CHECK(ns_of(written.st_mtim) == ns_of(written.st_ctim) && ns_of(written.st_mtim) > ns_of(made.st_mtim));
+	CHECK(!fchmod(one, 0600) && !fchown(one, 5, 6) && !futimens(one, times));
+	CHECK(is_told(channel, one, &changed) && changed.st_mode == (S_IFREG | 0600) && changed.st_size == 3);
+	CHECK(changed.st_uid == 5 && changed.st_gid == 6);
+	CHECK(!memcmp(&changed.st_atim, &times[0], sizeof(times[0])) &&
+	      !memcmp(&changed.st_mtim, &times[1], sizeof(times[1])));
+	CHECK(ns_of(changed.st_ctim) > ns_of(written.st_ctim));
+	CHECK(!fsync(one)); /* It goes behind what is gathered, and ends it. */
+	CHECK(atomic_load(&worker->changes) == 3 && worker->written_ns == ns_of(written.st_ctim));
+	CHECK(worker->change.mode == (S_IFREG | 0600) && worker->change.uid == 5 && worker->change.gid == 6);
+	CHECK((int64_t)worker->change.atime == -5 && worker->change.mtimensec == 8);
+	CHECK(worker->change.valid == (FATTR_MODE | FATTR_UID | FATTR_GID | FATTR_ATIME | FATTR_MTIME | FATTR_CTIME));
+	CHECK(worker->change.ctime * 1000000000 + worker->change.ctimensec == ns_of(changed.st_ctim));
+	CHECK(!is_told(channel, one, &changed) && !fchmod(one, 0644) && atomic_load(&worker->changes) == 3);
+	release(channel, one);
+
+	one = make_file();
+	CHECK(pwrite(one, "abc", 3, 1) == 3 && !is_told(channel, one, &changed)); /* It has a hole. */
+	release(channel, one);
+	one = make_file();
+	CHECK(is_told(channel, one, &changed) && !ftruncate(one, 0) && !is_told(channel, one, &changed));
+	release(channel, one);
+	one = make_file();
+	CHECK(!fchmod(one, 0600)); /* What is gathered does not wait for long. */
+	while (atomic_load(&worker->changes) < 4)
+		sched_yield();
+	CHECK(is_told(channel, one, &changed) && !fchmod(one, 0640));
+	CHECK(write(one, "abc", 3) == 3 && write(one, "def", 3) == 3); /* It goes behind the change. */
+	while (atomic_load(&worker->changes) < 5)
+		sched_yield();
+	withdrawn = atomic_load(&worker->posted);
+	CHECK(!fchmod(one, 0600));
+	CHECK(send(worker->extra, &withdrawal, sizeof(withdrawal), MSG_NOSIGNAL) == sizeof(withdrawal));
+	while (atomic_load(&worker->withdrawn) <= withdrawn) /* All that was answered has come then. */
+		sched_yield();
+	CHECK(atomic_load(&worker->changes) == 6 && !is_told(channel, one, &changed));
+	release(channel, one);
+	printf("ok: attributes of what is made\n");
+}
+
 static void on_alarm(int number)
 {
 	(void)number;
@@ -784,6 +901,7 @@ int main(int argc, char **argv)
 	test_posted(channel, &worker);
 	test_posted_and_locks(channel, &worker);
 	test_granted_at_open(channel, &worker);
+	test_changes(channel, &worker);
 	CHECK(!umount(directory));
 	bpfuse_channel_close(channel);
 	worker_join(&worker);

@@ -222,6 +222,16 @@ class VirtualLoop(BaseEventLoop):
         """Let everything go without a word: the run is over."""
         self._discarded = True
         self.set_exception_handler(lambda loop, context: None)
+        asyncio._set_running_loop(self)  # or what is closed would make tasks of no loop, which nobody awaits
+        try:
+            self._close_tasks()
+        finally:
+            asyncio._set_running_loop(None)
+        for each in (self._graves, self._timers, self._active):
+            each.clear()
+        self.close()
+
+    def _close_tasks(self) -> None:
         closed: set[asyncio.Task[Any]] = set()
         while left := asyncio.all_tasks(self) - closed:  # closing one may start another
             closed |= left
@@ -229,9 +239,6 @@ class VirtualLoop(BaseEventLoop):
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
                 with contextlib.suppress(BaseException):
                     task.get_coro().close()
-        for each in (self._graves, self._timers, self._active):
-            each.clear()
-        self.close()
 
     def _check_closed(self) -> None:
         """Finalisers of what a run leaves may still call: nothing comes of it."""

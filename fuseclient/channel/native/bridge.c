@@ -95,6 +95,8 @@ static enum lane lane_of(uint32_t opcode)
 	case FUSE_MKDIR:
 	case FUSE_UNLINK:
 	case FUSE_RMDIR:
+	case FUSE_RENAME:
+	case FUSE_RENAME2:
 	case FUSE_READ:
 	case FUSE_WRITE:
 	case FUSE_FSYNC:
@@ -182,13 +184,12 @@ static int message_send(struct bpfuse_channel *channel, enum lane lane, struct r
 }
 
 /*
- * Sends a pending to the worker; with the lock held. Returns FORWARDED, -EAGAIN if it has to wait, or of what is to be
- * answered at once, and is no pending any more, the size (a write's) or FORWARD_FLUSHED.
+ * Sends a pending to the worker; with the lock held. Returns 0, or -EAGAIN if it has to wait. What needs no word of the
+ * worker gets its answer, unless that is NULL, and is no pending any more.
  */
-static int pending_send(struct bpfuse_channel *channel, struct pending *pending, bool may_post)
+static int pending_send(struct bpfuse_channel *channel, struct pending *pending, struct answer *answer)
 {
 	struct fuse_write_in *posted;
-	int result = FORWARDED;
 	struct request request = { .count = 0 };
 
 	if (!channel->worker.ready)
@@ -199,12 +200,19 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending,
 		request_of_copy(&request, pending);
 	fill_handle(&request);
 	mark_append(&request);
-	posted = posting_prepare(channel, pending, request.parts[1], may_post);
-	if (may_post && posting_closes(channel, pending, request.parts[1])) {
+	if (answer && posting_closes(channel, pending, request.parts[1])) {
 		channel->figures.flushed++;
+		*answer = answer_of(pending, 0);
 		pending_finish(channel, pending);
-		return FORWARD_FLUSHED;
+		return 0;
 	}
+	if (answer && attributes_answer(channel, pending, &request.header, request.parts[1], answer))
+		return -EAGAIN;
+	if (answer && answer->header.len) {
+		pending_finish(channel, pending);
+		return 0;
+	}
+	posted = posting_prepare(channel, pending, request.parts[1], answer);
 	if (pending->origin.kind != PENDING_ONE_WAY)
 		request.header.unique = pending_token(pending);
 	if (pending->tried)
@@ -215,28 +223,27 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending,
 	pending->state = PENDING_SENT;
 	if (posted) {
 		posting_spend(channel, posted);
-		result = (int)posted->size;
+		*answer = answer_of(pending, sizeof(answer->written));
+		answer->written.size = posted->size;
 	}
 	if (posted || pending->origin.kind == PENDING_ONE_WAY)
 		pending_finish(channel, pending);
-	return result;
+	return 0;
 }
 
-/* Sends a pending or has it wait. Returns FORWARDED, or what is to be answered at once: see pending_send(). */
-static int pending_forward(struct bpfuse_channel *channel, struct pending *pending)
+/* Sends a pending or has it wait, or answers it at once: see pending_send(). */
+static void pending_forward(struct bpfuse_channel *channel, struct pending *pending, struct answer *answer)
 {
-	int sent = channel->held_head ? -EAGAIN : pending_send(channel, pending, true);
-
-	if (sent > 0 && channel->gathering.in.size && !channel->gathering.watched) {
-		channel->gathering.watched = true;
-		bridge_wake(channel);
+	if (!channel->held_head && !pending_send(channel, pending, answer)) {
+		if (is_gathered(&channel->gathering) && !channel->gathering.watched) {
+			channel->gathering.watched = true;
+			bridge_wake(channel);
+		}
+		return;
 	}
-	if (sent >= 0)
-		return sent;
 	pending_hold(channel, pending);
 	if (channel->worker.ready)
 		bridge_wake(channel);
-	return FORWARDED;
 }
 
 static void flush_held(struct bpfuse_channel *channel)
@@ -247,7 +254,7 @@ static void flush_held(struct bpfuse_channel *channel)
 
 		/* Off the list first: once sent, a pending may be on the list of free copies. */
 		pending_unhold(channel, pending);
-		if (!pending_send(channel, pending, false))
+		if (!pending_send(channel, pending, NULL))
 			continue;
 		pending->next = channel->held_head;
 		if (!channel->held_head)
@@ -466,7 +473,7 @@ static void grants_withdrawn(struct bpfuse_channel *channel, const struct fuse_o
 	}
 	pending->opcode = answer.opcode;
 	pending->lane = LANE_EXTRA;
-	pending_forward(channel, pending);
+	pending_forward(channel, pending, NULL);
 }
 
 /* Takes what the worker says to the channel and not to the kernel; false: it is not that. With the lock held. */
@@ -573,10 +580,10 @@ static bool interrupted_early(const struct bpfuse_channel *channel, const struct
 }
 
 /*
- * Called by a queue's owner for a request that BPF left untouched. Returns 0; or with what the owner is to refuse it:
- * -EIO for one whose sizes are impossible, -EINTR; or what it is to answer at once: see pending_send().
+ * Called by a queue's owner for a request that BPF left untouched. Returns 0, with an answer if it is to be given at
+ * once; or with what the owner is to refuse it: -EIO for one whose sizes are impossible, -EINTR.
  */
-int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index)
+int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index, struct answer *answer)
 {
 	struct bpfuse_entry *entry = &channel->entries[index];
 	const struct fuse_in_header *header = (void *)entry->uring.in_out;
@@ -596,7 +603,7 @@ int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index)
 	else if (header->opcode == FUSE_SETLKW)
 		wait_begin(channel, pending);
 	if (!result)
-		result = pending_forward(channel, pending);
+		pending_forward(channel, pending, answer);
 	pthread_mutex_unlock(&channel->lock);
 	return result;
 }
@@ -607,7 +614,7 @@ static void forward_copy(struct bpfuse_channel *channel, enum pending_kind kind,
 	const struct fuse_in_header *header = message;
 	struct pending *pending = NULL;
 	uint64_t unique = header->unique;
-	int answered = FORWARDED;
+	struct answer answer = { 0 };
 
 	pthread_mutex_lock(&channel->lock);
 	pending = pending_copy(channel, kind, message, length);
@@ -616,18 +623,13 @@ static void forward_copy(struct bpfuse_channel *channel, enum pending_kind kind,
 		pending->opcode = header->opcode;
 		pending->nodeid = header->nodeid;
 		pending->lane = lane;
-		answered = pending_forward(channel, pending);
+		pending_forward(channel, pending, kind == PENDING_ONE_WAY ? NULL : &answer);
 	} else if (kind == PENDING_ONE_WAY) {
 		channel->figures.dropped++;
 	}
 	pthread_mutex_unlock(&channel->lock);
-	if (answered == FORWARD_FLUSHED) {
-		reply_error(channel, (struct origin){ .kind = PENDING_COPY, .unique = unique }, 0);
-	} else if (answered) {
-		struct written_reply reply = written(unique, answered);
-
-		device_write(channel, &reply, sizeof(reply));
-	}
+	if (answer.header.len)
+		device_write(channel, &answer, answer.header.len);
 	if (!pending && kind == PENDING_COPY)
 		reply_error(channel, (struct origin){ .kind = PENDING_COPY, .unique = unique }, -ENOMEM);
 }
@@ -677,8 +679,8 @@ static void bridge_turn(struct bpfuse_channel *channel)
 	ready[LANES] = (struct pollfd){ .fd = channel->wake, .events = POLLIN };
 	pthread_mutex_lock(&channel->lock);
 	if (channel->held_head && channel->worker.ready)
-		ready[channel->gathering.in.size ? LANE_EXTRA : channel->held_head->lane].events |= POLLOUT;
-	channel->gathering.watched = channel->gathering.in.size;
+		ready[is_gathered(&channel->gathering) ? LANE_EXTRA : channel->held_head->lane].events |= POLLOUT;
+	channel->gathering.watched = is_gathered(&channel->gathering);
 	timeout_ms = channel->gathering.watched ? GATHER_MS : -1;
 	pthread_mutex_unlock(&channel->lock);
 	if (poll(ready, LANES + 1, timeout_ms) < 0)

@@ -39,7 +39,9 @@ struct bpfuse_channel_figures {
 	__u64 committed;     /* replies committed on a ring */
 	__u64 held;          /* requests waiting for a worker at this moment */
 	__u64 posted;        /* writes that were answered when they were sent, */
-	__u64 flushed;       /* and FLUSHes that were answered here */
+	__u64 flushed;       /* and FLUSHes that were answered here; */
+	__u64 changed;       /* changes of attributes that were answered when they were gathered, */
+	__u64 told;          /* and requests of attributes that were answered here */
 	__u64 replayed;      /* sent again to the next worker */
 	__u64 refused;       /* answered EIO because the worker died with them and they cannot be repeated */
 	__u64 interrupted;   /* answered EINTR while they were held */

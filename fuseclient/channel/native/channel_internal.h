@@ -86,35 +86,47 @@ struct queue {
 struct posting {
 	uint64_t key;
 	uint32_t credit; /* bytes that are written */
+	bool changes;    /* changes of attributes; these are known then: */
+	struct fuse_attr attributes;
 	uint64_t closes; /* the size up to which the file is closed so; 0: it is not */
 	uint64_t end;    /* behind the last byte that was written since the first grant */
 };
 
-/* Small posted writes that follow each other, to be sent as one. A size of 0: there are none. */
+/*
+ * Small posted writes that follow each other, to be sent as one (a size of 0: there are none), and after them the changes
+ * of one inode's attributes (a `padding` of 0: none).
+ */
 struct gathering {
 	struct fuse_in_header header;
 	struct fuse_write_in in; /* `padding` counts the writes */
 	uint8_t *bytes;          /* room for BPFUSE_MAX_WRITE */
-	uint64_t since_ms;       /* on CLOCK_MONOTONIC */
-	bool watched;            /* the bridge looks after it by itself in time */
+	struct fuse_in_header change_header;
+	struct fuse_setattr_in change; /* `padding` counts the changes */
+	uint64_t since_ms;             /* of the first, on CLOCK_MONOTONIC */
+	bool watched;                  /* the bridge looks after it by itself in time */
 };
 
-/* The whole reply to a write. */
-struct written_reply {
-	struct fuse_out_header header;
-	struct fuse_write_out out;
-};
-
-static inline struct written_reply written(uint64_t unique, int size)
+static inline bool is_gathered(const struct gathering *gathering)
 {
-	return (struct written_reply){
-		.header = { .len = sizeof(struct written_reply), .unique = unique },
-		.out = { .size = (uint32_t)size },
-	};
+	return gathering->in.size || gathering->change.padding;
 }
 
-/* What a forwarded request has come to, if not to the size of a write that is answered or a negative errno. */
-enum forwarded { FORWARDED = 0, FORWARD_FLUSHED = BPFUSE_MAX_WRITE + 1 };
+/* A whole reply, to a request that is answered without a word of the worker. A length of 0: there is none. */
+struct answer {
+	struct fuse_out_header header;
+	union {
+		struct fuse_write_out written;
+		struct fuse_attr_out attributes;
+	};
+};
+
+static inline struct answer answer_of(const struct pending *pending, size_t body)
+{
+	return (struct answer){
+		.header = { .len = (uint32_t)(sizeof(struct fuse_out_header) + body),
+			    .unique = pending->origin.unique },
+	};
+}
 
 struct worker_link {
 	int sockets[LANES]; /* -1: none; there are both or neither */
@@ -183,6 +195,15 @@ void pending_hold(struct bpfuse_channel *channel, struct pending *pending);
 void pending_unhold(struct bpfuse_channel *channel, struct pending *pending);
 void pending_finish(struct bpfuse_channel *channel, struct pending *pending);
 
+/* attributes.c: all with the lock held */
+void attributes_begin(struct bpfuse_channel *channel, struct posting *posting, const struct fuse_attr *attributes);
+void attributes_end(struct bpfuse_channel *channel, const struct pending *pending);
+uint64_t attributes_now_ns(const struct posting *posting);
+void attributes_written(struct posting *posting, const struct fuse_write_in *in);
+int attributes_answer(struct bpfuse_channel *channel, const struct pending *pending,
+		      const struct fuse_in_header *header, struct iovec body, struct answer *answer);
+int attributes_flush(struct bpfuse_channel *channel);
+
 /* posting.c: all with the lock held */
 struct fuse_write_in *posting_prepare(struct bpfuse_channel *channel, struct pending *pending, struct iovec body,
 				      bool may_post);
@@ -191,6 +212,7 @@ void posting_spend(struct bpfuse_channel *channel, const struct fuse_write_in *i
 int posting_gather(struct bpfuse_channel *channel, const struct fuse_in_header *header, const struct fuse_write_in *in,
 		   const void *data);
 int posting_flush(struct bpfuse_channel *channel);
+void posting_begin(struct gathering *gathering);
 bool posting_is_due(const struct bpfuse_channel *channel);
 void posting_end_inode(struct bpfuse_channel *channel, uint64_t ino);
 void posting_lost(struct bpfuse_channel *channel);
@@ -199,7 +221,7 @@ void posting_take_grant(struct bpfuse_channel *channel, const struct pending *pe
 
 /* bridge.c */
 void *bridge_run(void *channel);
-int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t entry);
+int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t entry, struct answer *answer);
 void bridge_forward_copy(struct bpfuse_channel *channel, enum pending_kind kind, const void *message, size_t length);
 void bridge_interrupt(struct bpfuse_channel *channel, const void *message, size_t length);
 

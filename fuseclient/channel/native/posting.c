@@ -15,8 +15,10 @@
  * Small ones that follow each other are gathered here and sent as one, before anything else is sent, and after GATHER_MS:
  * waking the worker is what costs.
  *
+ * They carry the time at which they were answered, in place of the owner of locks.
+ *
  * A FLUSH is answered here, and not sent, if the worker has granted that, for files up to a size: it has nothing to do
- * for it, and can fail in nothing. That goes with all that is granted.
+ * for it, and can fail in nothing. That goes with all that is granted. For attributes see attributes.c.
  * All with the lock held.
  */
 #define _GNU_SOURCE
@@ -78,8 +80,10 @@ void posting_spend(struct bpfuse_channel *channel, const struct fuse_write_in *i
 {
 	struct posting *posting = posting_of(channel, in->fh);
 
-	if (posting)
+	if (posting) {
 		posting->credit -= in->size;
+		attributes_written(posting, in);
+	}
 	channel->figures.posted++;
 }
 
@@ -91,8 +95,14 @@ static uint64_t now_ms(void)
 	return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
 }
 
-/* Sends what is gathered. Returns 0, or -EAGAIN if it has to wait, as must all else then. */
-int posting_flush(struct bpfuse_channel *channel)
+/* Something is about to be gathered. */
+void posting_begin(struct gathering *gathering)
+{
+	if (!is_gathered(gathering))
+		gathering->since_ms = now_ms();
+}
+
+static int flush_writes(struct bpfuse_channel *channel)
 {
 	struct gathering *gathering = &channel->gathering;
 	struct iovec parts[] = {
@@ -111,10 +121,16 @@ int posting_flush(struct bpfuse_channel *channel)
 	return 0;
 }
 
+/* Sends what is gathered. Returns 0, or -EAGAIN if it has to wait, as must all else then. */
+int posting_flush(struct bpfuse_channel *channel)
+{
+	return flush_writes(channel) ? -EAGAIN : attributes_flush(channel);
+}
+
 /* Whether something has been gathered for long enough. */
 bool posting_is_due(const struct bpfuse_channel *channel)
 {
-	return channel->gathering.in.size && now_ms() - channel->gathering.since_ms >= GATHER_MS;
+	return is_gathered(&channel->gathering) && now_ms() - channel->gathering.since_ms >= GATHER_MS;
 }
 
 /* Takes a posted write of at most half of what there is room for. Returns 0, or -EAGAIN with nothing done. */
@@ -124,14 +140,17 @@ int posting_gather(struct bpfuse_channel *channel, const struct fuse_in_header *
 	struct gathering *gathering = &channel->gathering;
 	bool follows = in->fh == gathering->in.fh && in->offset == gathering->in.offset + gathering->in.size;
 
-	if ((!follows || gathering->in.size > BPFUSE_MAX_WRITE - in->size) && posting_flush(channel))
+	if (gathering->change.padding || gathering->in.size > BPFUSE_MAX_WRITE - in->size)
+		follows = false;
+	if (!follows && posting_flush(channel))
 		return -EAGAIN;
 	if (!gathering->in.size) {
+		posting_begin(gathering);
 		gathering->header = *header;
 		gathering->in = *in;
 		gathering->in.size = gathering->in.padding = 0;
-		gathering->since_ms = now_ms();
 	}
+	gathering->in.lock_owner = in->lock_owner;
 	memcpy(gathering->bytes + gathering->in.size, data, in->size);
 	gathering->in.size += in->size;
 	gathering->in.padding++;
@@ -144,7 +163,7 @@ int posting_gather(struct bpfuse_channel *channel, const struct fuse_in_header *
 void posting_lost(struct bpfuse_channel *channel)
 {
 	posting_end_inode(channel, 0);
-	channel->gathering.in.size = 0;
+	channel->gathering.in.size = channel->gathering.change.padding = 0;
 }
 
 /* A request is about to be sent that ends what is granted of its inode, and withholds what is granted meanwhile. */
@@ -179,8 +198,10 @@ struct fuse_write_in *posting_prepare(struct bpfuse_channel *channel, struct pen
 		posting_end(channel, in->fh);
 		posting_withhold(channel, pending);
 	}
-	if (pending->opcode != FUSE_WRITE || body.iov_len < sizeof(*in))
+	if (pending->opcode != FUSE_WRITE || body.iov_len < sizeof(*in)) {
+		attributes_end(channel, pending);
 		return NULL;
+	}
 	pending->handle = in->fh;
 	in->padding = 0;
 	if (in->fh & APPENDS) {
@@ -191,9 +212,12 @@ struct fuse_write_in *posting_prepare(struct bpfuse_channel *channel, struct pen
 	posting = posting_of(channel, in->fh);
 	if (posting && posting->end < in->offset + in->size)
 		posting->end = in->offset + in->size;
-	if (!may_post || !posting_covers(channel, in))
+	if (!may_post || !posting_covers(channel, in)) {
+		attributes_end(channel, pending);
 		return NULL;
+	}
 	in->padding = 1;
+	in->lock_owner = attributes_now_ns(posting);
 	return in;
 }
 
@@ -208,15 +232,15 @@ bool posting_closes(struct bpfuse_channel *channel, const struct pending *pendin
 	return posting && posting->closes && posting->end <= posting->closes;
 }
 
-static void posting_grant(struct bpfuse_channel *channel, uint64_t ino, uint64_t handle, uint32_t grant)
+static struct posting *posting_grant(struct bpfuse_channel *channel, uint64_t ino, uint64_t handle, uint32_t grant)
 {
 	uint32_t credit = (grant & BPFUSE_GRANT_MOST) * BPFUSE_GRANT_UNIT;
-	uint64_t closes = (uint64_t)(grant >> BPFUSE_GRANT_CLOSE_SHIFT) * BPFUSE_GRANT_UNIT;
+	uint64_t closes = (uint64_t)(grant >> BPFUSE_GRANT_CLOSE_SHIFT & BPFUSE_GRANT_MOST) * BPFUSE_GRANT_UNIT;
 	struct posting *posting = posting_of(channel, handle);
 
 	if (!credit || is_withheld(channel, ino)) {
 		posting_end(channel, handle);
-		return;
+		return NULL;
 	}
 	if (!posting) {
 		posting = posting_of(channel, 0); /* one that is free */
@@ -226,6 +250,7 @@ static void posting_grant(struct bpfuse_channel *channel, uint64_t ino, uint64_t
 	}
 	posting->credit = credit;
 	posting->closes = closes;
+	return posting;
 }
 
 /* The worker has taken so much of what was posted: it takes as much again, unless the grant has ended. */
@@ -249,7 +274,9 @@ void posting_take_grant(struct bpfuse_channel *channel, const struct pending *pe
 	struct fuse_entry_out *entry = (void *)(reply + 1);
 	struct fuse_write_out *written = (void *)(reply + 1);
 	struct fuse_open_out *opened = (void *)(reply + 1);
+	struct posting *posting;
 	uint64_t ino = pending->nodeid;
+	uint32_t grant;
 
 	if (reply->error)
 		return;
@@ -267,6 +294,9 @@ void posting_take_grant(struct bpfuse_channel *channel, const struct pending *pe
 	}
 	if (opened->open_flags & OPEN_PASSTHROUGH)
 		return;
-	posting_grant(channel, ino, opened->fh, (uint32_t)opened->padding);
+	grant = (uint32_t)opened->padding;
 	opened->padding = 0;
+	posting = posting_grant(channel, ino, opened->fh, grant);
+	if (posting && pending->opcode == FUSE_CREATE && grant >> BPFUSE_GRANT_CHANGES_BIT)
+		attributes_begin(channel, posting, &entry->attr);
 }

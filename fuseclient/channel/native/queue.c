@@ -166,7 +166,7 @@ static void queue_commit(struct queue *queue, uint32_t index)
 	atomic_fetch_add_explicit(&queue->channel->committed, 1, memory_order_relaxed);
 }
 
-/* Answers a request with an error, or with 0 and nothing else. */
+/* Answers a request with an error. */
 static void queue_refuse(struct queue *queue, uint32_t index, int error)
 {
 	struct bpfuse_entry *entry = &queue->channel->entries[index];
@@ -178,16 +178,14 @@ static void queue_refuse(struct queue *queue, uint32_t index, int error)
 	queue_commit(queue, index);
 }
 
-/* Answers a write: all of it was taken. */
-static void queue_written(struct queue *queue, uint32_t index, int size)
+static void queue_answer(struct queue *queue, uint32_t index, const struct answer *answer)
 {
 	struct bpfuse_entry *entry = &queue->channel->entries[index];
-	const struct fuse_in_header *in = (void *)entry->uring.in_out;
-	struct written_reply reply = written(in->unique, size);
+	size_t body = answer->header.len - sizeof(answer->header);
 
-	memcpy(entry->uring.in_out, &reply.header, sizeof(reply.header));
-	memcpy(entry->payload, &reply.out, sizeof(reply.out));
-	entry->uring.payload_size = sizeof(reply.out);
+	memcpy(entry->uring.in_out, &answer->header, sizeof(answer->header));
+	memcpy(entry->payload, (const uint8_t *)answer + sizeof(answer->header), body);
+	entry->uring.payload_size = (uint32_t)body;
 	queue_commit(queue, index);
 }
 
@@ -212,12 +210,13 @@ static void queue_complete(struct queue *queue, const struct io_uring_cqe *cqe)
 	} else if (queue->channel->entries[index].answered) {
 		queue_commit(queue, index);
 	} else {
-		int result = bridge_forward_entry(queue->channel, index);
+		struct answer answer = { 0 };
+		int error = bridge_forward_entry(queue->channel, index, &answer);
 
-		if (result < 0 || result == FORWARD_FLUSHED)
-			queue_refuse(queue, index, result < 0 ? result : 0);
-		else if (result > 0)
-			queue_written(queue, index, result);
+		if (error)
+			queue_refuse(queue, index, error);
+		else if (answer.header.len)
+			queue_answer(queue, index, &answer);
 	}
 }
 

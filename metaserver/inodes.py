@@ -129,6 +129,8 @@ class Edit:
     def make(self, parent: Inode, name: bytes, mode: int, uid: int, gid: int, rdev: int) -> Inode:
         """Return a new inode with a number that was never used before."""
         ino = self.reserve(keys.shard_of(zlib.crc32(name, parent.ino & 0xFFFFFFFF)), 1)
+        if stat.S_ISDIR(mode):
+            self.txn.is_new(keys.entry(self.volume.id, ino, b""))
         return self._made(Inode.made(ino, mode, uid, gid, rdev, self.context.now_ns, parent.ino))
 
     def reserve(self, number: int, count: int) -> int:

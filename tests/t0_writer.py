@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import stat
@@ -42,7 +43,13 @@ class Rig:
     """A writer with the doubles around it, and its file open once."""
 
     def __init__(
-        self, *, limit: int = _LIMIT, flush_age_s: float = 3600.0, total_bytes: int = 1 << 30, is_lazy: bool = False
+        self,
+        *,
+        limit: int = _LIMIT,
+        flush_age_s: float = 3600.0,
+        total_bytes: int = 1 << 30,
+        is_lazy: bool = False,
+        took_over: bool = False,
     ) -> None:
         self.store = Store()
         self.server = OneFile(self.store, limit)
@@ -54,6 +61,7 @@ class Rig:
             lambda changed: self.committed.append(changed.attributes[0]),
             is_lazy=lambda: is_lazy,
             changes=itertools.count().__next__,
+            took_over=took_over,
             flush_age_s=flush_age_s,
             total_bytes=total_bytes,
         )
@@ -395,6 +403,14 @@ async def test_a_sync_asks_a_lazy_metaserver_and_tells_of_its_losses() -> None:
         with pytest.raises(StoreError, match="may have lost"):
             await rig.writer.sync(ino)
         await rig.writer.sync(ino)
+
+
+@pytest.mark.parametrize("is_lazy", [True, False])
+async def test_what_the_worker_before_knew_to_be_lost_is_told_by_the_first_sync(is_lazy: bool) -> None:
+    rig = Rig(is_lazy=is_lazy, took_over=True)
+    with pytest.raises(StoreError, match="may have lost") if is_lazy else contextlib.nullcontext():
+        await rig.writer.sync(None)
+    await rig.writer.sync(None)
 
 
 async def test_an_error_of_the_last_close_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,12 +18,18 @@ _LOST: Final = StoreError("the metaserver may have lost changes that it had ackn
 
 
 class Durability:
-    """``is_lazy`` says whether the metaserver is; ``changes`` counts what it acknowledged."""
+    """``is_lazy`` says whether the metaserver is; ``changes`` counts what it acknowledged.
 
-    def __init__(self, caller: Caller, is_lazy: Callable[[], bool], changes: Callable[[], int]) -> None:
+    ``took_over``: another worker was here before, which alone knew what was lost, and what it held back itself.
+    """
+
+    def __init__(
+        self, caller: Caller, is_lazy: Callable[[], bool], changes: Callable[[], int], *, took_over: bool = False
+    ) -> None:
         self._caller = caller
         self.is_lazy = is_lazy
         self._changes = changes
+        self._took_over = took_over
         #: A lazy metaserver may have lost changes of which no open file knows.
         self._lost = False
         #: How many changes are known to be durable.
@@ -48,7 +54,8 @@ class Durability:
     async def sync_all(self) -> None:
         """Return when all that was acknowledged is durable; raises StoreError, once, if something may be lost."""
         await self._sync()
-        lost, self._lost = self._lost, False
+        lost, self._lost = self._lost or (self._took_over and self.is_lazy()), False
+        self._took_over = False
         if lost:
             raise _LOST
 

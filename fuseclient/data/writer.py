@@ -61,7 +61,8 @@ class Closed:
 class Writer:
     """The files open for writing. ``committed`` is told of each reply that changed a file, before a flush returns.
 
-    ``is_lazy`` says whether the metaserver acknowledges before it is durable; ``changes`` counts what it acknowledged.
+    ``is_lazy`` says whether the metaserver acknowledges before it is durable; ``changes`` counts what it acknowledged;
+    ``took_over`` says whether there was another worker before.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Writer:
         *,
         is_lazy: Callable[[], bool] = lambda: False,
         changes: Callable[[], int] = lambda: 1,
+        took_over: bool = False,
         flush_age_s: float = FLUSH_AGE_S,
         total_bytes: int = TOTAL_BYTES,
     ) -> None:
@@ -82,7 +84,7 @@ class Writer:
         #: What the mount is asked and told.
         self.hooks = WriterHooks()
         self._uploads = Uploads(caller, store)
-        self._durability = Durability(caller, is_lazy, changes)
+        self._durability = Durability(caller, is_lazy, changes, took_over=took_over)
         self._committer = Committer(
             caller, self._uploads, inline_limit, committed, self._durability, self.hooks, flush_age_s
         )

@@ -190,6 +190,7 @@ class Mount:
             lambda changed: committing.committed(changed, writer.changed_elsewhere),
             is_lazy=is_lazy,
             changes=lambda: session.changes,
+            took_over=config.session is not None,
         )
         writer.hooks.is_alone = is_alone
 

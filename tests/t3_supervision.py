@@ -32,6 +32,8 @@ pytestmark = pytest.mark.usefixtures("needs_mounts")
 NO_TTL: Final = ("--kernel-ttl", "0")
 #: Log lines that killing a process provokes.
 WORKER_KILLED: Final = r"the worker \(pid \d+\) ended with -9"
+#: What was written to a new file that went with its worker, as its program is told.
+LOST: Final = "(write|flush|fsync): NOT_FOUND"
 SERVER_KILLED: Final = r"the metaserver \(pid \d+\) ended with -9"
 #: What a connection that was cut off answers.
 CUT_OFF: Final = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED)
@@ -127,7 +129,7 @@ class Load:
 
 
 def test_a_worker_killed_under_load(mount: MountFactory, accel: str) -> None:
-    mounted = mount(accel, *NO_TTL, allowed=(WORKER_KILLED,))
+    mounted = mount(accel, *NO_TTL, allowed=(WORKER_KILLED, LOST))
     files = [mounted.path / f"file{number}" for number in range(30)]
     for path in files:
         path.write_bytes(path.name.encode())

@@ -1,5 +1,8 @@
 """Small files with the metadata in each engine, beside JuiceFS on the same servers, and on Redis.
 
+A break is a change of a file that another mount has just looked at, and will look at again, until that shows it; only
+without caches does JuiceFS show it then.
+
 Every mount is of this machine, and so are the servers: the round trips that a network would make dear are nearly free
 here. What a create and a lookup ask of the engine is counted by the tests. Nothing is measured where a server's
 packages are not installed.
@@ -10,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -36,7 +40,7 @@ def run(directory: Path, rounds: int, *, small: bool) -> Result:
     files = 20 if small else 500
     samples, kinds = Samples(), ["etcd"] if small else list(SERVERS)
     for _ in range(rounds):
-        _measure(Bpfuse, "bpfuse lmdb", directory, files, samples)
+        _measure(_own("lmdb", lambda directory: f"lmdb://{directory}/engine"), "bpfuse lmdb", directory, files, samples)
         for kind in kinds:
             try:
                 server = SERVERS[kind]()
@@ -44,7 +48,7 @@ def run(directory: Path, rounds: int, *, small: bool) -> Result:
                 continue
             try:
                 server.start()
-                _measure(_own(server, kind), f"bpfuse {kind}", directory, files, samples)
+                _measure(_own(kind, _always(server.url())), f"bpfuse {kind}", directory, files, samples)
                 if not small and Juicefs.missing() is None:
                     _measure(_juicefs(server, kind), f"juicefs {kind}", directory, files, samples)
             finally:
@@ -52,15 +56,16 @@ def run(directory: Path, rounds: int, *, small: bool) -> Result:
         if not small and JuicefsRedis.missing() is None:
             _measure(JuicefsRedis, "juicefs redis", directory, files, samples)
     figures: list[Figure] = []
-    for workload in ("create", "lookup", "directory"):
+    for workload in ("create", "lookup", "directory", "break"):
         for kind in kinds:
             figures += samples.ratio(workload, f"bpfuse {kind}", f"juicefs {kind}", 1.0)
+        for kind in ("lmdb", *kinds):
             figures += samples.ratio(workload, f"bpfuse {kind}", "juicefs redis", None)
     return Result("engines", rounds, {"files": files}, samples, figures)
 
 
-def _measure(kind: type[Peer], name: str, directory: Path, files: int, samples: Samples) -> None:
-    """Make files; look each up, and list all with their attributes, on mounts that know nothing."""
+def _measure(kind: type[Bpfuse | Juicefs], name: str, directory: Path, files: int, samples: Samples) -> None:
+    """Make files; look each up, and list all with their attributes, on mounts that know nothing; change them."""
     with fresh(kind, directory) as peer:
         made = peer.root / "made"
         made.mkdir()
@@ -80,10 +85,28 @@ def _measure(kind: type[Peer], name: str, directory: Path, files: int, samples: 
         samples.add("directory", name, time.perf_counter() - start, files)
         if found != names:
             raise works.Wrong(f"{name}: the listing is another after a remount")
+        with peer.beside() as other:
+            samples.add("break", name, _break(made, other / made.name, names), files)
 
 
-def _own(server: Server, kind: str) -> type[Peer]:
-    url = server.url()
+def _break(here: Path, there: Path, names: list[str]) -> float:
+    """Change files through one mount that another has looked at; return the seconds until it has shown all changes."""
+    for each in names:
+        os.stat(there / each)
+    start = time.perf_counter()
+    for each in names:
+        os.chmod(here / each, 0o600)
+        while os.stat(there / each).st_mode & 0o777 != 0o600:
+            pass
+    return time.perf_counter() - start
+
+
+def _always(url: str) -> Callable[[Path], str]:
+    return lambda directory: url
+
+
+def _own(kind: str, engine: Callable[[Path], str]) -> type[Bpfuse]:
+    """``engine`` is the URL of an engine for a volume in a directory."""
 
     class OnEngine(Bpfuse):
         """A volume of a metaserver on this engine."""
@@ -99,7 +122,7 @@ def _own(server: Server, kind: str) -> type[Peer]:
             self._server: Daemon | None = None
 
         def start(self, *, ttl_s: float | None = None, writing: bool = False) -> None:
-            command = [sys.executable, "-P", "-m", "fuseclient.cli", "metaserver", "--engine", url]
+            command = [sys.executable, "-P", "-m", "fuseclient.cli", "metaserver", "--engine", engine(self.directory)]
             log = self.directory / "metaserver.log"
             self._server = Daemon([*command, "--listen", f"127.0.0.1:{self._port}"], log)
             self._server.wait_until(lambda: listens(self._port), "the metaserver does not listen")
@@ -117,7 +140,7 @@ def _own(server: Server, kind: str) -> type[Peer]:
     return OnEngine
 
 
-def _juicefs(server: Server, kind: str) -> type[Peer]:
+def _juicefs(server: Server, kind: str) -> type[Juicefs]:
     class OnEngine(Juicefs):
         """JuiceFS with its metadata on this engine."""
 

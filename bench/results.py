@@ -14,6 +14,8 @@ from typing import Final
 
 from rich.table import Table
 
+from bench.report.reasons import reason
+
 DIRECTORY: Final = Path(__file__).parent / "results"
 
 
@@ -78,7 +80,11 @@ class Result:
     def holds(self) -> bool:
         return all(each.holds for each in self.figures)
 
-    def tables(self) -> Iterable[Table]:
+    def why(self, figure: Figure) -> str | None:
+        """Return why a figure misses its limit, as far as that is known."""
+        return None if figure.holds else reason(self.part, figure.workload, figure.base)
+
+    def tables(self) -> Iterable[Table | str]:
         """Yield what is to be printed."""
         if self.samples.seconds:
             yield self._samples_table()
@@ -90,6 +96,7 @@ class Result:
             bound = "" if each.limit is None else f"{'>=' if each.at_least else '<='} {each.limit:.2f}"
             table.add_row(each.workload, each.system, each.base, f"{each.value:.2f} {each.unit}", bound, verdict)
         yield table
+        yield from dict.fromkeys(why for each in self.figures if (why := self.why(each)) is not None)
 
     def _samples_table(self) -> Table:
         table = Table(title=f"{self.part}: microseconds each", title_justify="left")
@@ -112,7 +119,7 @@ class Result:
             "rounds": self.rounds,
             "size": self.size,
             "samples": samples,
-            "figures": [{**asdict(each), "holds": each.holds} for each in self.figures],
+            "figures": [{**asdict(each), "holds": each.holds, "reason": self.why(each)} for each in self.figures],
         }
         directory.mkdir(exist_ok=True)
         (directory / f"{self.part}.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -391,7 +391,7 @@ def grant_of(request: wire.Request, reply: wire.Reply) -> Grant | None:
 
 def own_grants(request: wire.Request, names: Iterable[Name], inodes: list[int]) -> list[Grant]:
     """Return what the reply to a change lets its client cache. A directory just made is known to have no names."""
-    if isinstance(request, wire.MakeFiles):
+    if isinstance(request, wire.MakeFiles | wire.RemoveNames):
         first, *others = dict.fromkeys(directory for directory, _ in names)
         return [Grant(first, None, inodes), *(Grant(directory, None, []) for directory in others)]
     grants = [Grant(directory, name, inodes) for directory, name in names] or [Grant(None, None, inodes)]

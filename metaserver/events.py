@@ -47,6 +47,9 @@ def record(txn: Transaction, context: Context, client: str, request: wire.Reques
     if isinstance(request, wire.MakeFiles) and isinstance(reply, wire.Changed):
         _record_made(txn, context, client, request, reply)
         return
+    if isinstance(request, wire.RemoveNames) and isinstance(reply, wire.Changed):
+        _record_removed(txn, context, client, request, reply)
+        return
     teller = _TELLERS.get(type(request))
     if teller is None or txn.room == MAX_WRITES or not isinstance(reply, wire.Changed):
         return
@@ -63,6 +66,18 @@ def _record_made(txn: Transaction, context: Context, client: str, request: wire.
     for version, (file, made) in enumerate(zip(request.files, reply.attributes, strict=False), first):
         head = version, context.now_ns, Operation.CREATE, made.ino, stat.S_IFREG, made.size, client[:MAX_CLIENT]
         _put(txn, context.volume, Event(*head, file.parent, file.name))
+
+
+def _record_removed(
+    txn: Transaction, context: Context, client: str, request: wire.RemoveNames, reply: wire.Changed
+) -> None:
+    inodes = {each.ino: each for each in reply.attributes}
+    first = _next(txn, context.volume)
+    for version, removed in enumerate(request.names, first):
+        inode = inodes[removed.ino]
+        kind = stat.S_IFMT(inode.mode)
+        head = version, context.now_ns, Operation.UNLINK, inode.ino, kind, inode.size, client[:MAX_CLIENT]
+        _put(txn, context.volume, Event(*head, removed.parent, removed.name))
 
 
 def record_repair(txn: Transaction, volume: Volume, now_ns: int) -> None:

@@ -16,7 +16,7 @@ made nodes belong to somebody else.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -64,7 +64,6 @@ _INODES: Final[Mapping[type, tuple[str, ...]]] = {
 }
 #: Those that name none and are about the session, or the volume as a whole.
 _NAMELESS: Final = (wire.Reap, wire.NewSlices, wire.GetStatistics)
-_LOCKS: Final = (wire.TestLock, wire.SetLock)
 _DEVICES: Final = (stat.S_IFCHR, stat.S_IFBLK)
 
 
@@ -175,21 +174,47 @@ class Guard:
     # What may be
 
     def check(self, snapshot: Snapshot, context: Context, request: wire.Request) -> None:
-        """Raise :exc:`Refused` (READ_ONLY, NOT_FOUND, ACCESS_DENIED, NOT_PERMITTED) for what may not be."""
+        """Raise :exc:`Refused` (READ_ONLY, NOT_FOUND, ACCESS_DENIED, NOT_PERMITTED) for what may not be.
+
+        Of locks that a session tells of, see :meth:`forbidden`.
+        """
         kind = type(request)
         if self._read_only:
             self._check_reads(request)
-        if isinstance(request, wire.MakeFiles):
-            raise Refused(ErrorCode.ACCESS_DENIED, "the identity's files are made one by one")
+        if isinstance(request, wire.MakeFiles | wire.RemoveNames):
+            raise Refused(ErrorCode.ACCESS_DENIED, "the identity's files are made and removed one by one")
         if self.is_confined:
             self._check_place(snapshot, context, request)
+        if isinstance(request, wire.SetLock) and not request.unlock:
+            self._check_lock(snapshot, context, request.lock)
         if self._squash is not Squash.NONE and (rule := _RULES.get(kind)) is not None:
             rule(_Rights(self, snapshot, context.volume), request)
+
+    def forbidden(self, snapshot: Snapshot, volume: Volume, locks: Sequence[wire.Lock]) -> set[int]:
+        """Return the indexes of locks that the session says it holds, and may not have."""
+        return {index for index, lock in enumerate(locks) if not self._may_lock(snapshot, volume, lock)}
+
+    def _may_lock(self, snapshot: Snapshot, volume: Volume, lock: wire.Lock) -> bool:
+        """Whether a file can be open in the way that the kernel asks for: for writing, for an exclusive range (fcntl);
+        for reading, for a shared one; in any way, for a whole file (flock).
+        """
+        writes = lock.exclusive and not lock.flock
+        if writes and self._read_only:
+            return False
+        if self._squash is Squash.NONE:
+            return True
+        value = snapshot.get(keys.inode(volume.id, lock.ino))
+        wants = (_W,) if writes else (_R, _X, _W) if lock.flock else (_R, _X)
+        return value is not None and self._may(Inode.unpack(lock.ino, value), *wants)
 
     def _check_reads(self, request: wire.Request) -> None:
         changes = type(request) in namespace.WRITES and not isinstance(request, wire.Reap)
         if changes or (isinstance(request, wire.OpenFile) and request.writing):
             raise Refused(ErrorCode.READ_ONLY, "the identity may change nothing")
+
+    def _check_lock(self, snapshot: Snapshot, context: Context, lock: wire.Lock) -> None:
+        if not self._may_lock(snapshot, context.volume, lock):
+            raise Refused(ErrorCode.ACCESS_DENIED, f"inode {lock.ino} may not be open so to the identity's users")
 
     def _check_place(self, snapshot: Snapshot, context: Context, request: wire.Request) -> None:
         if isinstance(request, wire.HoldLocks):

@@ -129,6 +129,8 @@ class Edit:
     def make(self, parent: Inode, name: bytes, mode: int, uid: int, gid: int, rdev: int) -> Inode:
         """Return a new inode with a number that was never used before."""
         ino = self.reserve(keys.shard_of(zlib.crc32(name, parent.ino & 0xFFFFFFFF)), 1)
+        if stat.S_ISDIR(mode):
+            self.txn.is_new(keys.entry(self.volume.id, ino, b""))
         return self._made(Inode.made(ino, mode, uid, gid, rdev, self.context.now_ns, parent.ino))
 
     def reserve(self, number: int, count: int) -> int:
@@ -185,15 +187,19 @@ class Edit:
         self.txn.put(keys.listing(self.volume.id, directory.ino, cookie), pack_listed(ino, name))
         return cookie
 
-    def leave(self, directory: Inode, name: bytes, entry: Entry) -> None:
-        """Delete an entry."""
-        self.touch(directory, modified=True)
+    def leave(self, directory: Inode, name: bytes, entry: Entry, removed_ns: int | None = None) -> None:
+        """Delete an entry. ``removed_ns``: when its client did, which may be one of several of this transaction."""
+        at_ns = None if removed_ns is None else max(removed_ns, directory.mtime_ns)
+        self.touch(directory, modified=True, written_ns=at_ns)
         self.txn.delete(keys.entry(self.volume.id, directory.ino, name))
         self.txn.delete(keys.listing(self.volume.id, directory.ino, entry.cookie))
 
-    def unlink(self, inode: Inode, directory: Inode) -> None:
-        """Take a link from an inode that has just lost its entry in a directory; with the last one it is an orphan."""
-        self.touch(inode)
+    def unlink(self, inode: Inode, directory: Inode, removed_ns: int | None = None) -> None:
+        """Take a link from an inode that has just lost its entry in a directory; with the last one it is an orphan.
+
+        ``removed_ns`` as in :meth:`leave`.
+        """
+        self.touch(inode, written_ns=removed_ns)
         if inode.parent == directory.ino and not stat.S_ISDIR(inode.mode):
             inode.parent = 0
         inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1

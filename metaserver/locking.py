@@ -13,13 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping, Sized
 from typing import Final
 
 from metaserver import wire
 from metaserver.errors import Refused
 from metaserver.grace import Grace
-from metaserver.locks import SESSION_LOCKS, SESSION_WAITS, Claim, LockTable, Owner, Span, Wait
+from metaserver.locks import (
+    ACCOUNT_LOCKS,
+    ACCOUNT_WAITS,
+    SESSION_LOCKS,
+    SESSION_WAITS,
+    Claim,
+    LockTable,
+    Owner,
+    Span,
+    Wait,
+)
 from metaserver.sessions import Session, Sessions
 from metaserver.volumes import Volume
 from metaserver.wire import LockOutcome
@@ -39,8 +49,9 @@ class Locking:
         self._sessions = sessions
         self._grace = grace
         self._tables: dict[int, LockTable] = {}
-        #: Locks that sessions are telling of, and sessions that have told all, of those of an earlier run.
-        self._claims: dict[Session, list[Claim]] = {}
+        #: Locks that sessions are telling of (``None``: one that may not be), and sessions that have told all, of those
+        #: of an earlier run.
+        self._claims: dict[Session, list[Claim | None]] = {}
         self._known: set[Session] = set()
         self._told = asyncio.Event()
         #: Requests that wait until it is known who has what.
@@ -48,10 +59,13 @@ class Locking:
         self._timer: asyncio.TimerHandle | None = None
         sessions.on_end.append(self._ended)
 
-    def answer(self, session: Session, request: LockRequest) -> wire.Reply:
-        """Answer a request of a live session; raise :exc:`~metaserver.errors.Refused` (INVALID)."""
+    def answer(self, session: Session, request: LockRequest, forbidden: Container[int] = ()) -> wire.Reply:
+        """Answer a request of a live session; raise :exc:`~metaserver.errors.Refused` (INVALID).
+
+        ``forbidden`` are the indexes of locks that a session tells of, and may not have.
+        """
         if isinstance(request, wire.HoldLocks):
-            return self._hold(session, request)
+            return self._hold(session, request, forbidden)
         if isinstance(request, wire.CancelLock):
             return wire.LockAnswer(self._cancel(session, request.number))
         lock = request.lock
@@ -64,7 +78,7 @@ class Locking:
     def _table(self, volume: Volume) -> LockTable:
         table = self._tables.get(volume.id)
         if table is None:
-            table = self._tables[volume.id] = LockTable(_settled)
+            table = self._tables[volume.id] = LockTable(_settled, _account)
         return table
 
     def _test(self, session: Session, lock: wire.Lock) -> wire.LockIs:
@@ -122,20 +136,24 @@ class Locking:
         self._claims.pop(session, None)
         self._told.set()
 
-    def _hold(self, session: Session, request: wire.HoldLocks) -> wire.LocksLost:
+    def _hold(self, session: Session, request: wire.HoldLocks, forbidden: Container[int]) -> wire.LocksLost:
         """Take in what a session says it holds; with the last of it, make it so."""
         claims = self._claims.setdefault(session, [])
         if len(claims) + len(request.locks) > SESSION_LOCKS:
             raise Refused(wire.ErrorCode.INVALID, f"more than {SESSION_LOCKS} locks")
-        claims += [Claim(lock.ino, lock.flock, lock.owner, _span(lock)) for lock in request.locks]
+        if _count(self._claims, session) + len(request.locks) > ACCOUNT_LOCKS:
+            raise Refused(wire.ErrorCode.INVALID, f"more than {ACCOUNT_LOCKS} locks of one identity")
+        claims += [None if index in forbidden else _claim(lock) for index, lock in enumerate(request.locks)]
         if not request.last:
             return wire.LocksLost([])
         del self._claims[session]
         for task in self._early.pop(session, {}).values():
             task.cancel()
-        lost = self._table(session.volume).restore(session, claims)
+        allowed = [(index, claim) for index, claim in enumerate(claims) if claim is not None]
+        lost = self._table(session.volume).restore(session, [claim for _, claim in allowed])
         self.is_known(session)
-        return wire.LocksLost(lost)
+        without = {index for index, claim in enumerate(claims) if claim is None}
+        return wire.LocksLost(sorted(without.union(allowed[each][0] for each in lost)))
 
     def _is_over(self, volume: Volume) -> bool:
         """Whether it is known who has what on a volume."""
@@ -150,7 +168,7 @@ class Locking:
     def _lock_later(self, session: Session, request: wire.SetLock) -> LockOutcome:
         early = self._early.setdefault(session, {})
         if request.number not in early:
-            if len(early) >= SESSION_WAITS:
+            if len(early) >= SESSION_WAITS or _count(self._early, session) >= ACCOUNT_WAITS:
                 return LockOutcome.FULL
             early[request.number] = asyncio.create_task(self._lock_when_over(session, request))
         return LockOutcome.WAITING
@@ -185,6 +203,15 @@ class Locking:
         self._told.set()
 
 
+def _count(gathered: Mapping[Session, Sized], session: Session) -> int:
+    """Return how many of what was gathered are of sessions of the same account."""
+    return sum(len(each) for other, each in gathered.items() if other.account == session.account)
+
+
+def _account(session: Session) -> bytes:
+    return session.account
+
+
 def _settled(wait: Wait, outcome: LockOutcome) -> None:
     if isinstance(wait.owner.session, Session):
         _tell(wait.owner.session, wait.number, outcome)
@@ -197,6 +224,10 @@ def _tell(session: Session, number: int, outcome: LockOutcome) -> None:
 
 def _owner(session: Session, lock: wire.Lock) -> Owner:
     return Owner(session, lock.flock, lock.owner)
+
+
+def _claim(lock: wire.Lock) -> Claim:
+    return Claim(lock.ino, lock.flock, lock.owner, _span(lock))
 
 
 def _span(lock: wire.Lock) -> Span:

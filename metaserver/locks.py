@@ -15,15 +15,17 @@ owner is a session, a kind, and a number that the session's kernel gave it: a pr
 * Of range locks, a wait that would close a circle of owners, over all files and sessions, is refused. The circle is
   looked for when a wait begins, and when an owner that waits is given what others wait for.
 
-What a session may have is bounded; each operation is linear in the owners and waiters of one file.
+What a session may have is bounded, and what all sessions of an account may have; each operation is linear in the owners
+and waiters of one file.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from metaserver.wire import LAST_BYTE
 from metaserver.wire import LockOutcome as Outcome
@@ -31,6 +33,9 @@ from metaserver.wire import LockOutcome as Outcome
 #: Ranges that a session may hold, and locks that it may wait for.
 SESSION_LOCKS: Final = 8192
 SESSION_WAITS: Final = 1024
+#: And all sessions of one account.
+ACCOUNT_LOCKS: Final = 65_536
+ACCOUNT_WAITS: Final = 8192
 
 
 class Owner(NamedTuple):
@@ -87,19 +92,34 @@ class _Party:
     waits: dict[int, Wait] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Total:
+    """What all sessions of one account have."""
+
+    spans: int = 0
+    waits: int = 0
+
+
 class LockTable:
-    """The locks of one volume. Sessions are any hashable objects."""
+    """The locks of one volume. Sessions are any hashable objects, and so are the accounts that ``account_of`` gives."""
 
     def __init__(
         self,
         on_settled: Callable[[Wait, Outcome], object] = lambda wait, outcome: None,
+        account_of: Callable[[Any], Hashable] = lambda session: session,
         *,
         session_locks: int = SESSION_LOCKS,
         session_waits: int = SESSION_WAITS,
+        account_locks: int = ACCOUNT_LOCKS,
+        account_waits: int = ACCOUNT_WAITS,
     ) -> None:
         self._on_settled = on_settled
+        self._account_of = account_of
         self._session_locks = session_locks
         self._session_waits = session_waits
+        self._account_locks = account_locks
+        self._account_waits = account_waits
+        self._totals: defaultdict[Hashable, _Total] = defaultdict(_Total)
         self._files: dict[int, _File] = {}
         self._parties: dict[Hashable, _Party] = {}
         #: What each owner of range locks waits for.
@@ -139,7 +159,7 @@ class LockTable:
         party = self._parties.setdefault(owner.session, _Party())
         if wait is not None and wait in party.waits:
             return Outcome.WAITING
-        if not self._has_room(party, owner, ino, span):
+        if not self._has_room(owner, ino, span):
             self._tidy_party(owner.session)
             return Outcome.FULL
         file = self._files.setdefault(ino, _File())
@@ -161,7 +181,7 @@ class LockTable:
             return Outcome.GRANTED
         if not may_wait:
             return Outcome.DENIED
-        if len(self._parties[wanted.owner.session].waits) >= self._session_waits:
+        if not self._may_wait(wanted.owner.session):
             return Outcome.FULL
         self._enqueue(wanted)
         if blocked and self._closes_circle(wanted):
@@ -176,7 +196,7 @@ class LockTable:
         after = _without(before, start, end)
         if party is None or after == before:
             return Outcome.GRANTED
-        if len(after) > len(before) and party.spans >= self._session_locks:
+        if len(after) > len(before) and not self._may_hold(owner.session):
             return Outcome.FULL
         self._replace(ino, owner, after)
         self._pump(ino)
@@ -219,7 +239,7 @@ class LockTable:
 
     def _restore(self, session: Hashable, claim: Claim) -> bool:
         owner = Owner(session, claim.flock, claim.number)
-        if not self._has_room(self._parties[session], owner, claim.ino, claim.span):
+        if not self._has_room(owner, claim.ino, claim.span):
             return False
         file = self._files.setdefault(claim.ino, _File())
         fits = not any(True for _ in _conflicts(file, owner, claim.span))
@@ -241,8 +261,17 @@ class LockTable:
 
     # Holding
 
-    def _has_room(self, party: _Party, owner: Owner, ino: int, span: Span) -> bool:
-        if party.spans < self._session_locks:
+    def _may_hold(self, session: Hashable) -> bool:
+        """Whether a session may hold one more span."""
+        total = self._totals.get(self._account_of(session), _Total())
+        return self._parties[session].spans < self._session_locks and total.spans < self._account_locks
+
+    def _may_wait(self, session: Hashable) -> bool:
+        total = self._totals.get(self._account_of(session), _Total())
+        return len(self._parties[session].waits) < self._session_waits and total.waits < self._account_waits
+
+    def _has_room(self, owner: Owner, ino: int, span: Span) -> bool:
+        if self._may_hold(owner.session):
             return True
         file = self._files.get(ino)
         before = file.held.get(owner, []) if file is not None else []
@@ -251,7 +280,9 @@ class LockTable:
     def _replace(self, ino: int, owner: Owner, spans: list[Span]) -> None:
         """Have an owner hold these spans of a file."""
         file, party = self._files[ino], self._parties[owner.session]
-        party.spans += len(spans) - len(file.held.get(owner, ()))
+        more = len(spans) - len(file.held.get(owner, ()))
+        party.spans += more
+        self._totals[self._account_of(owner.session)].spans += more
         if spans:
             file.held[owner] = spans
             party.holds.add((ino, owner))
@@ -278,18 +309,23 @@ class LockTable:
         party = self._parties.get(session)
         if party is not None and not party.holds and not party.waits:
             del self._parties[session]
+        account = self._account_of(session)
+        if self._totals.get(account) == _Total():
+            del self._totals[account]
 
     # Waiting
 
     def _enqueue(self, wait: Wait) -> None:
         self._files[wait.ino].queue[wait] = None
         self._parties[wait.owner.session].waits[wait.number] = wait
+        self._totals[self._account_of(wait.owner.session)].waits += 1
         if not wait.owner.flock:
             self._waits.setdefault(wait.owner, {})[wait] = None
 
     def _dequeue(self, wait: Wait) -> None:
         self._files[wait.ino].queue.pop(wait, None)
-        self._parties[wait.owner.session].waits.pop(wait.number, None)
+        if self._parties[wait.owner.session].waits.pop(wait.number, None) is not None:
+            self._totals[self._account_of(wait.owner.session)].waits -= 1
         waits = self._waits.get(wait.owner, {})
         waits.pop(wait, None)
         if not waits:

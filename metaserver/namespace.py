@@ -173,6 +173,27 @@ def remove(txn: Transaction, context: Context, request: wire.Remove) -> wire.Cha
     return edit.changed(inode, parent)
 
 
+def remove_names(txn: Transaction, context: Context, request: wire.RemoveNames) -> wire.Changed:
+    """Unlink names that their client has unlinked by itself, all or none; NOT_FOUND, IS_A_DIRECTORY, and so on.
+
+    The reply tells of the inodes, in their order, and then of their directories.
+    """
+    edit = Edit(txn, context)
+    removed, directories = list[Inode](), dict[int, Inode]()
+    for each in request.names:
+        check_name(each.name)
+        parent = directories[each.parent] = edit.directory(each.parent)
+        entry = edit.existing(parent, each.name)
+        if entry.ino != each.ino:
+            raise Refused(ErrorCode.NOT_FOUND, f"{each.name!r} in {each.parent} is inode {entry.ino}, not {each.ino}")
+        inode = edit.inode(entry.ino)
+        _check_removable(edit, inode, False)
+        edit.leave(parent, each.name, entry, each.removed_ns)
+        edit.unlink(inode, parent, each.removed_ns)
+        removed.append(inode)
+    return edit.changed(*removed, *directories.values())
+
+
 def _check_removable(edit: Edit, inode: Inode, as_directory: bool) -> None:
     is_directory = stat.S_ISDIR(inode.mode)
     if as_directory and not is_directory:
@@ -205,6 +226,7 @@ WRITES: Final[Mapping[type, Callable[[Transaction, Context, Any], Any]]] = {
     wire.MakeNode: make_node,
     wire.Link: link,
     wire.Remove: remove,
+    wire.RemoveNames: remove_names,
     wire.Rename: renames.rename,
     wire.Reap: garbage.reap,
     wire.SetXattr: xattrs.set_xattr,

@@ -31,6 +31,7 @@ from metaserver.locking import Locking, LockRequest
 from metaserver.namespace import Context
 from metaserver.sessions import Session, Sessions, changed_inodes, changed_names, must_own
 from metaserver.status import Overview
+from metaserver.unlinked import REMOVALS, Unlinked
 from metaserver.volumes import Volume
 
 _T = TypeVar("_T")
@@ -39,6 +40,11 @@ _T = TypeVar("_T")
 SOFTWARE: Final = f"bpfuse-metaserver {metadata.version('bpfuse')}"
 #: Times that a commit whose outcome is unknown is looked for.
 _RESOLUTIONS: Final = 3
+
+
+def _too_many(txn: Transaction, context: Context, request: wire.Request) -> wire.Reply:
+    """In place of a verb that may leave another unlinked inode behind."""
+    raise Refused(wire.ErrorCode.NO_SPACE, "the identity keeps too many unlinked files")
 
 
 def _outward(guard: Guard, answer: Answer) -> Answer:
@@ -82,6 +88,7 @@ class Service:
         self._limits = limits
         gate.on_end = lambda account: self._revoke_sessions(account.owner)
         self._locking = Locking(sessions, lambda: self.grace)
+        self._unlinked = Unlinked(engine, sessions)
         self._losses = engine.losses
         self._wall = wall
         self._followers = Followers(engine)
@@ -118,6 +125,8 @@ class Service:
         request = guard.inward(frame.request)
         if isinstance(request, LockRequest):
             await self._check(session, request)
+            forbidden = await self._forbidden(session, guard, request)
+            return _outward(guard, Answer(self._locking.answer(caller.session(), request, forbidden)))
         return _outward(guard, await self._answer(caller, msgspec.structs.replace(frame, request=request)))
 
     async def _answer(self, caller: Caller, frame: wire.Frame) -> Answer:
@@ -257,6 +266,12 @@ class Service:
         if guard is not None:
             await self._engine.read(lambda snapshot: guard.check(snapshot, context, request))
 
+    async def _forbidden(self, session: Session, guard: Guard, request: LockRequest) -> set[int]:
+        """Return the indexes of locks that a session tells of, and may not have."""
+        if not isinstance(request, wire.HoldLocks):
+            return set()
+        return await self._engine.read(lambda snapshot: guard.forbidden(snapshot, session.volume, request.locks))
+
     def _granted(self, session: Session, since: int, request: wire.Request, reply: wire.Reply) -> Answer:
         self._notice_losses()
         grant = grant_of(request, reply)
@@ -269,9 +284,10 @@ class Service:
         if isinstance(frame.request, wire.Reap):
             self._coherence.reaping(session, frame.request.inos)
         await self.grace.over()
+        may_remove = not isinstance(frame.request, REMOVALS) or await self._unlinked.has_room(session)
         change = self._coherence.begin(session, author, changed_names(frame.request))
         try:
-            since, outcome = await self._commit(change, verb, frame)
+            since, outcome = await self._commit(change, verb if may_remove else _too_many, frame)
             return self._committed(change, since, frame.request, outcome)
         finally:
             self._coherence.end(change)

@@ -284,6 +284,8 @@ def changed_names(request: wire.Request) -> tuple[Name, ...]:
         return (request.parent, request.name), (request.new_parent, request.new_name)
     if isinstance(request, wire.MakeFiles):
         return tuple((file.parent, file.name) for file in request.files)
+    if isinstance(request, wire.RemoveNames):
+        return tuple((each.parent, each.name) for each in request.names)
     return ()
 
 

@@ -83,6 +83,7 @@ REQUESTS: Final[list[wire.Request]] = [
     wire.ReturnLeases([1, 2**48 - 1], [5]),
     wire.ReserveInodes(100),
     wire.MakeFiles([wire.NewFile(1, b"name", 99, 0o644, 1, 2, -1, 0, 1, 2, b"content", True)], True),
+    wire.RemoveNames([wire.RemovedName(1, b"name", 99, -1)]),
 ]
 
 REPLIES: Final[list[wire.Reply]] = [

@@ -15,6 +15,7 @@ from bench.comparison import NAME, Comparison, Measured, compare
 from bench.peers.local import Ext4, Passthrough
 from bench.peers.own import Bpfuse
 from bench.report import documents, markdown, plots, reasons, targets
+from bench.results import Figure, Result, Samples
 from bench.workloads import fio, sources, stale_reads
 from bench.workloads.base import Scale, Turn, Workload
 from fuseclient.bench import works
@@ -382,3 +383,19 @@ def test_versions_are_seen_whole_or_not_at_all(tmp_path: Path) -> None:
     Path(path).write_bytes(Path(path).read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="wrong content"):
         stale_reads.read(path)
+
+
+def test_a_part_says_why_figures_miss_their_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    why = "Both commits are synced."
+    monkeypatch.setattr(reasons, "REASONS", (reasons.Reason("engines", "create", "juicefs .*", why),))
+    figures = [
+        Figure("create", "bpfuse", "juicefs etcd", 1.5, "x", 1.0),
+        Figure("create", "bpfuse", "juicefs mysql", 1.5, "x", 1.0),
+        Figure("create", "bpfuse", "juicefs redis", 0.5, "x", 1.0),
+        Figure("lookup", "bpfuse", "juicefs etcd", 1.5, "x", 1.0),
+    ]
+    result = Result("engines", 1, {}, Samples(), figures)
+    assert [each for each in result.tables() if isinstance(each, str)] == [why]
+    result.write(tmp_path)
+    written = json.loads((tmp_path / "engines.json").read_text())["figures"]
+    assert [each["reason"] for each in written] == [why, why, None, None]

@@ -59,12 +59,14 @@ AT_ONCE: dict[Opcode, tuple[bytes, tuple[Any, ...], int]] = {
         104,
     ),
     Opcode.WRITE: (struct.pack("=QQIIQII", 9, 8, 3, 0, 0, 0, 0) + b"abc", ("write_now", 9, 8, b"abc"), 8),
+    Opcode.RENAME: (struct.pack("=Q", 3) + b"old\0new\0", ("rename_now", 2, b"old", 3, b"new", 0), 0),
+    Opcode.RENAME2: (struct.pack("=QII", 3, 1, 0) + b"old\0new\0", ("rename_now", 2, b"old", 3, b"new", 1), 0),
 }
-#: The least that a request of each opcode has, and whether a name follows.
+#: The least that a request of each opcode has, and how many names follow.
 LEAST = {
-    Opcode.LOOKUP: (0, True), Opcode.GETATTR: (16, False), Opcode.SETATTR: (88, False), Opcode.MKDIR: (8, True),
-    Opcode.UNLINK: (0, True), Opcode.RMDIR: (0, True), Opcode.WRITE: (40, False), Opcode.CREATE: (16, True),
-    Opcode.READ: (40, False), Opcode.FSYNC: (16, False),
+    Opcode.LOOKUP: (0, 1), Opcode.GETATTR: (16, 0), Opcode.SETATTR: (88, 0), Opcode.MKDIR: (8, 1),
+    Opcode.UNLINK: (0, 1), Opcode.RMDIR: (0, 1), Opcode.WRITE: (40, 0), Opcode.CREATE: (16, 1),
+    Opcode.READ: (40, 0), Opcode.FSYNC: (16, 0), Opcode.RENAME: (8, 2), Opcode.RENAME2: (16, 2),
 }  # fmt: skip
 
 
@@ -103,9 +105,11 @@ def test_every_opcode_is_covered() -> None:
 def test_a_body_that_is_cut_off_is_refused(opcode: Opcode) -> None:
     operations = Recorder()
     handler = DirectOps(operations).handlers[opcode]  # type: ignore[arg-type]
-    least, named = LEAST[opcode]
+    least, names = LEAST[opcode]
     bodies = [bytes(length) for length in range(least)]
-    bodies += [bytes(least), bytes(least) + b"name", bytes(least) + b"na\0me\0"] if named else []
+    if names:
+        others = (b"", b"name", b"name\0" * (names - 1), b"name\0" * (names + 1), b"name\0" * (names - 1) + b"name")
+        bodies += [bytes(least) + each for each in others]
     for body in bodies:
         with pytest.raises(Malformed):
             handler(asked(body))

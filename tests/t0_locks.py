@@ -34,7 +34,9 @@ class Table(LockTable):
 
     def __init__(self, **limits: int) -> None:
         self.said: list[tuple[Owner, int, Outcome]] = []
-        super().__init__(self._say, **limits)
+        #: The accounts of sessions that have one in common.
+        self.accounts: dict[object, object] = {}
+        super().__init__(self._say, lambda session: self.accounts.get(session, session), **limits)
 
     def _say(self, wait: Wait, outcome: Outcome) -> None:
         self.said.append((wait.owner, wait.number, outcome))
@@ -464,6 +466,46 @@ def test_a_session_waits_for_so_many() -> None:
     table.set(A, FILE, exclusive())
     outcomes = [table.set(Owner("b", False, number), FILE, exclusive(), number) for number in range(3)]
     assert outcomes == [Outcome.WAITING, Outcome.WAITING, Outcome.FULL]
+
+
+def test_the_sessions_of_an_account_hold_so_many_together() -> None:
+    """Whatever becomes of their locks: replaced, cut, given up, told of anew, and ended."""
+    table = Table(account_locks=4)
+    table.accounts = {"a": 1, "b": 1}
+    assert [table.set(A, FILE, span) for span in holes(3)] == 3 * [Outcome.GRANTED]
+    assert [table.set(B, OTHER, span) for span in holes(2)] == [Outcome.GRANTED, Outcome.FULL]
+    assert table.set(B, OTHER, exclusive(0, 9)) is Outcome.GRANTED, "it is one instead of one"
+    assert table.unlock(B, OTHER, 5, 5) is Outcome.FULL
+    assert table.set(C, THIRD, exclusive()) is Outcome.GRANTED, "another account has room"
+    assert table.unlock(A, FILE, 0, 0) is Outcome.GRANTED
+    assert table.unlock(B, OTHER, 5, 5) is Outcome.GRANTED
+    table.end("a")
+    assert table.restore("b", [Claim(OTHER, False, 1, span) for span in holes(6)]) == [4, 5]
+    assert table.restore("a", [Claim(FILE, False, 1, exclusive())]) == [0]
+    table.end("b")
+    assert table.restore("a", [Claim(FILE, False, 1, exclusive())]) == []
+    table.end("a")
+    table.end("c")
+    assert table.is_empty
+    assert not table._totals
+
+
+def test_the_sessions_of_an_account_wait_for_so_many_together() -> None:
+    table = Table(account_waits=2)
+    table.accounts = {"a": 1, "b": 1}
+    assert table.set(C, FILE, exclusive()) is Outcome.GRANTED
+    owners = [A, A._replace(number=2), B]
+    waiting, full = Outcome.WAITING, Outcome.FULL
+    assert [table.set(owner, FILE, exclusive(), owner.number) for owner in owners] == [waiting, waiting, full]
+    assert table.cancel("a", 1)
+    assert table.set(B, FILE, exclusive(), 1) is waiting
+    assert table.set(D, FILE, exclusive(), 1) is waiting, "another account has room"
+    table.end("c")
+    assert [owner for owner, outcome in table.take() if outcome is Outcome.GRANTED] == [owners[1]]
+    assert table.set(A, FILE, exclusive(), 3) is waiting, "of which one waits no more"
+    for session in "abd":
+        table.end(session)
+    assert not table._totals
 
 
 def test_what_is_refused_leaves_nothing() -> None:

@@ -24,10 +24,10 @@ def test_what_is_said_to_lack_a_name_lacks_it(steps: list[tuple[str, int, set[by
     whole, model = WholeDirectories(most), dict[int, set[bytes]]()
     for what, ino, argument in steps:
         if isinstance(argument, set):
-            whole.know(ino, argument)
+            whole.know(ino, dict.fromkeys(argument, ino))
             model[ino] = set(argument)
         elif what == "named":
-            whole.named(ino, argument)
+            whole.named(ino, argument, ino)
             model.get(ino, set()).add(argument)
         elif what == "unnamed":
             whole.unnamed(ino, argument)
@@ -40,6 +40,7 @@ def test_what_is_said_to_lack_a_name_lacks_it(steps: list[tuple[str, int, set[by
             model.clear()
         for each in (1, 2, 3):
             for name in (b"a", b"b", b"c", b"d"):
+                assert whole.find(each, name) in ((each, None) if name in model.get(each, ()) else (None,))
                 if whole.lacks(each, name):
                     assert name not in model[each]
                 elif most == 6 and each in model and sum(map(len, model.values())) < most:
@@ -50,9 +51,9 @@ def test_what_is_said_to_lack_a_name_lacks_it(steps: list[tuple[str, int, set[by
 def test_the_directories_used_last_are_kept() -> None:
     whole = WholeDirectories(4)
     for ino in (1, 2):
-        whole.know(ino, [b"x", b"y"])
+        whole.know(ino, {b"x": 1, b"y": 2})
     assert whole.lacks(1, b"z")
-    whole.know(3, [b"x"])
+    whole.know(3, {b"x": 1})
     assert whole.lacks(1, b"z")
     assert not whole.lacks(2, b"z")
     assert whole.lacks(3, b"z")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import operator
 from collections.abc import AsyncIterator, Sequence
 
@@ -13,9 +14,9 @@ import grpc.aio
 import pytest
 from local_store import LocalStore, Rows
 from msgspec import structs
-from namespaces import FILE, ROOT, SESSION, Files
+from namespaces import DIRECTORY, FILE, ROOT, SESSION, Files
 
-from metaserver import new_files, recovery, wire
+from metaserver import keys, new_files, recovery, wire
 from metaserver.engine import Snapshot, Transaction
 from metaserver.engine.etcd import EtcdStore, Settings
 from metaserver.engine.remote import RemoteEngine
@@ -330,6 +331,81 @@ async def test_nothing_is_lost_when_a_server_is_killed(engine: RemoteEngine) -> 
     await recovery.spoil(engine)
     assert await recovery.prepare(engine)
     assert await files.make(b"after") > before + 1000
+
+
+def _make_new(txn: Transaction, prefix: bytes = b"d1/") -> None:
+    txn.put(prefix, b"made")
+    txn.is_new(prefix)
+
+
+async def test_what_is_new_is_known_to_be_empty(engine: RemoteEngine, store: LocalStore) -> None:
+    """Once it is committed: each key is what was written to it, and no other is asked for."""
+    await engine.write(_make_new)
+    fetches = store.fetches
+    engine.trust(math.inf)
+    for number in range(10):
+        key = b"d1/%d" % number
+        assert await engine.write(functools.partial(add, key=key)) == 1
+        assert await engine.write(functools.partial(add, key=key)) == 2
+    assert await engine.read(lambda snapshot: snapshot.get_many([b"d1/3", b"d1/x"])) == [b"2", None]
+    assert store.fetches == fetches
+    assert await engine.read(lambda snapshot: snapshot.get(b"d2/x")) is None
+    assert store.fetches == fetches + 1, "of another prefix nothing is known"
+
+
+async def test_what_was_new_is_asked_for_when_a_row_of_it_has_gone(
+    engine: RemoteEngine, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine._cache, "_most_bytes", 3000)
+    await engine.write(_make_new)
+    await engine.write(lambda txn: txn.put(b"d1/x", b"kept"))
+    for number in range(20):
+        await engine.write(lambda txn, number=number: txn.put(b"d1/%d" % number, bytes(100)))  # type: ignore[misc]
+        assert await engine.read(lambda snapshot: snapshot.get(b"d1/x")) == b"kept"
+        engine._cache._rows.move_to_end(b"d1/x", last=False)  # it goes next
+    assert await engine.read(lambda snapshot: snapshot.get(b"d1/0")) == bytes(100)
+    fetches = store.fetches
+    assert await engine.read(lambda snapshot: snapshot.get(b"d1/y")) is None
+    assert store.fetches > fetches
+
+
+async def test_what_was_new_may_be_another_s_when_the_store_has_moved(engine: RemoteEngine, store: LocalStore) -> None:
+    await engine.write(_make_new)
+    async with contextlib.AsyncExitStack() as stack:
+        other = RemoteEngine(store, "other", patience_s=0.2)
+        stack.push_async_callback(other.close)
+        await other.write(lambda txn: txn.put(b"d1/x", b"7"))
+        assert await engine.write(functools.partial(add, key=b"d1/x")) == 8
+
+
+async def test_what_is_not_committed_is_not_new(engine: RemoteEngine, store: LocalStore) -> None:
+    await engine.write(lambda txn: txn.put(b"d1/x", b"7"))
+    engine._cache.clear()
+
+    def fail(txn: Transaction) -> None:
+        _make_new(txn)
+        raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011 - it is the body's own
+        await engine.write(fail)
+    assert await engine.write(functools.partial(add, key=b"d1/x")) == 8
+
+
+async def test_a_name_in_a_new_directory_is_made_with_one_request(store: LocalStore, engine: RemoteEngine) -> None:
+    files = await Files.create(engine)
+    made = await files.make(b"directory", DIRECTORY)
+    engine.trust(math.inf)
+    for shard in range(keys.SHARDS):  # each has its own numbers, which are asked for once
+        await engine.read(lambda snapshot, shard=shard: snapshot.get(keys.shard(files.volume.id, shard)))  # type: ignore[misc]
+    await files.make(b"first", parent=made)
+    before = store.fetches, store.commits
+    for name in (b"second", b"third", b"fourth"):
+        await files.make(name, parent=made)
+    assert (store.fetches - before[0], store.commits - before[1]) == (0, 3)
+    await files.refused(wire.ErrorCode.EXISTS, wire.MakeNode(made, b"third", FILE, 0, 0))
+    for name in (b"first", b"second", b"third", b"fourth"):
+        await files.change(wire.Remove(made, name, False))
+    await files.change(wire.Remove(ROOT, b"directory", True))
 
 
 async def test_etcd_is_waited_for_longer_only_after_all_endpoints_were_silent() -> None:

@@ -240,6 +240,42 @@ async def test_a_removed_directory(fs: Files) -> None:
     await fs.refused(ErrorCode.NOT_FOUND, wire.GetAttributes(directory))
 
 
+async def test_names_that_a_client_has_removed_go_together(fs: Files) -> None:
+    below = await fs.mkdir(b"below")
+    inos = [await fs.make(b"%d" % number, parent=below) for number in range(wire.MAX_REMOVED - 1)]
+    linked = await fs.make(b"linked")
+    await fs.change(wire.Link(linked, below, b"second"))
+    names = [wire.RemovedName(below, b"%d" % number, ino, 10**6 + number) for number, ino in enumerate(inos)]
+    request = wire.RemoveNames([wire.RemovedName(ROOT, b"linked", linked, 10**5), *names])
+    changed = await fs.change(request)
+    assert [each.ino for each in changed.attributes] == [linked, *inos, ROOT, below]
+    assert [each.nlink for each in changed.attributes[:-2]] == [1, *[0] * len(inos)]
+    assert changed.attributes[0].ctime_ns == (await fs.stat(ROOT)).mtime_ns == 10**5
+    assert changed.attributes[1].ctime_ns == 10**6
+    assert (await fs.stat(below)).mtime_ns == (await fs.stat(below)).ctime_ns == 10**6 + len(inos) - 1
+    assert await fs.names(below) == [b"second"]
+    await fs.call(wire.Reap([*inos, linked]), wire.Done)
+    await fs.refused(ErrorCode.NOT_FOUND, wire.GetAttributes(inos[0]))
+    assert (await fs.stat(linked)).nlink == 1, "what has another name lives on"
+
+
+async def test_no_name_goes_if_one_cannot(fs: Files) -> None:
+    file, directory = await fs.make(b"file"), await fs.mkdir(b"directory")
+    good = wire.RemovedName(ROOT, b"file", file, 1)
+
+    async def refused(code: ErrorCode, parent: int, name: bytes, ino: int) -> None:
+        await fs.refused(code, wire.RemoveNames([good, wire.RemovedName(parent, name, ino, 1)]))
+
+    await refused(ErrorCode.NOT_FOUND, ROOT, b"none", file)
+    await refused(ErrorCode.NOT_FOUND, ROOT, b"file", file)
+    await refused(ErrorCode.NOT_FOUND, ROOT, b"directory", file)
+    await refused(ErrorCode.IS_A_DIRECTORY, ROOT, b"directory", directory)
+    await refused(ErrorCode.NOT_A_DIRECTORY, file, b"file", file)
+    await refused(ErrorCode.NOT_FOUND, 2**40, b"file", file)
+    await refused(ErrorCode.INVALID, ROOT, b"a/b", file)
+    assert await fs.names() == [b"file", b"directory"]
+
+
 async def test_many_orphans_are_reaped_in_pieces(fs: Files) -> None:
     inos = [await fs.make(b"%d" % n) for n in range(60)]
     for number, ino in enumerate(inos):

@@ -206,6 +206,19 @@ async def test_what_changes_nothing_is_not_told(metaserver: Metaserver) -> None:
     assert [(event.operation, event.ino) for event in (await told(metaserver))[2:]] == [(Operation.LINK, nameless)]
 
 
+async def test_names_that_a_client_has_removed_are_told_each(metaserver: Metaserver) -> None:
+    client = await metaserver.client()
+    f = await client.make(b"f")
+    await client.change(wire.Link(f.ino, 1, b"g"))
+    await client.change(wire.RemoveNames([wire.RemovedName(1, b"f", f.ino, 1), wire.RemovedName(1, b"g", f.ino, 2)]))
+    events = (await told(metaserver))[2:]
+    assert [(event.version, event.operation, event.parent, event.name) for event in events] == [
+        (3, Operation.UNLINK, 1, b"f"),
+        (4, Operation.UNLINK, 1, b"g"),
+    ]
+    assert {event.ino for event in events} == {f.ino}
+
+
 async def test_a_change_that_is_sent_again_is_told_once(metaserver: Metaserver) -> None:
     client = await metaserver.client()
     request = wire.MakeNode(1, b"once", FILE, 0, 0)

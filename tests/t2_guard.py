@@ -17,7 +17,7 @@ from secured import enter, identity, secured
 from served import DIRECTORY, FILE, Client, Metaserver
 
 from fuseclient.worker import rpc
-from metaserver import guard, namespace, wire
+from metaserver import guard, namespace, unlinked, wire
 from metaserver.tls import Tls
 from metaserver.wire import ROOT_INO, ErrorCode, Squash
 
@@ -61,7 +61,7 @@ async def owned(root: Client, name: bytes, mode: int, parent: int = ROOT_INO, ui
 
 
 def fields_named() -> set[type]:
-    return set(guard._INODES) | {*guard._NAMELESS, *guard._LOCKS, wire.HoldLocks}
+    return set(guard._INODES) | {*guard._NAMELESS, wire.TestLock, wire.SetLock, wire.HoldLocks}
 
 
 def test_every_request_that_names_an_inode_is_known() -> None:
@@ -70,17 +70,20 @@ def test_every_request_that_names_an_inode_is_known() -> None:
         names = {name for name in request.__struct_fields__ if name in ("ino", "parent", "new_parent", "source")}
         assert names == set(guard._INODES.get(type(request), ())), type(request)
     volume_wide = {wire.ListSlices, wire.InspectSlices, wire.ForgetSlices, wire.RetireSlices}
-    refused_to_all = {wire.MakeFiles}
+    refused_to_all = {wire.MakeFiles, wire.RemoveNames}
     assert {*namespace.READS, *namespace.WRITES} - fields_named() == volume_wide | refused_to_all
 
 
-async def test_who_is_bounded_makes_files_one_by_one(place: Place) -> None:
+async def test_who_is_bounded_makes_and_removes_files_one_by_one(place: Place) -> None:
     client = await place.enter("squashed", squash=wire.Squash.ROOT)
     number = (await place.root.connection.call(wire.ReserveInodes(1), wire.InodesReserved)).first
     assert await refused(client.connection.call(wire.ReserveInodes(1), wire.InodesReserved)) is ErrorCode.ACCESS_DENIED
     file = wire.NewFile(wire.ROOT_INO, b"file", number, 0o644, 0, 0, 1, 1, 1, 1)
     assert await refused(client.connection.call(wire.MakeFiles([file]), wire.Changed)) is ErrorCode.ACCESS_DENIED
     assert (await place.root.change(wire.MakeFiles([file]))).attributes[0].ino == number
+    removal = wire.RemoveNames([wire.RemovedName(wire.ROOT_INO, b"file", number, 1)])
+    assert await refused(client.connection.call(removal, wire.Changed)) is ErrorCode.ACCESS_DENIED
+    assert (await place.root.change(removal)).attributes[0].nlink == 0
 
 
 async def test_who_may_only_read_changes_nothing(place: Place) -> None:
@@ -242,6 +245,78 @@ async def test_roots_rights_are_taken_away(place: Place) -> None:
         assert await refused(call(request, wire.Changed)) is code, request
     assert await refused(anext(client.connection.stream(wire.FetchDirectory(private, 0, 9, 0, 0)))) is denied
     assert (await change(wire.SetAttributes(made.ino, mode=0o600))).attributes[0].mode & 0o777 == 0o600
+
+
+async def test_a_lock_takes_the_right_to_open_the_file_so(place: Place) -> None:
+    """Of a range as the kernel asks (fcntl): by who may write, or read; of a whole file (flock): by who may open it."""
+    secret, told = await owned(place.root, b"secret", 0o100600), await owned(place.root, b"told", 0o100644)
+    users = await owned(place.root, b"users", 0o100600, uid=1000, gid=1000)
+    squashed = await place.enter("tenant", squash=Squash.ROOT)
+    reader = await place.enter("reader", squash=Squash.NONE, read_only=True)
+    granted = "granted"
+
+    async def asked(client: Client, ino: int, *, exclusive: bool, flock: bool = False, unlock: bool = False) -> object:
+        end = wire.LAST_BYTE
+        request = wire.SetLock(wire.Lock(ino, 1, flock, 0, end, exclusive), 1, unlock=unlock)
+        try:
+            answer = await client.connection.call(request, wire.LockAnswer)
+        except rpc.Refused as error:
+            return error.code
+        assert answer.outcome is wire.LockOutcome.GRANTED
+        if not unlock:
+            await asked(client, ino, exclusive=exclusive, flock=flock, unlock=True)
+        return granted
+
+    denied = ErrorCode.ACCESS_DENIED
+    for client, ino, write, read, whole in (
+        (squashed, secret, denied, denied, denied),
+        (squashed, told, denied, granted, granted),
+        (squashed, users, granted, granted, granted),
+        (reader, secret, denied, granted, granted),
+    ):
+        assert await asked(client, ino, exclusive=True) == write
+        assert await asked(client, ino, exclusive=False) == read
+        for exclusive in (True, False):
+            assert await asked(client, ino, exclusive=exclusive, flock=True) == whole
+    assert await asked(squashed, secret, exclusive=True, unlock=True) == granted
+
+    claims = [wire.Lock(ino, 1, False, 0, 9, True) for ino in (users, secret, told)]
+    assert (await squashed.connection.call(wire.HoldLocks(claims, True), wire.LocksLost)).indexes == [1, 2]
+    test = wire.TestLock(wire.Lock(secret, 2, False, 0, 9, True))
+    assert (await place.root.connection.call(test, wire.LockIs)).lock is None
+    held = (await place.root.connection.call(wire.TestLock(claims[0]), wire.LockIs)).lock
+    assert held is not None
+
+
+async def test_an_identity_keeps_so_many_unlinked_files(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all its sessions; what is reaped counts no more, and others are not concerned."""
+    monkeypatch.setattr(unlinked, "MOST_OF_ACCOUNT", 3)
+    one, two = await place.enter("tenant", squash=Squash.NONE), await place.connect("tenant")
+    await two.open("volume")
+    for client, name in ((one, b"a"), (one, b"b"), (two, b"c"), (two, b"d"), (place.root, b"e")):
+        await client.make(name)
+
+    async def remove(client: Client, name: bytes) -> int:
+        return (await client.change(wire.Remove(ROOT_INO, name, False))).attributes[0].ino
+
+    kept = [await remove(one, b"a"), await remove(one, b"b"), await remove(two, b"c")]
+    for request in (
+        wire.Remove(ROOT_INO, b"d", False),
+        wire.Rename(ROOT_INO, b"e", ROOT_INO, b"d"),
+        wire.MakeTemporary(ROOT_INO, FILE, 0, 0),
+    ):
+        for client in (one, two):
+            assert await refused(client.connection.call(request, wire.Changed)) is ErrorCode.NO_SPACE
+    await remove(place.root, b"e")
+    await one.make(b"more")
+    await one.connection.call(wire.Reap(kept[:1]), wire.Done)
+    kept.append(await remove(two, b"d"))
+    assert await refused(remove(one, b"more")) is ErrorCode.NO_SPACE
+    for client in (one, two):
+        await client.connection.call(wire.Reap(kept), wire.Done)
+    for _ in range(10):  # nothing is left behind
+        await one.connection.call(wire.Reap([await remove(one, b"more")]), wire.Done)
+        await one.make(b"more")
 
 
 async def test_no_program_gets_roots_group(place: Place) -> None:

@@ -292,8 +292,8 @@ async def test_a_closed_file_is_told_of_before_what_depends_on_it(rig: Rig) -> N
     assert await rig.content(ino) == b"data"
     assert await known(rig, b"a") == ino
     ino = await rig.create(b"b", b"data")
-    await rig.ops.rename(ROOT, b"b", ROOT, b"c", 0, ME)
-    assert await known(rig, b"c") == ino
+    await rig.ops.rename(ROOT, b"b", ROOT, b"a", 0, ME)
+    assert await known(rig, b"a") == ino
     ino = await rig.create(b"d", b"data")
     await joined(rig)
     assert await known(rig, b"d") == ino
@@ -302,6 +302,79 @@ async def test_a_closed_file_is_told_of_before_what_depends_on_it(rig: Rig) -> N
     async with asyncio.timeout(5):
         while await known(rig, b"e") != ino:  # noqa: ASYNC110 - by itself, in a moment
             await asyncio.sleep(0.02)
+
+
+async def test_a_closed_file_is_changed_and_renamed_without_a_word(rig: Rig) -> None:
+    """As rsync and pip do with what they have written."""
+    lazily(rig)
+    directory = (await rig.ops.mkdir(ROOT, b"dir", DIR, ME)).st_ino
+    await rig.create(b"other", b"data", directory)
+    log = watched(rig)
+    ino = await rig.create(b".file", b"data", directory)
+    made = await rig.ops.getattr(ino, ME)
+    await rig.set_attributes(ino, atime_ns=4, mtime_ns=5)
+    await rig.set_attributes(ino, mode=0o4640)
+    await rig.set_attributes(ino, uid=6, gid=7)
+    before = await rig.ops.getattr(directory, ME)
+    await rig.ops.rename(directory, b".file", directory, b"file", 1, ME)
+    assert not [each for each in log if not isinstance(each, wire.GetAttributes)]
+    assert await rig.ino(b".file", directory) == 0
+    assert await rig.ino(b"file", directory) == ino
+    told = await rig.ops.getattr(ino, ME)
+    assert (told.st_mode, told.st_uid, told.st_gid) == (stat.S_IFREG | 0o4640, 6, 7)
+    assert (told.st_size, told.st_atime_ns, told.st_mtime_ns) == (4, 4, 5)
+    assert told.st_ctime_ns > made.st_ctime_ns
+    names = await rig.ops.getattr(directory, ME)
+    assert names.st_mtime_ns > before.st_mtime_ns
+    second = await rig.create(b".file", b"another", directory)
+    await joined(rig)
+    assert [await known(rig, name, directory) for name in (b"file", b".file")] == [ino, second]
+    found = await rig.other.attributes(ino)
+    assert (found.mode, found.uid, found.gid, found.size) == (told.st_mode, 6, 7, 4)
+    assert (found.atime_ns, found.mtime_ns, found.ctime_ns) == (4, 5, told.st_ctime_ns)
+    assert (await rig.other.attributes(directory)).mtime_ns >= names.st_mtime_ns
+    assert await rig.content(ino) == b"data"
+    assert await rig.content(second) == b"another"
+    await rig.assert_maps_are_right()
+
+
+@pytest.mark.parametrize("change", ["mode", "name"])
+async def test_a_closed_file_that_is_on_its_way_is_changed_there(rig: Rig, quiet: None, change: str) -> None:
+    """Whether or not the metaserver has said that it has it."""
+    lazily(rig)
+    call, heard = rig.session.call, asyncio.Event()
+
+    async def deaf(request: wire.Request, reply_type: Any) -> Any:
+        reply = await call(request, reply_type)
+        if isinstance(request, wire.MakeFiles):
+            rig.session.call = call
+            await heard.wait()
+            raise Disconnected("the session was lost while a change was under way")
+        return reply
+
+    async def changed() -> None:
+        if change == "mode":
+            await rig.set_attributes(ino, mode=0o604)
+        else:
+            await rig.ops.rename(ROOT, b"file", ROOT, b"new", 0, ME)
+
+    rig.session.call = deaf
+    ino = await rig.create(b"file", b"data")
+    rig.mount._creations._start()
+    await until(lambda: rig.session.call is call)
+    changing = asyncio.create_task(changed())
+    await asyncio.sleep(0)
+    heard.set()
+    with fails(errno.EIO):
+        await changing
+    rig.mount._creations._failing = None  # as if another had been made since
+    await changed()
+    if change == "mode":
+        assert (await rig.other.attributes(ino)).mode & 0o777 == 0o604
+    else:
+        assert (await known(rig, b"file"), await known(rig, b"new")) == (0, ino)
+    assert await rig.content(ino) == b"data"
+    await rig.assert_maps_are_right()
 
 
 async def test_a_name_that_another_took_meanwhile(rig: Rig, quiet: None) -> None:

@@ -210,7 +210,8 @@ async def _every_request(client: Client) -> None:
     new = wire.NewFile(directory.ino, b"whole", number, 0o600, 1, 2, 3, 4, 5, 6, b"content")
     assert (await change(wire.MakeFiles([new]))).attributes[0].ino == number
     assert (await call(wire.GetContent(number, 0, 100), wire.Content)).inline == b"content"
-    await change(wire.Remove(directory.ino, b"whole", False))
+    gone = await change(wire.RemoveNames([wire.RemovedName(directory.ino, b"whole", number, 7)]))
+    assert [(each.ino, each.nlink) for each in gone.attributes] == [(number, 0), (directory.ino, 2)]
     await change(wire.Remove(wire.ROOT_INO, b"directory", True))
     pages = [page async for page in client.connection.stream(wire.FetchDirectory(1, 0, 100, 0, 0))]
     assert [entry.name for page in pages for entry in page.entries] == [b"symlink"]

@@ -95,12 +95,25 @@ def test_a_seed_is_the_same_every_time() -> None:
     assert first.counts == second.counts
 
 
+@pytest.mark.parametrize("clients", [1, 2])
+def test_a_client_that_is_alone_removes_names_by_itself(clients: int) -> None:
+    """For all of its time, or until another comes: with all faults, on an engine that acknowledges early."""
+    removed = 0
+    for seed in range(30):
+        setup = replace(setup_of(seed), clients=clients, programs=3, operations=80, accel=True, lazy=True, late=True)
+        verdict = run(seed, setup)
+        assert not verdict.complaints, str(verdict)
+        removed += verdict.counts["removed by itself"]
+    assert removed > 20 / clients
+
+
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in STORIES])
 def test_the_checker_notices_that_a_rule_is_off(rule: str) -> None:
     """It does in one of a few seeds, in which the faults come that the rule is for. Other rules have their stories."""
     for seed in range(SEEDS_OF_A_RULE):
         setup = replace(setup_of(seed), clients=3, programs=3, operations=60, accel=True, lazy=False, faults=True)
         setup = replace(setup, kinds=RULES[rule].faults, late=RULES[rule].late, standby=RULES[rule].standby)
+        setup = replace(setup, lazy=RULES[rule].lazy)
         if run(seed, replace(setup, rule_off=rule)).complaints:
             assert not run(seed, setup).complaints, "with the rule on"
             return

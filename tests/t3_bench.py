@@ -22,7 +22,12 @@ MEASURED = {
     "large": {("read", "bpfuse"), ("read", "ext4"), ("pread", "bpfuse"), ("write", "bpfuse"), ("write", "ext4")},
     "writes": {("create", "bpfuse"), ("create", "bpfuse interval"), ("unpack", "bpfuse"), ("unpack", "ext4")},
     "coherence": {("visible", "bpfuse"), ("revalidate", "bpfuse"), ("break", "100 hold it")},
-    "engines": {("create", "bpfuse lmdb"), ("lookup", "bpfuse etcd"), ("directory", "bpfuse etcd")},
+    "engines": {
+        ("create", "bpfuse lmdb"),
+        ("lookup", "bpfuse etcd"),
+        ("directory", "bpfuse etcd"),
+        ("break", "bpfuse etcd"),
+    },
     "scale": {
         ("first epoch", "bpfuse bpf, four"),
         ("later epoch", "bpfuse dataset"),

@@ -136,6 +136,53 @@ def test_what_is_told_of_a_new_file_stays_true(mount: MountFactory, accel: str, 
         assert found == expected, name
 
 
+@pytest.mark.parametrize("durability", ["commit", "interval"])
+def test_what_is_told_of_a_closed_file_stays_true(mount: MountFactory, accel: str, durability: str) -> None:
+    """As programs put new files in place: changed and renamed by name, as soon as they are closed."""
+    mounted = mount(accel, "--durability", durability)
+    files_are_made_here(mounted, accel)
+    top, other = mounted.path / "top", mounted.path / "other"
+    top.mkdir()
+    other.mkdir()
+    (top / "taken").write_bytes(b"taken")
+    changes: list[Callable[[Path], object]] = [
+        lambda path: path.chmod(0o4640),
+        lambda path: os.chown(path, 5, 6),
+        lambda path: os.utime(path, ns=(-5, 10**18 + 7)),
+        lambda path: path.rename(path.with_name("renamed")),
+        lambda path: os.truncate(path.with_name("renamed"), 5),
+        lambda path: path.with_name("renamed").rename(path.with_name("taken")),
+        lambda path: path.with_name("taken").rename(other / path.name),
+    ]
+    known: dict[int, tuple[Path, bytes, tuple[int, ...], tuple[int, ...]]] = {}
+    for count in range(1, len(changes) + 1):
+        directory = top / str(count)
+        directory.mkdir()
+        path = directory / ".file"
+        path.write_bytes(b"content")
+        directory_ns, ctime_ns = directory.stat().st_mtime_ns, path.stat().st_ctime_ns
+        for change in changes[:count]:
+            change(path)
+            (found,) = [*directory.iterdir(), *other.glob(path.name)]
+            status = found.stat()
+            assert status.st_ctime_ns > ctime_ns
+            ctime_ns = status.st_ctime_ns
+        assert (directory.stat().st_mtime_ns > directory_ns) == (count > 3)
+        known[count] = (found, found.read_bytes(), told(status), told(directory.stat()))
+        if count == len(changes):
+            assert not list(directory.iterdir())
+        again = path if count > 3 else directory / ".next"
+        again.write_bytes(b"the next")
+        again.rename(directory / "next")
+    mounted.remount()
+    for count, (found, content, file, directory_before) in known.items():
+        directory = top / str(count)
+        assert (found.read_bytes(), told(found.stat())) == (content, file), count
+        assert told(directory.stat())[:5] == directory_before[:5], count
+        assert (directory / "next").read_bytes() == b"the next"
+        assert (directory / ".file").exists() == (count <= 3)
+
+
 def test_files_are_what_they_are_on_ext4(mount: MountFactory, accel: str, tmp_path: Path) -> None:
     """But for times, which nobody chose, and blocks."""
     mounted = mount(accel)

@@ -222,6 +222,32 @@ def test_new_files_neither_closed_nor_synced_go_with_their_worker(mount: MountFa
     assert (directory / "lost").read_bytes() == b"made again"
 
 
+def test_names_removed_just_before_their_worker_dies_may_be_there_again(mount: MountFactory, accel: str) -> None:
+    """With ``--durability interval``, unless they were synced. Without acceleration each is removed at once."""
+    mounted = mount(accel, "--durability", "interval", allowed=(WORKER_KILLED,))
+    directory = mounted.path / "directory"
+    directory.mkdir()
+    for name in ("synced", "lost", "kept"):
+        (directory / name).write_bytes(b"data")
+    synced_size(directory / "kept")
+    (directory / "synced").unlink()
+    synced_size(directory / "kept")
+    removed = figures.stats(mounted)["caches"]["removed_names"]
+    assert removed["names"] == (accel == "bpf")
+    assert removed["held"] == 0
+    (directory / "lost").unlink()
+    kill_worker(mounted)
+    possible = [["kept"], ["kept", "lost"]] if accel == "bpf" else [["kept"]]
+    if accel == "bpf":
+        rig.wait_for(lambda: figures.stats(mounted)["lease_remaining_s"] > 0, "all that was shown is dropped")
+    names = sorted(os.listdir(directory))
+    assert names in possible
+    assert (directory / "lost").exists() == ("lost" in names)
+    assert not (directory / "synced").exists()
+    mounted.remount()
+    assert sorted(os.listdir(directory)) == names
+
+
 @pytest.mark.parametrize("report", [os.fsync, os.close])
 def test_writes_lost_with_a_worker_are_reported_once(
     mount: MountFactory, accel: str, report: Callable[[int], None]

@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import ClassVar, Final, TypeVar
 
 from fuseclient import mounts
 
@@ -77,8 +77,11 @@ class Peer(ABC):
         return {}
 
 
+_P = TypeVar("_P", bound=Peer)
+
+
 @contextlib.contextmanager
-def fresh(kind: type[Peer], directory: Path) -> Iterator[Peer]:
+def fresh(kind: type[_P], directory: Path) -> Iterator[_P]:
     """Make a new volume of a kind, started so that it can be filled; remove it at the end."""
     with tempfile.TemporaryDirectory(dir=directory, prefix=kind.name.replace(" ", "-")) as name:
         peer = kind(Path(name))

@@ -6,7 +6,9 @@ with an append-only file that is synced every second and without a limit of memo
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -49,6 +51,25 @@ class Juicefs(Peer):
         times = [] if ttl_s is None else [f"--{each}-cache={ttl_s}" for each in ("attr", "entry", "dir-entry")]
         places: list[str | Path] = ["--log", log, "--cache-dir", self.directory / "cache"]
         run(juicefs, "mount", "-d", "--no-usage-report", *places, *times, self.meta_url(), self.root)
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[Path]:
+        """Mount it once more, for the body, so that it shows at once what others change: without caches."""
+        root, juicefs = self.directory / "beside", need("juicefs")
+        root.mkdir()
+        uncached = [f"--{each}-cache=0" for each in ("attr", "entry", "dir-entry")]
+        places: list[str | Path] = [
+            "--log",
+            self.directory / "juicefs.log",
+            "--cache-dir",
+            self.directory / "cache beside",
+        ]
+        run(juicefs, "mount", "-d", "--no-usage-report", *places, *uncached, self.meta_url(), root)
+        try:
+            yield root
+        finally:
+            run(juicefs, "umount", root)
+            root.rmdir()
 
     def stop(self) -> None:
         if is_mounted(self.root):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
@@ -48,6 +49,18 @@ class Bpfuse(Peer):
         if self._mounted:
             bpfuse("umount", self.root)
             self._mounted = False
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[Path]:
+        """Mount it once more, for the body."""
+        root = self.directory / "beside"
+        root.mkdir()
+        bpfuse("mount", self._url, root, "--cache-dir", self.directory / "cache beside", *self.options)
+        try:
+            yield root
+        finally:
+            bpfuse("umount", root)
+            root.rmdir()
 
     def processes(self) -> dict[str, int]:
         worker = int(stats(self.root)["worker"]["pid"])

@@ -29,6 +29,7 @@ from fuseclient.worker.inode_set import InodeSet
 from fuseclient.worker.invalidation import Invalidator
 from fuseclient.worker.lease import Lease
 from fuseclient.worker.orphans import Orphans
+from fuseclient.worker.removals import Removals
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.session import Acknowledge
 from metaserver import wire
@@ -112,6 +113,7 @@ class Changes:
         opened: OpenedVersions,
         kernel: Invalidator,
         passthrough: Passthrough,
+        removals: Removals,
         is_open: Callable[[int], bool],
     ) -> None:
         self._feeder = feeder
@@ -122,6 +124,7 @@ class Changes:
         self._opened = opened
         self._kernel = kernel
         self._passthrough = passthrough
+        self._removals = removals
         self._is_open = is_open
         self._pending: deque[Callable[[], Awaitable[None]]] = deque()
         #: The deadline to be used when nothing is pending any more.
@@ -158,6 +161,7 @@ class Changes:
         try:
             with keeping_out:
                 if told.joined:
+                    await self._removals.settle()
                     await self._writer.commit_deferred()
                 await self._kernel.drop(told.names, told.inodes)
         except ConnectionError as error:
@@ -206,6 +210,7 @@ class Changes:
     def lost(self) -> None:
         """The session is gone: nothing cached under it may be used, and its orphans are no more."""
         self._orphans.clear()
+        self._removals.session_lost()
         self._writer.acknowledged_lost()
         self._deadline_ns = 0
         self._drop_everything()

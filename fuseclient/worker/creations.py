@@ -4,7 +4,8 @@ While this client is alone on its volume, nobody else can see a name that it mak
 itself, if it knows all names of the directory, with an inode number that was reserved before. Name, inode, attributes
 and content go to the metaserver in one request and one transaction: when the file is flushed, is some seconds old, or
 something else is asked for that has to do with it. Of a lazy metaserver (``--durability interval``) a flush does not
-wait: what was closed gathers, and goes there many files at a time.
+wait: what was closed gathers, and goes there many files at a time. Until it is on its way there, it can be given other
+attributes, and another name in its directory, with nobody asked.
 
 Two things keep this right. Every request of this mount passes :class:`Ordered`, which first has all that it depends on
 committed. And what is held back is committed before another client is let in (a Break that says ``joined``).
@@ -93,6 +94,8 @@ class Creations:
         #: Those of them that are closed, as they will be made, in the order of their closing.
         self._closed: dict[int, wire.NewFile] = {}
         self._bytes = 0
+        #: Files that the metaserver was told of and may know, though it has not said so.
+        self._told: set[int] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._sending: asyncio.Task[None] | None = None
         #: The last attempt to commit closed files failed: nothing more is held back until one succeeds.
@@ -216,6 +219,7 @@ class Creations:
 
     def _done(self, ino: int) -> Made | None:
         """A file is held back no more."""
+        self._told.discard(ino)
         made = self._made.pop(ino, None)
         if made is None:
             return None
@@ -261,6 +265,7 @@ class Creations:
 
     async def _call(self, request: wire.MakeFiles) -> wire.Changed:
         """Have files made. What was put of them stays, as it is what they are; their directories have changed."""
+        self._told.update(file.ino for file in request.files)
         with self._feeder.begin() as token:
             try:
                 changed = await self._caller.call(request, wire.Changed)
@@ -291,6 +296,44 @@ class Creations:
             self._start()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(GATHER_S, self._start)
+
+    def _gathered(self, ino: int | None) -> wire.NewFile | None:
+        """Return a closed file that nobody was told of yet, if it may go on waiting."""
+        file = self._closed.get(ino) if ino is not None else None
+        return file if file is not None and ino not in self._told and self.may_wait else None
+
+    def change(self, request: wire.SetAttributes) -> tuple[wire.Attributes, bytes] | None:
+        """Change attributes of a closed file that is held back; return what it is now, and its content.
+
+        None, with nothing done: it is none, or its size is to be changed.
+        """
+        file = self._gathered(request.ino)
+        if file is None or request.size is not None:
+            return None
+        given = {name: getattr(request, name) for name in ("uid", "gid", "atime_ns", "mtime_ns")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if request.mode is not None:
+            given["mode"] = stat.S_IFREG | stat.S_IMODE(request.mode)
+        ctime_ns = max(time.time_ns(), file.ctime_ns + 1)
+        file = self._closed[file.ino] = msgspec.structs.replace(file, ctime_ns=ctime_ns, **given)
+        return attributes_of(file), file.content
+
+    def rename(self, parent: int, name: bytes, new_name: bytes) -> tuple[wire.Attributes, bytes] | None:
+        """Give a closed file that is held back another name; return what it is now, and its content.
+
+        None, with nothing done: it is none, or the name may be taken.
+        """
+        file = self._gathered(self._names.get((parent, name)))
+        if file is None or not self._feeder.whole.lacks(parent, new_name):
+            return None
+        count, newest_ns = self._below[parent]
+        now_ns = max(time.time_ns(), file.ctime_ns + 1, newest_ns)
+        del self._names[parent, name]
+        self._names[parent, new_name] = file.ino
+        self._made[file.ino] = Made(parent, new_name, now_ns)
+        self._below[parent] = count, now_ns
+        file = self._closed[file.ino] = msgspec.structs.replace(file, name=new_name, made_ns=now_ns, ctime_ns=now_ns)
+        return attributes_of(file), file.content
 
     def _start(self) -> None:
         if self._timer is not None:

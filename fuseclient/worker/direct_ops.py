@@ -34,6 +34,8 @@ from metaserver import wire
 _GETATTR: Final = struct.Struct("=IIQ")
 _SETATTR: Final = struct.Struct("=IIQQQqqqIIIIIIII")
 _MKDIR: Final = struct.Struct("=II")
+_RENAME: Final = struct.Struct("=Q")
+_RENAME2: Final = struct.Struct("=QII")
 _READ: Final = struct.Struct("=QQIIQII")
 _WRITE: Final = struct.Struct("=QQIIQII")
 _FSYNC: Final = struct.Struct("=QII")
@@ -81,6 +83,8 @@ class DirectOps:
             Opcode.MKDIR: self._mkdir,
             Opcode.UNLINK: self._unlink,
             Opcode.RMDIR: self._rmdir,
+            Opcode.RENAME: self._rename,
+            Opcode.RENAME2: self._rename2,
             Opcode.READ: self._read,
             Opcode.WRITE: self._write,
             Opcode.FSYNC: self._fsync,
@@ -124,10 +128,28 @@ class DirectOps:
         return encode_entry(await self._operations.mkdir(asked.nodeid, name, mode, asked.context))
 
     def _unlink(self, asked: Asked) -> Answer:
-        return _nothing(self._operations.unlink(asked.nodeid, _name(asked.body, 0), asked.context))
+        name = _name(asked.body, 0)
+        if self._operations.unlink_now(asked.nodeid, name):
+            return b""
+        return _nothing(self._operations.unlink(asked.nodeid, name, asked.context))
 
     def _rmdir(self, asked: Asked) -> Answer:
         return _nothing(self._operations.rmdir(asked.nodeid, _name(asked.body, 0), asked.context))
+
+    def _rename(self, asked: Asked) -> Answer:
+        (parent,) = _fields(_RENAME, asked.body, longer=True)
+        return self._moved(asked, asked.body[_RENAME.size :], parent, 0)
+
+    def _rename2(self, asked: Asked) -> Answer:
+        parent, flags, _ = _fields(_RENAME2, asked.body, longer=True)
+        return self._moved(asked, asked.body[_RENAME2.size :], parent, flags)
+
+    def _moved(self, asked: Asked, names: memoryview, parent: int, flags: int) -> Answer:
+        end = bytes(names).find(b"\0") + 1
+        old, new = _name(names[:end], 0), _name(names, end)
+        if self._operations.rename_now(asked.nodeid, old, parent, new, flags):
+            return b""
+        return _nothing(self._operations.rename(asked.nodeid, old, parent, new, flags, asked.context))
 
     def _write(self, asked: Asked) -> Answer:
         fh, offset, size, _, made_ns, _, posted = _fields(_WRITE, asked.body, longer=True)

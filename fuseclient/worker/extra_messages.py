@@ -73,6 +73,7 @@ class Opcode(enum.IntEnum):
     MKDIR = 9
     UNLINK = 10
     RMDIR = 11
+    RENAME = 12
     OPEN = 14
     READ = 15
     WRITE = 16
@@ -86,6 +87,7 @@ class Opcode(enum.IntEnum):
     CREATE = 35
     INTERRUPT = 36
     FALLOCATE = 43
+    RENAME2 = 45
     LSEEK = 46
     COPY_FILE_RANGE = 47
     TMPFILE = 51

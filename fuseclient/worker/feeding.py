@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import stat
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -123,8 +123,9 @@ class Feeder:
         """To be taken before the names of a whole directory are put, for :meth:`know_whole`."""
         return self._cache.losses(ino)
 
-    def know_whole(self, token: Token, ino: int, names: Iterable[bytes], losses: int) -> None:
-        """All names of a directory were put, and these are they, if none was dropped, made or removed since the token.
+    def know_whole(self, token: Token, ino: int, names: Mapping[bytes, int], losses: int) -> None:
+        """All names of a directory were put, and these are they, with what they stand for, if none was dropped, made or
+        removed since the token.
 
         What it lacks is absent from now on, until one of its names is dropped.
         """
@@ -246,7 +247,7 @@ class Feeder:
             self.drop_name(parent, name)
             return
         self._renew_name(parent, name)
-        self.whole.named(parent, name)
+        self.whole.named(parent, name, ino)
         self._put_name(parent, name, ino)
 
     def made(
@@ -257,12 +258,25 @@ class Feeder:
         ``directory``: what the directory was before, if that is known.
         """
         self._renew_name(parent, name)
-        self.whole.named(parent, name)
+        self.whole.named(parent, name, attributes.ino)
         self._put_name(parent, name, attributes.ino)
         if self.is_shown(attributes):
             self._cache.put_inode(attributes)
         else:
             self.written(attributes)
+        self._names_changed(parent, directory)
+
+    def renamed(
+        self, parent: int, name: bytes, new_name: bytes, file: Closed, directory: wire.Attributes | None = None
+    ) -> None:
+        """A file that nobody else knows of was given another name in its directory, of which see :meth:`made`."""
+        with self.begin() as token:
+            self.closed(file)
+            self.unnamed(token, parent, name)
+            self.named(token, parent, new_name, file.attributes.ino)
+        self._names_changed(parent, directory)
+
+    def _names_changed(self, parent: int, directory: wire.Attributes | None) -> None:
         self._drop_attributes(parent)
         if directory is not None and self._wanted(directory):
             self._put_inode(directory, None)
@@ -275,6 +289,14 @@ class Feeder:
         self._renew_name(parent, name)
         self.whole.unnamed(parent, name)
         self._put_name(parent, name, 0)
+
+    def removed(self, parent: int, name: bytes, ino: int, directory: wire.Attributes | None = None) -> None:
+        """A name of a file was removed here, which the metaserver is told later. ``directory``: as of :meth:`made`."""
+        self._renew_name(parent, name)
+        self.whole.unnamed(parent, name)
+        self._put_name(parent, name, 0)
+        self.drop_inode(ino)
+        self._names_changed(parent, directory)
 
     def closed(self, closed: Closed) -> None:
         """The last writer of a file has gone; what is known of it is as new as its last change or break."""

@@ -111,7 +111,7 @@ class Fetch:
         self.entries.sort(key=cookie_of)
         self._put_listing()
         if self.error is None and self.whole and self.complete:
-            names = (entry.name for entry in self.entries)
+            names = {entry.name: entry.attributes.ino for entry in self.entries}
             self._feeder.know_whole(self._token, self.request.ino, names, self._losses)
         self.done = True
         self.on_end(self)

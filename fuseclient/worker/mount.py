@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -33,6 +34,7 @@ from fuseclient.worker.operations import Operations, Parts
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.places import Places
 from fuseclient.worker.reading import ReadPath
+from fuseclient.worker.removals import Removals
 from fuseclient.worker.returns import Returns
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.session import Acknowledge, Session
@@ -84,11 +86,16 @@ class Mount:
             on_restarted=lambda: self._tell(lambda changes: changes.restarted()),
             writing=lambda: self._writer.open_inodes()[: wire.MAX_OPEN] if self._changes is not None else [],
             on_connected=lambda connection, resumed: self.locks.connected(connection, resumed=resumed),
-            check_change=lambda request: self.locks.check_change(request),
+            check_change=self._check_change,
             resume=bytes.fromhex(config.session) if config.session else None,
             known=Known(config.address, config.metaservers_fd),
         )
         self.locks.session = self._session
+
+    def _check_change(self, request: wire.Request) -> None:
+        self.locks.check_change(request)
+        if self._changes is not None:
+            self._removals.check(request)
 
     def _lost(self) -> None:
         self.locks.session_lost()
@@ -155,16 +162,37 @@ class Mount:
             on_old_pages=old_pages.drop,
         )
         old_pages.feeder = feeder
-        committing = Committing(session, feeder)
+
+        def is_alone() -> bool:
+            return session.alone and lease.left_s() > 0
+
+        def is_lazy() -> bool:
+            return session.opened.lazy
+
+        def removed_in_vain(lost: wire.RemovedName) -> None:
+            feeder.drop_name(lost.parent, lost.name)
+            feeder.drop_inode(lost.parent)
+            feeder.drop_inode(lost.ino)
+            kernel.doubt_later([(lost.parent, lost.name)], [lost.parent, lost.ino])
+            writer.made_in_vain()
+
+        removals = self._removals = Removals(
+            session,
+            feeder,
+            may_wait=lambda: is_lazy() and is_alone(),
+            is_busy=self._is_written,
+            when_lost=removed_in_vain,
+        )
+        committing = Committing(removals, feeder)
         writer = self._writer = Writer(
             committing,
             self._store,
             opened.inline_limit,
             lambda changed: committing.committed(changed, writer.changed_elsewhere),
-            is_lazy=lambda: session.opened.lazy,
+            is_lazy=is_lazy,
             changes=lambda: session.changes,
         )
-        writer.hooks.is_alone = lambda: session.alone and lease.left_s() > 0
+        writer.hooks.is_alone = is_alone
 
         def made_in_vain(made: Made, ino: int) -> None:
             feeder.drop_name(made.parent, made.name)
@@ -173,16 +201,16 @@ class Mount:
             kernel.doubt_later([(made.parent, made.name)], [made.parent, ino])
 
         creations = self._creations = Creations(
-            session,
+            removals,
             feeder,
-            is_alone=writer.hooks.is_alone,
-            is_lazy=lambda: session.opened.lazy,
+            is_alone=is_alone,
+            is_lazy=is_lazy,
             when_lost=made_in_vain,
             when_closed_lost=writer.made_in_vain,
         )
         creations.publish = writer.publish
         writer.hooks.held_files = creations
-        ordered = Ordered(session, creations)
+        ordered = Ordered(removals, creations)
         self._compactor = Compactor(ordered, self._store, feeder.drop_inode)
         writer.hooks.when_laid = self._compactor.laid
         writer.hooks.when_given_up = kernel.drop_pages_later
@@ -193,7 +221,7 @@ class Mount:
 
         feeder.on_changed = changed
         feeder.on_overtaken = writer.note
-        feeder.overlay = creations.overlay
+        feeder.overlay = lambda attributes: removals.overlay(creations.overlay(attributes))
         feeder.is_shown = lambda attributes: attributes.ino not in kernel.dropping and writer.show(attributes)
         writer.hooks.when_touched = feeder.written
 
@@ -202,7 +230,7 @@ class Mount:
         def is_open(ino: int) -> bool:
             return ino in open_handles or cache.is_open(ino) or writer.is_open(ino) or ino in told_lately
 
-        orphans = Orphans(ordered, is_open)
+        orphans = removals.orphans = Orphans(ordered, is_open)
         room = cache.room
         siblings = Siblings(cache.is_used, room.entries // 2, room.pages * _PAGE // 2)
         places = Places()
@@ -233,7 +261,9 @@ class Mount:
 
         feeder.on_drop = dropped
         through = reading.passthrough
-        self._changes = Changes(feeder, directories, writer, orphans, lease, versions, kernel, through, is_open)
+        self._changes = Changes(
+            feeder, directories, writer, orphans, lease, versions, kernel, through, removals, is_open
+        )
         self._ahead = None if config.maps is None else ContentAhead(ordered, feeder, places, _data_budget(config))
         if self._ahead is not None:
             feeder.on_pages += [places.page, siblings.page]
@@ -270,6 +300,7 @@ class Mount:
                 directories=directories,
                 writer=writer,
                 creations=creations,
+                removals=removals,
                 reader=reading.reader,
                 orphans=orphans,
                 closings=self._closings,
@@ -333,6 +364,7 @@ class Mount:
             "content_ahead": self._ahead.figures() if self._ahead is not None else {},
             "leases": self._returns.figures(),
             "new_files": self._creations.figures(),
+            "removed_names": self._removals.figures(),
             "compaction": self._compactor.figures(),
             "locks": self.locks.figures(),
             **self._reading.figures(),
@@ -348,6 +380,8 @@ class Mount:
             await self._ahead.close()
         await self._reading.passthrough.absorb_all()
         await self._writer.flush_all()
+        with contextlib.suppress(Refused, Disconnected):
+            await self._removals.settle()
         await self._closings.close()
         await self._session.close(farewell=farewell)
         await self._reading.close()

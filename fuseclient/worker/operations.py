@@ -41,6 +41,7 @@ from fuseclient.worker.lease import Lease
 from fuseclient.worker.listings import DOTS
 from fuseclient.worker.locks import Locks
 from fuseclient.worker.orphans import Orphans
+from fuseclient.worker.removals import Removals
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.told_lately import ToldLately
 from fuseclient.worker.xattrs import ROOT_XATTRS, Xattrs
@@ -71,6 +72,7 @@ class Parts:
     directories: Directories
     writer: Writer
     creations: Creations
+    removals: Removals
     reader: Reader
     orphans: Orphans
     closings: Closings
@@ -115,6 +117,7 @@ class Operations(pyfuse3.Operations):
         self._directories = parts.directories
         self._writer = parts.writer
         self._creations = parts.creations
+        self._removals = parts.removals
         self._reader = parts.reader
         self._orphans = parts.orphans
         self._closings = parts.closings
@@ -190,7 +193,7 @@ class Operations(pyfuse3.Operations):
             if target is not None and fresh:
                 self._feeder.content(made, target)
             if fresh and stat.S_ISDIR(mode):
-                self._feeder.know_whole(token, made.ino, (), self._feeder.losses(made.ino))
+                self._feeder.know_whole(token, made.ino, {}, self._feeder.losses(made.ino))
         return made, fresh
 
     def _named(self, token: Token, parent: int, name: bytes, changed: wire.Changed) -> bool:
@@ -213,7 +216,18 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._remove(parent_inode, name, directory=False)
+        if not self.unlink_now(parent_inode, name):
+            await self._remove(parent_inode, name, directory=False)
+
+    def unlink_now(self, parent: int, name: bytes) -> bool:
+        """Remove a file's name, of which the metaserver is told later; False: that cannot be, and nothing is done.
+
+        The kernel has found the name, and that it is no directory's, under the lock that keeps it so.
+        """
+        _check_name(name)
+        if not self._may_remember or self._creations.find(parent, name) is not None:
+            return False
+        return self._removals.remove(parent, name, self._creations.directory(parent))
 
     @answered
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
@@ -239,8 +253,8 @@ class Operations(pyfuse3.Operations):
         flags: int,
         ctx: RequestContext,
     ) -> None:
-        _check_name(name_old)
-        _check_name(name_new)
+        if self.rename_now(parent_inode_old, name_old, parent_inode_new, name_new, flags):
+            return
         exchange, no_replace = bool(flags & pyfuse3.RENAME_EXCHANGE), bool(flags & pyfuse3.RENAME_NOREPLACE)
         if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE):
             raise FUSEError(errno.EINVAL)
@@ -248,6 +262,18 @@ class Operations(pyfuse3.Operations):
         async with self._changing((parent_inode_old, name_old), (parent_inode_new, name_new)) as token:
             changed = await self._session.call(request, wire.Changed)
             self._renamed(token, request, changed)
+
+    def rename_now(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> bool:
+        """Rename a closed file that the metaserver is told of later; False: that cannot be, and nothing is done."""
+        _check_name(name)
+        _check_name(new_name)
+        if parent != new_parent or name == new_name or flags & ~pyfuse3.RENAME_NOREPLACE:
+            return False
+        renamed = self._creations.rename(parent, name, new_name)
+        if renamed is None:
+            return False
+        self._feeder.renamed(parent, name, new_name, Closed(*renamed), self._creations.directory(parent))
+        return True
 
     def _renamed(self, token: Token, request: wire.Rename, changed: wire.Changed) -> None:
         old, new = (request.parent, request.name), (request.new_parent, request.new_name)
@@ -338,16 +364,19 @@ class Operations(pyfuse3.Operations):
     @answered_of_inode
     async def change(self, request: wire.SetAttributes) -> EntryAttributes:
         """Change attributes, and return them all."""
-        return self._changed_entry(await self._set_attributes(request))
+        entry = self.change_now(request)
+        return self._changed_entry(await self._set_attributes(request)) if entry is None else entry
 
     def change_now(self, request: wire.SetAttributes) -> EntryAttributes | None:
-        """Change attributes of a new file, with its first flush; None: that cannot be."""
+        """Change attributes of a new file, of which the metaserver is told later, or with its first flush; None: that
+        cannot be."""
         deferred = self._writer.defer(request)
+        if deferred is None and (changed := self._creations.change(request)) is not None:
+            self._feeder.closed(Closed(*changed))
+            deferred, _ = changed
         return None if deferred is None else self._changed_entry(deferred)
 
     async def _set_attributes(self, request: wire.SetAttributes) -> wire.Attributes:
-        if (deferred := self._writer.defer(request)) is not None:
-            return deferred
         if request.size is None and self._writer.will_sync(request.ino):
             request = msgspec.structs.replace(request, lazy=True)
         async with self._writer.settled(request.ino, request.size):

@@ -81,6 +81,9 @@ class Transaction(Snapshot):
         """The bytes of keys and values that this transaction may still write."""
         return MAX_TRANSACTION - self._bytes
 
+    def is_new(self, prefix: bytes) -> None:
+        """Nothing is, or ever was, stored whose key begins so: a number in it is given out by this transaction."""
+
     def put(self, key: bytes, value: bytes) -> None:
         """Set a key's value; raise :exc:`LimitExceeded`."""
         if len(value) > MAX_VALUE:

@@ -15,6 +15,9 @@ runs. That they are still current has to be asked for once during each read, whi
 share one. It does not have to be asked for while this process has the authority (see remote_authority.py). A body
 that reads much does so in the store as it was at one moment, on a thread of its own (:meth:`scan`).
 
+A directory that is made here is known to have no entries but those that are made after it, here: so a name that is made
+in it need not be asked for (:meth:`Transaction.is_new`).
+
 **A lost answer.** A commit whose answer was lost is sent again as it was. If the first had been made the second is
 refused, as the tip has moved, and the tip tells that it was ours. If the store stays away for too long, the outcome is
 unknown; before anything else is done then, the tip is moved on, so that a commit that is still on its way fails.
@@ -92,13 +95,15 @@ class _Batch:
 
     def __init__(self) -> None:
         self.writes: dict[bytes, bytes | None] = {}
+        self.new: list[bytes] = []
         self.bytes = 0
         self.transactions = 0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done.add_done_callback(_take_note)
 
-    def add(self, writes: Writes, size: int) -> None:
+    def add(self, writes: Writes, new: Sequence[bytes], size: int) -> None:
         self.writes.update(writes)
+        self.new += new
         self.bytes += size
         self.transactions += 1
 
@@ -202,7 +207,7 @@ class RemoteEngine(Engine):
                     raise
                 except Exception as raised:
                     result, error = cast(T, None), raised
-                await self._settle({} if error else txn.writes, generation)
+                await self._settle({} if error else txn.writes, txn.new, generation)
                 return _outcome(result, error)
         finally:
             self._memos.discard(memo)
@@ -335,10 +340,10 @@ class RemoteEngine(Engine):
 
     # Commits
 
-    async def _settle(self, writes: Writes, generation: int) -> None:
+    async def _settle(self, writes: Writes, new: Sequence[bytes], generation: int) -> None:
         """Return when writes are committed, and all that their body has seen; raise :exc:`Conflict` if it is not."""
         if writes:
-            await asyncio.shield(self._join(writes).done)
+            await asyncio.shield(self._join(writes, new).done)
             return
         if self._batches:
             await asyncio.wait({self._batches[-1].done})
@@ -347,14 +352,14 @@ class RemoteEngine(Engine):
         if generation != self._generation:
             raise Conflict("another process has changed the store, or what was not committed yet was seen")
 
-    def _join(self, writes: Writes) -> _Batch:
+    def _join(self, writes: Writes, new: Sequence[bytes]) -> _Batch:
         """Put writes into the batch that waits, and see that it is committed."""
         size = sum(len(key) + len(value or b"") for key, value in writes.items())
         batch = self._batches[-1] if self._batches else None
         if batch is None or batch is self._under_way or not self._fits(batch, writes, size):
             batch = _Batch()
             self._batches.append(batch)
-        batch.add(writes, size)
+        batch.add(writes, new, size)
         self._pending.update(writes)
         if self._committer is None:
             self._committer = asyncio.create_task(self._commit_all(), name="commits")
@@ -426,6 +431,8 @@ class RemoteEngine(Engine):
         self._own.append((self._tip.version, tip.version, batch.writes))
         self._tip = tip
         self._batches.popleft()
+        for prefix in batch.new:
+            self._cache.is_new(prefix)
         self._cache.update(batch.writes)
         for memo in self._memos:
             memo.apply(batch.writes)

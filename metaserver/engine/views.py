@@ -16,6 +16,8 @@ from metaserver.engine.store import Found, Query, Writes
 
 #: What a cached row takes beside its key and value, in bytes, about.
 _ROW_BYTES: Final = 200
+#: Prefixes that are known to be whole, at most.
+_MOST_WHOLE: Final = 65_536
 #: Rows that are fetched beyond a range's limit if there are writes in it that are not committed.
 _SLACK: Final = 16
 
@@ -31,20 +33,37 @@ class Missing(BaseException):
 
 
 class Cache:
-    """Committed rows, absent ones too; the least recently used go first."""
+    """Committed rows, absent ones too; the least recently used go first.
+
+    Of a *whole* prefix all keys are at hand: those that are not among the rows are absent. It was new once, and is
+    whole until one of its rows has gone.
+    """
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
         self._rows: OrderedDict[bytes, bytes | None] = OrderedDict()
         self._bytes = 0
+        self._whole: OrderedDict[bytes, None] = OrderedDict()
+        #: The lengths of all prefixes that ever were whole.
+        self._lengths: set[int] = set()
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._rows
+        return key in self._rows or any(key[:length] in self._whole for length in self._lengths)
 
     def __getitem__(self, key: bytes) -> bytes | None:
+        """Return the value of a key that is at hand."""
+        if key not in self._rows:
+            return None
         value = self._rows[key]
         self._rows.move_to_end(key)
         return value
+
+    def is_new(self, prefix: bytes) -> None:
+        """Nothing that begins so was stored when this is called; all that is from then on, comes to :meth:`update`."""
+        self._lengths.add(len(prefix))
+        self._whole[prefix] = None
+        if len(self._whole) > _MOST_WHOLE:
+            self._whole.popitem(last=False)
 
     def update(self, rows: Writes) -> None:
         """Add rows."""
@@ -54,11 +73,15 @@ class Cache:
             self._rows[key] = value
             self._bytes += _size(key, value)
         while self._bytes > self._most_bytes:
-            self._bytes -= _size(*self._rows.popitem(last=False))
+            key, value = self._rows.popitem(last=False)
+            self._bytes -= _size(key, value)
+            for length in self._lengths:
+                self._whole.pop(key[:length], None)
 
     def clear(self) -> None:
         """Forget everything."""
         self._rows.clear()
+        self._whole.clear()
         self._bytes = 0
 
 
@@ -197,6 +220,8 @@ class RemoteTransaction(Transaction):
         super().__init__()
         self._hand = hand
         self.writes: dict[bytes, bytes | None] = {}
+        #: Prefixes of which nothing is stored when it is committed, but what it or a later one writes.
+        self.new: list[bytes] = []
 
     def get(self, key: bytes) -> bytes | None:
         return self._hand.get(key, self.writes)
@@ -209,6 +234,9 @@ class RemoteTransaction(Transaction):
 
     def space(self) -> Space:
         return self._hand.space()
+
+    def is_new(self, prefix: bytes) -> None:
+        self.new.append(prefix)
 
     def _put(self, key: bytes, value: bytes) -> None:
         self.writes[key] = value

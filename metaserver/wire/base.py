@@ -8,7 +8,7 @@ from typing import Annotated, Final
 import msgspec
 from msgspec import Meta
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 
 #: A body before the handshake, a request's body, and a reply's body, in bytes.
 MAX_HELLO: Final = 4 * 1024
@@ -39,6 +39,8 @@ MAX_TARGET: Final = 4095
 #: Files that one request makes, the bytes of their content in all, and inode numbers that one reserves.
 MAX_NEW_FILES: Final = 14
 MAX_NEW_BYTES: Final = 128 * 1024
+#: Names of one RemoveNames.
+MAX_REMOVED: Final = 14
 MAX_RESERVED: Final = 4096
 MAX_XATTR_NAME: Final = 255
 MAX_XATTR_VALUE: Final = 60 * 1024

@@ -47,6 +47,7 @@ from metaserver.wire.namespace import (
     ReadLink,
     Reap,
     Remove,
+    RemoveNames,
     RemoveXattr,
     Rename,
     ReserveInodes,
@@ -87,6 +88,7 @@ Request = (
     | CopyRange | Seek | OpenFile | ClosedForWriting | Sync | CompactSlices | InspectSlices | RetireSlices
     | TestLock | SetLock | CancelLock | HoldLocks | FollowEvents | Acknowledge | ReturnLeases
     | CreateIdentity | RevokeIdentity | ListIdentities | GetStatus | EvictSession | MakeFiles | ReserveInodes
+    | RemoveNames
 )
 Reply = (
     Failure | Done | Welcome | SessionOpened | Renewed | Found | DirectoryPage | Changed | TargetIs | XattrIs

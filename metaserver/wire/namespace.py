@@ -11,6 +11,7 @@ from metaserver.wire.base import (
     MAX_FETCH,
     MAX_INLINE,
     MAX_NEW_FILES,
+    MAX_REMOVED,
     MAX_RESERVED,
     U32,
     U63,
@@ -196,6 +197,24 @@ class MakeFiles(Message, tag=61):
     lazy: bool = False
 
 
+class RemovedName(Message):
+    """A name that its client has removed, at ``removed_ns``; it stood for ``ino``, which is no directory."""
+
+    parent: Ino
+    name: Name
+    ino: Ino
+    removed_ns: Nanoseconds
+
+
+class RemoveNames(Message, tag=62):
+    """Unlink what this client has unlinked by itself, while no other client saw the volume; all or none.
+
+    NOT_FOUND: a name is not there, or stands for another inode. Orphans are as of :class:`Remove`.
+    """
+
+    names: Annotated[list[RemovedName], Meta(min_length=1, max_length=MAX_REMOVED)]
+
+
 class Found(Message, tag=69):
     """One inode's attributes; ``cookie`` is that of the entry looked up, else 0. ``data`` as in DirectoryEntry."""
 
@@ -221,7 +240,7 @@ class Changed(Message, tag=71):
 
     For Rename: the moved inode, both parents, then the replaced or exchanged inode if any. For Remove: the removed
     inode (``nlink`` 0: an orphan now), the parent. For MakeNode and Link: the inode, the parent. For MakeFiles: the
-    files, then their directories.
+    files, then their directories. For RemoveNames: the removed inodes, each once, then the directories.
     ``done``: for requests that change a range, how many of its bytes have been dealt with.
     """
 

@@ -167,6 +167,8 @@ static bool is_extra(uint32_t opcode)
 		FUSE_MKDIR,
 		FUSE_UNLINK,
 		FUSE_RMDIR,
+		FUSE_RENAME,
+		FUSE_RENAME2,
 		FUSE_READ,
 		FUSE_FSYNC,
 		FUSE_WRITE,

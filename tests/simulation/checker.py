@@ -11,6 +11,7 @@
 5. What a program writes is seen at once by all on its machine; by others when it is committed.
 6. So is a file that it makes, with its attributes. That is committed when it is closed, if it is promised to be durable
    then; until then it may be gone with the worker. Its commit may hold what was changed of it meanwhile.
+7. So is the removal of a file's name, if it is not promised to be durable; several may be committed at once.
 
 Changes are told apart by the commits that they match, so nothing is searched: each read is given the oldest version
 that is allowed, which leaves most room for those after it. Content may be committed a second time for another session
@@ -130,7 +131,7 @@ def _came_with(change: Change, held: dict[int, Change], registers: dict[Register
 def efforts(commit: Commit) -> list[dict[Register, Value]]:
     """Return what of a commit tells whose it was, for each change that it may hold: all names, or each of the rest.
 
-    New files may come several at once, each with what was written to it.
+    New files may come several at once, each with what was written to it; so may names that were removed.
     """
     changes = commit.changes
     if names := {register: value for register, value in changes.items() if register[0] == "name"}:
@@ -140,7 +141,9 @@ def efforts(commit: Commit) -> list[dict[Register, Value]]:
         efforts = [{register: value} for register, value in made.items()]
         written = [register for register in written if changes["mode", register[1], b""] != _SYMLINK]
         efforts += [{register: changes[register]} for register in written if changes[register]]
-        return [*efforts, others] if others else efforts
+        if any(others.values()):
+            return [*efforts, others]
+        return [*efforts, *({register: value} for register, value in others.items())]
     return [{register: changes[register]} for kind in _KINDS for register in changes if register[0] == kind]
 
 
@@ -193,9 +196,14 @@ def _may_be(change: Change, commit: Commit, effect: dict[Register, Value]) -> bo
     return all(agrees(value, change.effect[register]) for register, value in effect.items())
 
 
-def _urgency(change: Change) -> float:
-    """Return when a change must be committed: the first to end must be first, before those that need not be at all."""
-    return change.returned.order if change.outcome is Outcome.OK and change.returned is not None else math.inf
+def _urgency(change: Change) -> tuple[float, bool]:
+    """Return when a change must be committed: the first to end must be first, before those that need not be at all.
+
+    The last of these are those that were kept by a worker or under a session that is no more.
+    """
+    last = change.returned if not change.held else change.due
+    moment = last.order if change.outcome is Outcome.OK and last is not None else math.inf
+    return moment, change.parted or change.gone < math.inf
 
 
 def _is_idle(change: Change, registers: dict[Register, list[Version]]) -> bool:

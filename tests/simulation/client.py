@@ -113,6 +113,10 @@ class Client:
         """Whether the worker has made a file that the metaserver does not know of."""
         return self.worker.mount is not None and ino in self.worker.mount._creations
 
+    def has_removed(self, parent: int, name: bytes) -> bool:
+        """Whether the worker has removed a name, and the metaserver does not know of that."""
+        return self.worker.mount is not None and (parent, name) in self.worker.mount._removals
+
     def _watch(self, mount: Mount) -> None:
         """Tell when a mount loses its session."""
         drop = mount._session._on_lost

@@ -122,7 +122,8 @@ class Change:
     durable: bool = False
     #: Its program was told that it may be lost.
     doubted: bool = False
-    #: It is the making of a file, which its client may keep to itself: up to ``due``, if it has come to that.
+    #: It is the making of a file, or the removal of one, which its client may keep to itself: up to ``due``, if it has
+    #: come to that.
     held: bool = False
     due: Stamp | None = None
     #: What was changed of the file meanwhile.
@@ -218,7 +219,8 @@ class History:
         for change in self.changes:
             returned = change.returned
             if change.client == client and returned is not None and since < returned.order < invoked.order:
-                change.durable |= change.outcome is Outcome.OK and not change.doubted
+                is_lost = change.held and change.gone < math.inf
+                change.durable |= change.outcome is Outcome.OK and not change.doubted and not is_lost
                 if change.held and change.due is None and change.durable:
                     change.due = self.now()
 

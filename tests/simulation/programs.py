@@ -212,6 +212,7 @@ class Program:
         change = self._history.begin(self._client.index, what, {register: 0})
         await self._changing(change, self._kernel.remove(parent, name, directory=directory), missing=register)
         self._history.end(change, Outcome.OK, durable=self._durable)
+        change.held = self._client.has_removed(parent, name)
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, *, exchange: bool) -> None:
         old, new = name_of(parent, name), name_of(new_parent, new_name)

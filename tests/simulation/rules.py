@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any, Final, NamedTuple
 from unittest import mock
 
 from fuseclient.worker.creations import Creations
 from fuseclient.worker.guard import Guard
 from fuseclient.worker.invalidation import Invalidator
+from fuseclient.worker.removals import Removals
 from fuseclient.worker.returns import Returns
-from metaserver import fencing
+from metaserver import fencing, wire
 from metaserver.breaks import Breaks
 from metaserver.coherence import Change, _State
 from metaserver.fencing import Tenure
@@ -28,6 +29,15 @@ def _nothing(*args: Any) -> None:
     """Find nothing, and nothing wrong."""
 
 
+async def _straight(removals: Removals, request: wire.Request, reply_type: Any) -> Any:
+    """Call, whatever is held back."""
+    return await removals._session.call(request, reply_type)
+
+
+def _straight_stream(removals: Removals, request: wire.FetchDirectory) -> AsyncGenerator[wire.DirectoryPage, None]:
+    return removals._session.stream(request)
+
+
 class Rule(NamedTuple):
     """A rule: what is put in whose place when it is off, and the faults that it is for; none: all."""
 
@@ -35,6 +45,8 @@ class Rule(NamedTuple):
     faults: tuple[str, ...] = ()
     #: It is for a client that is the only one for a while.
     late: bool = False
+    #: It is for an engine that acknowledges before it is durable.
+    lazy: bool = False
     #: It is for two metaservers.
     standby: bool = False
 
@@ -56,6 +68,13 @@ RULES: Final[dict[str, Rule]] = {
     "remembered outcomes": Rule(((fencing, "outcome", _nothing),), ("cut_a_connection", "restart_the_server")),
     "new files before others": Rule(((Creations, "commit_all", _at_once),), ("cut_a_connection",), late=True),
     "new files in order": Rule(((Creations, "before", _at_once),), ("cut_a_connection",), late=True),
+    "removed names before others": Rule(((Removals, "settle", _at_once),), ("cut_a_connection",), late=True, lazy=True),
+    "removed names in order": Rule(
+        ((Removals, "call", _straight), (Removals, "stream", _straight_stream)),
+        ("cut_a_connection",),
+        late=True,
+        lazy=True,
+    ),
     "leases returned when they are over": Rule(((Returns, "_wait_ns", lambda *args: 0),)),
     "leases returned without pages": Rule(((Invalidator, "drop_unused", _at_once),)),
     "leases returned of what was not told since": Rule(

@@ -338,6 +338,9 @@ class World:
         sources = ("errno" if read.source.startswith("the errno") else read.source for read in self.history.reads)
         counts = Counter(f"read from {source}" for source in sources)
         counts.update(f"{change.what.split()[0]} {change.outcome.value}" for change in self.history.changes)
+        counts["removed by itself"] = sum(
+            change.held and change.what.startswith("unlink") for change in self.history.changes
+        )
         counts["store failures"] = self.objects.failures
         return counts + self.faults.counts + self.engine.counts
 

@@ -55,12 +55,12 @@ void attributes_begin(struct bpfuse_channel *channel, struct posting *posting, c
 	posting->attributes = *attributes;
 }
 
-/* A request is about to be sent for an answer. */
+/* A request is about to be sent, for an answer unless it is a FORGET. */
 void attributes_end(struct bpfuse_channel *channel, const struct pending *pending)
 {
-	struct posting *posting = pending->opcode == FUSE_GETXATTR ? NULL : known(channel, pending->nodeid);
+	struct posting *posting = known(channel, pending->nodeid);
 
-	if (posting)
+	if (posting && pending->opcode != FUSE_GETXATTR && pending->origin.kind != PENDING_ONE_WAY)
 		posting->changes = false;
 }
 

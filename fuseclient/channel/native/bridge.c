@@ -95,6 +95,8 @@ static enum lane lane_of(uint32_t opcode)
 	case FUSE_MKDIR:
 	case FUSE_UNLINK:
 	case FUSE_RMDIR:
+	case FUSE_RENAME:
+	case FUSE_RENAME2:
 	case FUSE_READ:
 	case FUSE_WRITE:
 	case FUSE_FSYNC:

@@ -105,6 +105,8 @@ static enum bpfuse_outcome dispatch(struct request *request, __u32 opcode)
 		return answer_listing(request, true);
 	case FUSE_READLINK:
 		return answer_readlink(request);
+	case FUSE_SETXATTR:
+		return answer_setxattr(request);
 	case FUSE_LISTXATTR:
 		return answer_listxattr(request);
 	case FUSE_FLUSH:

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
  * GETXATTR and LISTXATTR of inodes that are known to have no xattrs, or whose xattrs are all in `xattrs`. Of access
- * control lists there are none, anywhere.
+ * control lists there are none, anywhere, and none can be set, as cp -p tries with each file.
  */
 #ifndef BPFUSE_XATTRS_BPF_H
 #define BPFUSE_XATTRS_BPF_H
@@ -148,6 +148,18 @@ static __noinline enum bpfuse_outcome answer_getxattr(struct request *request)
 	if (outcome != BPFUSE_ANSWERED)
 		return outcome;
 	return none ? answer_no_such_xattr(request) : answer_known_xattr(request);
+}
+
+static __noinline enum bpfuse_outcome answer_setxattr(struct request *request)
+{
+	enum bpfuse_outcome outcome = check_request(request, FUSE_COMPAT_SETXATTR_IN_SIZE, 2, BPFUSE_PAYLOAD);
+
+	if (outcome != BPFUSE_ANSWERED)
+		return outcome;
+	if (!is_acl_name(request->entry->payload))
+		return BPFUSE_MISS_FLAGS;
+	request->error = -EOPNOTSUPP;
+	return BPFUSE_ANSWERED;
 }
 
 static __noinline enum bpfuse_outcome answer_listxattr(struct request *request)

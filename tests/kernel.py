@@ -219,6 +219,10 @@ def getxattr(ino: int, name: bytes, size: int = 0) -> Request:
     return Request(OPCODE["GETXATTR"], ino, struct.pack("<II", size, 0), name + b"\0")
 
 
+def setxattr(ino: int, name: bytes, value: bytes) -> Request:
+    return Request(OPCODE["SETXATTR"], ino, struct.pack("<II", len(value), 0), name + b"\0" + value)
+
+
 def listxattr(ino: int, size: int) -> Request:
     return Request(OPCODE["LISTXATTR"], ino, struct.pack("<II", size, 0))
 

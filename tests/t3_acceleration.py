@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import signal
+import struct
 import sys
 import threading
 import time
@@ -79,6 +80,13 @@ def _no_xattr(path: Path) -> None:
         os.getxattr(path, "user.none")
 
 
+def _no_acl(path: Path) -> None:
+    """Set one that says what the mode says, as cp -p does."""
+    entries = b"".join(struct.pack("<HHI", tag, 4, 0xFFFFFFFF) for tag in (1, 4, 32))
+    with pytest.raises(OSError, match="not supported"):
+        os.setxattr(path, "system.posix_acl_access", struct.pack("<I", 2) + entries)
+
+
 def _absent(path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         (path / "absent").stat()
@@ -95,6 +103,7 @@ ACCESSES: Final[list[tuple[str, str, Callable[[Path], Any]]]] = [
     ("READLINK", "a symlink", lambda top: (top / "link").readlink()),
     ("GETXATTR", "no such xattr", lambda top: _no_xattr(top / "file")),
     ("LISTXATTR", "no xattrs", lambda top: os.listxattr(top / "file")),
+    ("SETXATTR", "an access control list", lambda top: _no_acl(top / "file")),
     ("OPENDIR", "a directory", lambda top: _open_and_close(top / "directory", os.O_RDONLY | os.O_DIRECTORY)),
     ("RELEASEDIR", "a directory", lambda top: _open_and_close(top / "directory", os.O_RDONLY | os.O_DIRECTORY)),
     ("IOCTL", "a file that Python opens, which asks whether it is a terminal", lambda top: (top / "file").read_bytes()),

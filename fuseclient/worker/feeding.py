@@ -27,6 +27,8 @@ from metaserver import wire
 if TYPE_CHECKING:
     from fuseclient.kernel_cache import Cache
 
+#: As a plain integer, which is a hundred times as fast: it is asked of each entry of a listing.
+_INLINE: Final = int(wire.InodeFlag.INLINE)
 #: Inodes changed here of which the newest version is remembered.
 _RECENT: Final = 1024
 
@@ -379,11 +381,7 @@ class Feeder:
 
 def comes_with_directory(attributes: wire.Attributes) -> bool:
     """Say whether a fetch of its directory brings the content of a file, within the budget; empty ones have none."""
-    return bool(
-        attributes.flags & wire.InodeFlag.INLINE
-        and 0 < attributes.size <= wire.MAX_INLINE
-        and stat.S_ISREG(attributes.mode)
-    )
+    return bool(0 < attributes.size <= wire.MAX_INLINE and attributes.flags & _INLINE and stat.S_ISREG(attributes.mode))
 
 
 def _listing(ino: int) -> tuple[int, bytes]:

@@ -52,9 +52,8 @@ class Places:
 
     def page(self, page: wire.DirectoryPage) -> None:
         """A part of a directory was fetched: remember where its small files are."""
-        places = sorted(
-            (entry.cookie, entry.attributes.ino) for entry in page.entries if comes_with_directory(entry.attributes)
-        )
+        places = [(each.cookie, each.attributes.ino) for each in page.entries if comes_with_directory(each.attributes)]
+        places.sort()
         if places and not all(self._is_known(page.directory.ino, *each) for each in (places[0], places[-1])):
             cookies, inos = zip(*places, strict=True)
             self._put(Window(page.directory.ino, array("Q", cookies), array("Q", inos)))

@@ -11,6 +11,7 @@
 5. What a program writes is seen at once by all on its machine; by others when it is committed.
 6. So is a file that it makes, with its attributes. That is committed when it is closed, if it is promised to be durable
    then; until then it may be gone with the worker. Its commit may hold what was changed of it meanwhile.
+   If it was renamed before, it is committed by its new name.
 7. So is the removal of a file's name, if it is not promised to be durable; several may be committed at once.
 
 Changes are told apart by the commits that they match, so nothing is searched: each read is given the oldest version
@@ -106,6 +107,8 @@ def _unmade(
             if change.durable:
                 complaints.append(f"{change} was durable, and a crash took it back")
             continue
+        if _was_moved(change, made | taken_back):
+            continue
         if change.held and not change.durable and (faults or change.doubted or change.gone < math.inf):
             continue
         if _came_with(change, held, registers):
@@ -113,6 +116,15 @@ def _unmade(
         if not _is_idle(change, registers) and not _is_overwritten(change, registers):
             complaints.append(f"{change} was acknowledged and never committed")
     return complaints
+
+
+def _was_moved(change: Change, made: set[int]) -> bool:
+    """Say whether a file came to be known by a name that it was given later."""
+    while change.moved_by is not None:
+        change = change.moved_by
+        if id(change) in made:
+            return True
+    return False
 
 
 def _came_with(change: Change, held: dict[int, Change], registers: dict[Register, list[Version]]) -> bool:
@@ -153,7 +165,7 @@ def _attribute(
     """Return the changes of each commit, by the commit's number."""
     waiting: defaultdict[frozenset[Register], list[Change]] = defaultdict(list)
     for change in changes:
-        waiting[frozenset(change.effect)].append(change)
+        waiting[frozenset(_told_names(change))].append(change)
     lost = {number for commit in commits for number in commit.undoes or ()}
     sessions: dict[int, bytes] = {}
     authors: dict[int, Authors] = {}
@@ -178,6 +190,12 @@ def _attribute(
             else:
                 candidates.remove(author)
     return authors
+
+
+def _told_names(change: Change) -> list[Register]:
+    """Return the registers that a commit of a change has: of the renaming of what nobody knew of, only the new name."""
+    is_rename = change.held and len(change.effect) > 1
+    return [register for register, value in change.effect.items() if value or not is_rename]
 
 
 def _may_be_again(change: Change, session: bytes | None, commit: Commit) -> bool:

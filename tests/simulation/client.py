@@ -113,6 +113,10 @@ class Client:
         """Whether the worker has made a file that the metaserver does not know of."""
         return self.worker.mount is not None and ino in self.worker.mount._creations
 
+    def held_as(self, parent: int, name: bytes) -> int | None:
+        """Return the inode of a name, if the metaserver does not know of it."""
+        return self.worker.mount._creations.find(parent, name) if self.worker.mount is not None else None
+
     def has_removed(self, parent: int, name: bytes) -> bool:
         """Whether the worker has removed a name, and the metaserver does not know of that."""
         return self.worker.mount is not None and (parent, name) in self.worker.mount._removals

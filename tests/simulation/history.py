@@ -128,6 +128,8 @@ class Change:
     due: Stamp | None = None
     #: What was changed of the file meanwhile.
     along: list[Change] = field(default_factory=list)
+    #: It made or renamed a file that nobody else knew of when this gave it another name.
+    moved_by: Change | None = None
     #: Since when it may be gone with the worker that kept it.
     gone: float = math.inf
     #: Its client lost its session before others knew of it, so that they may learn of it late.
@@ -197,6 +199,14 @@ class History:
         """A file was made, and is open: if ``held``, others may come to know of it when it is closed, not later."""
         change.held = held
         self.makers[ino] = change
+
+    def moved(self, change: Change, ino: int, name: Register) -> None:
+        """A file that its client keeps to itself was renamed: others come to know of it by its new name."""
+        last = self.makers[ino]
+        while last.moved_by is not None:
+            last = last.moved_by
+        last.moved_by, change.held = change, True
+        change.effect = {**change.effect, name: ino}
 
     def along(self, change: Change, ino: int) -> None:
         """An inode was changed; if its making may still be its client's own business, so may this be."""

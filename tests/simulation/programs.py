@@ -221,6 +221,8 @@ class Program:
         call = self._kernel.rename(parent, name, new_parent, new_name, exchange=exchange)
         done = await self._changing(change, call)
         self._history.end(change, Outcome.OK if done else Outcome.FAILED, durable=done and self._durable)
+        if done and not exchange and (ino := self._client.held_as(new_parent, new_name)) is not None:
+            self._history.moved(change, ino, new)
 
     async def chown(self, ino: int, owner: int) -> None:
         await self._set(f"chown of {ino} to {owner}", {owner_of(ino): owner}, self._kernel.setattr(ino, uid=owner))

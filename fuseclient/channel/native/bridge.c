@@ -219,7 +219,8 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending,
 		request.header.opcode = FUSE_SETLK;
 	if (message_send(channel, pending->lane, &request, posted))
 		return -EAGAIN;
-	channel->figures.forwarded[pending->opcode % BPFUSE_OPCODES]++;
+	if (pending->opcode < BPFUSE_OPCODES) /* not what only the two of them know */
+		channel->figures.forwarded[pending->opcode]++;
 	pending->state = PENDING_SENT;
 	if (posted) {
 		posting_spend(channel, posted);

@@ -41,6 +41,7 @@ void bpfuse_cache_bump_epoch(struct bpfuse_cache *cache)
 	__atomic_store_n(&cache->control->epoch, cache->control->epoch + 1, __ATOMIC_SEQ_CST);
 	groups_cool(cache->groups);
 	memset(cache->owners, 0, cache->options.page_count * sizeof(*cache->owners));
+	memset(cache->stored, 0, BPFUSE_OPEN_SLOTS / 8);
 	memset(cache->listed, 0, BPFUSE_OPEN_SLOTS / 8);
 	memset(cache->tagged, 0, BPFUSE_OPEN_SLOTS / 8);
 	memset(cache->wholes, 0, BPFUSE_OPEN_SLOTS / 8);

@@ -123,6 +123,7 @@ static void take_over_inode(void *context, const void *key, const void *value)
 	if (!has_pages(cache, &inode))
 		return;
 	cache->owners[inode.first_page] = member.ino;
+	cache_mark(cache->stored, member.ino);
 	if (S_ISDIR(inode.mode))
 		cache_mark(cache->listed, member.ino);
 }
@@ -153,11 +154,13 @@ static int prepare(struct bpfuse_cache *cache)
 		return -errno;
 	cache->groups = groups_new(group_slots(cache), group_most(options->capacity), cache->uses);
 	cache->owners = calloc(options->page_count, sizeof(*cache->owners));
+	cache->stored = calloc(BPFUSE_OPEN_SLOTS / 8, 1);
 	cache->listed = calloc(BPFUSE_OPEN_SLOTS / 8, 1);
 	cache->tagged = calloc(BPFUSE_OPEN_SLOTS / 8, 1);
 	cache->wholes = calloc(BPFUSE_OPEN_SLOTS / 8, 1);
 	cache->losses = calloc(BPFUSE_OPEN_SLOTS, sizeof(*cache->losses));
-	if (!cache->groups || !cache->owners || !cache->listed || !cache->tagged || !cache->wholes || !cache->losses)
+	if (!cache->groups || !cache->owners || !cache->stored || !cache->listed || !cache->tagged || !cache->wholes ||
+	    !cache->losses)
 		return -ENOMEM;
 	if (cache->control->page_cursor >= options->page_count)
 		cache->control->page_cursor = 0;
@@ -195,6 +198,7 @@ void bpfuse_cache_close(struct bpfuse_cache *cache)
 	groups_free(cache->groups);
 	free(cache->evicted.keys);
 	free(cache->owners);
+	free(cache->stored);
 	free(cache->listed);
 	free(cache->tagged);
 	free(cache->wholes);
@@ -315,6 +319,7 @@ bool cache_take_pages(struct bpfuse_cache *cache, __u64 ino, __u32 count, __u32 
 		cache->owners[page] = 0;
 	}
 	cache->owners[cursor] = ino;
+	cache_mark(cache->stored, ino);
 	*first = cursor;
 	if (control->pages_used < cursor + count)
 		control->pages_used = cursor + count;
@@ -381,7 +386,8 @@ static void keep_content(struct bpfuse_cache *cache, struct bpfuse_inode_value *
 {
 	struct bpfuse_inode_value old;
 
-	if (!(S_ISDIR(value->mode) || is_served_from_pages(value->mode, value->size)) ||
+	if (!cache_is_marked(cache->stored, ino) ||
+	    !(S_ISDIR(value->mode) || is_served_from_pages(value->mode, value->size)) ||
 	    bpf_map_lookup_elem(cache->options.inodes_fd, &ino, &old))
 		return;
 	if (!has_pages(cache, &old) || old.file_version != value->file_version || old.size != value->size)

@@ -38,7 +38,8 @@ struct bpfuse_cache {
 		bool lost; /* some are not told of */
 	} evicted;
 	__u64 *owners;     /* by page */
-	__u8 *listed;      /* a bit by slot of `opens`: directories there may have a listing, */
+	__u8 *stored;      /* a bit by slot of `opens`: inodes there may have pages, */
+	__u8 *listed;      /* and directories there may have a listing, */
 	__u8 *tagged;      /* and inodes there may be in `xattrs`, */
 	__u8 *wholes;      /* and directories there may be marked as whole */
 	__u32 *losses;     /* by slot of directories: names that were taken from the map, or not put into it */

@@ -135,6 +135,16 @@ async def test_creating_what_another_client_has_made(rig: Rig) -> None:
     assert await rig.ino(b"file") == made.ino
 
 
+async def test_what_another_removes_between_a_lookup_and_its_open_is_opened(rig: Rig) -> None:
+    made = await rig.other.make(b"file")
+    assert await rig.ino(b"file") == made.ino
+    await rig.other.change(wire.Remove(ROOT, b"file", False))
+    opened = await rig.ops.open(made.ino, os.O_RDONLY, ME)
+    assert made.ino in rig.ops._orphans
+    await rig.ops.release(opened.fh)
+    await until(lambda: made.ino not in rig.ops._orphans)
+
+
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC])
 async def test_who_asks_again_for_what_another_has_made_is_answered_if_he_owns_it(rig: Rig, flags: int) -> None:
     """The kernel looks again once only, and checks no permissions where it is told that a file was made."""

@@ -8,14 +8,16 @@ all that there is in between: the takeover, the clients' way to it, and their co
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.managers import BaseManager
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from bench.databases import SERVERS, Server, Unavailable
 from bench.etcd_cluster import EtcdCluster
@@ -64,14 +66,14 @@ def _measure(kind: str, directory: Path, kills: int, samples: Samples) -> int:
         url = f"bpfuse://{','.join(servers)}/failover"
         bpfuse("format", url, "--store", f"file://{directory}/blocks")
         point = stack.enter_context(mounted(url, directory / "mnt"))
-        writer = stack.enter_context(_Writer(point))
+        writer = stack.enter_context(_writing(point))
         for _ in range(kills):
             samples.add("authority", f"bpfuse {kind}", _pause(url, servers, writer))
         if database is not None:
             what = "leader" if isinstance(database, EtcdCluster) else "database"
             for _ in range(kills):
                 samples.add(what, f"bpfuse {kind}", _pause_of(database, url, servers, writer))
-        return writer.told
+        return writer.told()
 
 
 def _figures(what: str, system: str, pauses: list[float]) -> list[Figure]:
@@ -158,7 +160,11 @@ def _wait(condition: Callable[[], bool]) -> None:
 
 
 class _Writer:
-    """A thread that makes files, one after the other."""
+    """Makes files, one after the other.
+
+    In a process of its own: who starts a server while it has files of a mount open waits until those are flushed, as
+    the child closes them first.
+    """
 
     def __init__(self, point: Path) -> None:
         self._point = point
@@ -166,16 +172,18 @@ class _Writer:
         self._longest_s = 0.0
         self._ended = threading.Event()
         #: Changes that failed: LMDB had put a new file off for a moment, and its close said that it was lost.
-        self.told = 0
+        self._told = 0
         self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> _Writer:
         self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
+        """Return when it makes no more."""
         self._ended.set()
         self._thread.join(_LONGEST_S)
+
+    def told(self) -> int:
+        """Return how many changes failed so."""
+        return self._told
 
     def _run(self) -> None:
         while not self._ended.is_set():
@@ -183,7 +191,7 @@ class _Writer:
             try:
                 (self._point / f"file{self._made % 1000}").write_bytes(b"content")
             except OSError:
-                self.told += 1
+                self._told += 1
             self._longest_s = max(self._longest_s, time.monotonic() - began)
             self._made += 1
 
@@ -196,3 +204,20 @@ class _Writer:
         """Return the seconds that the longest change took, and forget it."""
         longest_s, self._longest_s = self._longest_s, 0.0
         return longest_s
+
+
+class _Process(BaseManager):
+    """The process of a writer."""
+
+
+_Process.register("Writer", _Writer)
+
+
+@contextlib.contextmanager
+def _writing(point: Path) -> Iterator[_Writer]:
+    with _Process(ctx=multiprocessing.get_context("spawn")) as process:
+        writer = cast(_Writer, process.Writer(point))  # type: ignore[attr-defined]
+        try:
+            yield writer
+        finally:
+            writer.end()

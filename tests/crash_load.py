@@ -93,6 +93,8 @@ class Load:
         #: do is not in the manifest.
         self._store_away_until = 0.0
         self._pauses: dict[str, float] = {}
+        #: Since when they are taken, on the monotonic clock: a call of before may still be waiting for what was then.
+        self._taken = 0.0
         self._threads: list[threading.Thread] = []
         self._writers = [f"w{index}" for index in range(len(paths))]
         for index, path in enumerate(paths):
@@ -125,7 +127,7 @@ class Load:
                 raise
             self._counts["told"] += 1
             return None
-        self._pauses[kind] = max(self._pauses.get(kind, 0.0), time.monotonic() - began)
+        self._pauses[kind] = max(self._pauses.get(kind, 0.0), time.monotonic() - max(began, self._taken))
         self._counts[kind] += 1
         return result
 
@@ -181,6 +183,7 @@ class Load:
 
     def take_pauses(self) -> dict[str, float]:
         """Return the longest time that a call of each kind took since this was called last, in seconds."""
+        self._taken = time.monotonic()
         pauses, self._pauses = self._pauses, {}
         return {kind: round(pause, 2) for kind, pause in pauses.items()}
 

@@ -26,10 +26,18 @@ class Reason:
     text: str
 
 
+_FIRST_LISTING: Final = (
+    "The listing is the first that a new metaserver is asked for: it reads the volume, the root, the directory, its "
+    "names and their attributes from the engine, one after the other, of which a metaserver that serves has most at "
+    "hand. Timed call by call, with 500 files on etcd: 3 ms for the root, 3 for the directory and 12 for the listing; "
+    "JuiceFS, whose engine is warm, 0, 2 and 14:"
+)
+
 REASONS: Final = (
     Reason("small", "(create|delete).*", ".*", _CHANGES),
     Reason("metadata", "(create|remove|mkdir|rmdir).*", ".*", _CHANGES),
     Reason("trees", "tar extract|rsync|git clone|pip install|C build|compileall|rm -r", ".*", _CHANGES),
+    Reason("engines", "directory", "juicefs .*", _FIRST_LISTING),
     Reason(
         "pytorch",
         "second epoch, .*",

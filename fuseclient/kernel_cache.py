@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -29,6 +30,10 @@ _NO_DATA: Final[int] = lib.BPFUSE_NO_DATA
 _RESERVED: Final = 16
 
 _INO: Final[int] = (1 << lib.BPFUSE_FH_SERIAL_SHIFT) - 1
+_HAS_XATTRS: Final = int(InodeFlag.HAS_XATTRS)
+#: Inodes of which a mount without acceleration knows that they have no xattrs, at about 150 bytes each.
+_BARE: Final = 1 << 16
+
 #: Of what was given up, so much is told by one call.
 _EVICTED: Final = 4096
 
@@ -90,6 +95,7 @@ class Cache(Protocol):
     def put_listing(self, ino: int, entries: bytes) -> bool: ...
     def drop_listing(self, ino: int) -> None: ...
     def put_xattrs(self, ino: int, xattrs: Mapping[bytes, bytes], *, listed: bool) -> bool: ...
+    def lacks_xattrs(self, ino: int) -> bool: ...
     def renew(self, deadline_ns: int) -> None: ...
     def bump_epoch(self) -> None: ...
     @property
@@ -297,6 +303,10 @@ class KernelCache:
         lib.bpfuse_cache_put_xattrs(handle, ino, value)
         return True
 
+    def lacks_xattrs(self, ino: int) -> bool:
+        """Say whether it is known here that an inode has no xattrs: no, the BPF programs have answered that."""
+        return False
+
     def renew(self, deadline_ns: int) -> None:
         """Let BPF answer until then (nanoseconds of CLOCK_BOOTTIME); 0 stops it at once."""
         lib.bpfuse_cache_set_deadline(self._handle(), deadline_ns)
@@ -394,15 +404,27 @@ def _name_bytes(name: bytes) -> int:
 
 
 class NoKernelCache:
-    """The kernel cache of a mount that is not accelerated: it forgets all it is told."""
+    """The kernel cache of a mount that is not accelerated: it forgets all it is told, but for which inodes have no
+    xattrs. The kernel asks for some of each file that ``ls -l`` shows and before each write, and keeps no answer."""
 
     epoch = 0
 
+    def __init__(self) -> None:
+        self._bare: OrderedDict[int, None] = OrderedDict()
+
     def put(self, parent: int, entries: Sequence[DirectoryEntry]) -> None:
-        pass
+        for entry in entries:
+            self.put_inode(entry.attributes)
 
     def put_inode(self, attributes: Attributes, data: bytes | None = None) -> None:
-        pass
+        self._bare.pop(attributes.ino, None)
+        if not attributes.flags & _HAS_XATTRS:
+            self._bare[attributes.ino] = None
+            if len(self._bare) > _BARE:
+                self._bare.popitem(last=False)
+
+    def lacks_xattrs(self, ino: int) -> bool:
+        return ino in self._bare
 
     def put_name(self, parent: int, name: bytes, ino: int) -> None:
         pass
@@ -414,7 +436,7 @@ class NoKernelCache:
         pass
 
     def drop_inode(self, ino: int) -> None:
-        pass
+        self._bare.pop(ino, None)
 
     def losses(self, directory: int) -> int:
         return 0
@@ -453,7 +475,7 @@ class NoKernelCache:
         pass
 
     def bump_epoch(self) -> None:
-        pass
+        self._bare.clear()
 
     def put_statfs(
         self, *, bsize: int, blocks: int, bfree: int, bavail: int, files: int, ffree: int, valid_until_ns: int

@@ -16,7 +16,7 @@ import kernel
 import pytest
 from kernel import DIRECTORY, REGULAR, SYMLINK, Kernel, MakeKernel, attributes
 
-from fuseclient import native
+from fuseclient import kernel_cache, native
 from fuseclient._native import ffi, lib
 from fuseclient.channel import acceleration
 from fuseclient.config import MapFds
@@ -528,7 +528,23 @@ def test_figures(bpf: Kernel) -> None:
     assert walked == native.count_entries(bpf.fds) == (10, 10)
 
 
-def test_without_acceleration_nothing_is_kept() -> None:
+def test_without_acceleration_it_is_kept_which_inodes_have_no_xattrs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cache, "_BARE", 3)
+    cache: Cache = NoKernelCache()
+    cache.put(ROOT, [file_entry(2, b"data"), file_entry(3, None)])
+    cache.put_inode(attributes(4))
+    assert [ino for ino in range(10) if cache.lacks_xattrs(ino)] == [2, 3, 4]
+    cache.put_inode(attributes(3, xattrs=True))
+    cache.drop_inode(4)
+    assert [ino for ino in range(10) if cache.lacks_xattrs(ino)] == [2]
+    for ino in range(5, 9):
+        cache.put_inode(attributes(ino))
+    assert [ino for ino in range(10) if cache.lacks_xattrs(ino)] == [6, 7, 8]
+    cache.bump_epoch()
+    assert not any(cache.lacks_xattrs(ino) for ino in range(10))
+
+
+def test_without_acceleration_nothing_else_is_kept() -> None:
     cache: Cache = NoKernelCache()
     cache.put(ROOT, [file_entry(2, b"data")])
     cache.put_inode(attributes(2))

@@ -23,7 +23,7 @@ import pytest
 from served import VOLUME, Client, Metaserver, serving
 
 from fuseclient.config import MapFds, MountOptions, WorkerConfig
-from fuseclient.kernel_cache import Evicted, Room
+from fuseclient.kernel_cache import Evicted, NoKernelCache, Room
 from fuseclient.worker.mount import Mount
 from fuseclient.worker.operations import Operations
 from fuseclient.worker.rpc import Refused
@@ -160,6 +160,9 @@ class Maps:
         self.xattrs[ino] = dict(xattrs) if listed else None
         return True
 
+    def lacks_xattrs(self, ino: int) -> bool:
+        return False
+
     def put_listing(self, ino: int, entries: bytes) -> bool:
         if ino in self.inodes:
             self.listings[ino] = entries
@@ -212,13 +215,27 @@ class Maps:
 
 
 class Forgetful(Maps):
-    """No maps."""
+    """No maps, and what a mount keeps that has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept = NoKernelCache()
 
     def put(self, parent: int, entries: Sequence[wire.DirectoryEntry]) -> None:
-        pass
+        self._kept.put(parent, entries)
 
     def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
-        pass
+        self._kept.put_inode(attributes, data)
+
+    def drop_inode(self, ino: int) -> None:
+        self._kept.drop_inode(ino)
+
+    def bump_epoch(self) -> None:
+        self._kept.bump_epoch()
+        super().bump_epoch()
+
+    def lacks_xattrs(self, ino: int) -> bool:
+        return self._kept.lacks_xattrs(ino)
 
     def put_name(self, parent: int, name: bytes, ino: int) -> None:
         pass

@@ -449,11 +449,17 @@ class Operations(pyfuse3.Operations):
         if name.startswith(_ACLS) or (written and not written.flags & wire.InodeFlag.HAS_XATTRS):
             raise FUSEError(errno.ENODATA)
         if not self._may_remember:
+            if self._lacks_xattrs(inode):
+                raise FUSEError(errno.ENODATA)
             return (await self._session.call(wire.GetXattr(inode, name), wire.XattrIs)).value
         value = await self._xattrs.get(inode, name)
         if value is None:
             raise FUSEError(errno.ENODATA)
         return value
+
+    def _lacks_xattrs(self, ino: int) -> bool:
+        """Say whether it is known, under the lease, that an inode has no xattrs."""
+        return self._cache.lacks_xattrs(ino) and self._lease.left_s() > 0
 
     @answered_of_inode
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:

@@ -155,6 +155,9 @@ class Maps:
     def drop_listing(self, ino: int) -> None:
         pass
 
+    def lacks_xattrs(self, ino: int) -> bool:
+        return False
+
     def renew(self, deadline_ns: int) -> None:
         self.deadline_ns = deadline_ns
 

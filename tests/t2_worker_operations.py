@@ -10,6 +10,7 @@ import random
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyfuse3
@@ -132,6 +133,36 @@ async def test_creating_what_another_client_has_made(rig: Rig) -> None:
         await rig.ops.create(ROOT, b"file", 0o644, os.O_RDWR, ME)
     assert (ROOT, b"file") not in rig.maps.names
     assert await rig.ino(b"file") == made.ino
+
+
+async def test_what_another_removes_between_a_lookup_and_its_open_is_opened(rig: Rig) -> None:
+    made = await rig.other.make(b"file")
+    assert await rig.ino(b"file") == made.ino
+    await rig.other.change(wire.Remove(ROOT, b"file", False))
+    opened = await rig.ops.open(made.ino, os.O_RDONLY, ME)
+    assert made.ino in rig.ops._orphans
+    await rig.ops.release(opened.fh)
+    await until(lambda: made.ino not in rig.ops._orphans)
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC])
+async def test_who_asks_again_for_what_another_has_made_is_answered_if_he_owns_it(rig: Rig, flags: int) -> None:
+    """The kernel looks again once only, and checks no permissions where it is told that a file was made."""
+    made = await rig.other.make(b"file")
+    for uid in (made.uid + 1, made.uid):
+        asker: Any = SimpleNamespace(uid=uid, gid=0, pid=1000 + uid, umask=0o022)
+        with fails(errno.ESTALE):
+            await rig.ops.create(ROOT, b"file", 0o644, flags, asker)
+        if uid != made.uid:
+            with fails(errno.ESTALE):
+                await rig.ops.create(ROOT, b"file", 0o644, flags, asker)
+    opened, entry = await rig.ops.create(ROOT, b"file", 0o644, flags, asker)
+    assert (entry.st_ino, entry.entry_timeout, entry.attr_timeout) == (made.ino, 0, 0)
+    await rig.ops.release(opened.fh)
+    await rig.other.change(wire.SetAttributes(made.ino, mode=0o044))
+    for _ in range(2):
+        with fails(errno.ESTALE):
+            await rig.ops.create(ROOT, b"file", 0o644, flags, asker)
 
 
 # Directories and the maps

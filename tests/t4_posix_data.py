@@ -589,6 +589,11 @@ def case_locks(p: Place) -> None:
                 ),
             )
         fcntl.lockf(fd, fcntl.LOCK_UN)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 10, 20, 0))
+    for kind, start, which in product((fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK), (0, 25, 30), (fd, other)):
+        asked = struct.pack("hhqqi4x", kind, 0, start, 15, 0)
+        p.do(f"test of {kind} at {start}, {which == fd}", fcntl.fcntl, which, fcntl.F_OFD_GETLK, asked)
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_UNLCK, 0, 0, 0, 0))
     fcntl.lockf(fd, fcntl.LOCK_EX, 1, 0)
     who = in_child(
         None,

@@ -10,7 +10,8 @@ import mmap
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.usefixtures("needs_mounts")
 LONG_LEASE_S: Final = 30.0
 #: More than what lies in the metadata.
 LARGE: Final = 200_000
+#: Opens that may be ESTALE where a file is replaced all the time: a lookup amid a change can find what is gone, twice.
+FEW: Final = 2
 
 
 @pytest.fixture(scope="module", params=["bpf", "off"])
@@ -246,6 +249,52 @@ def test_an_unlinked_file_lives_on_where_it_is_open(pair: tuple[Path, Path], how
             assert one.read_bytes() == b"new"
             two.unlink()
     rig.wait_for(lambda: used(pair[0])[0] == before[0], "its space is given back")
+
+
+def repeat(times: int, call: Callable[[], object]) -> None:
+    for _ in range(times):
+        call()
+
+
+def is_stale(path: Path, flags: int) -> bool:
+    """Open a file; whether that was answered ESTALE."""
+    try:
+        os.close(os.open(path, flags))
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        return True
+    return False
+
+
+def replace(path: Path) -> None:
+    fresh = path.with_name("fresh")
+    fresh.write_bytes(b"x" * 100)
+    fresh.rename(path)
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY | os.O_APPEND, os.O_RDWR | os.O_CREAT])
+def test_a_file_that_is_replaced_all_the_time_is_there(pair: tuple[Path, Path], flags: int) -> None:
+    one, two = (path / f"replaced-{flags}" for path in pair)
+    replace(two)
+    with ThreadPoolExecutor() as pool:
+        replacing = pool.submit(repeat, 150, lambda: replace(two))
+        stale = 0
+        while not replacing.done():
+            stale += is_stale(one, flags)
+        replacing.result()
+    assert stale <= FEW
+
+
+def test_a_file_that_is_made_and_removed_all_the_time_can_be_made(pair: tuple[Path, Path]) -> None:
+    """As programs make locks."""
+    one, two = (path / "lock" for path in pair)
+    with ThreadPoolExecutor() as pool:
+        removing = pool.submit(repeat, 4000, lambda: two.unlink(missing_ok=True))
+        making = pool.submit(lambda: sum(is_stale(two, os.O_CREAT | os.O_RDWR) for _ in range(100)))
+        stale = sum(is_stale(one, os.O_CREAT | os.O_RDWR) for _ in range(100))
+        assert stale + making.result() <= FEW
+        removing.result()
 
 
 def test_a_reader_goes_on_reading_what_was_unlinked(pair: tuple[Path, Path]) -> None:

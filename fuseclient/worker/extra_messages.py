@@ -167,13 +167,16 @@ class Release(NamedTuple):
 
 
 class GetLock(NamedTuple):
-    """Bytes ``start`` to ``end``, the last one included; ``owner`` is signed."""
+    """Bytes ``start`` to ``end``, the last one included; ``owner`` is signed.
+
+    ``exclusive`` None: what the owner itself has locked of them (F_OFD_GETLK with F_UNLCK).
+    """
 
     fh: int
     owner: int
     start: int
     end: int
-    exclusive: bool
+    exclusive: bool | None
     pid: int
     flock: bool
 
@@ -283,12 +286,12 @@ def _decode_lock(opcode: int, body: bytes) -> GetLock | SetLock:
     fh, owner, start, end, kind, pid, flags, _ = _LOCK.unpack(body)
     if start > end or end >= _INT64:
         raise ValueError("a lock of a range that is none")
-    if kind not in (_READ_LOCK, _WRITE_LOCK) and (kind != _UNLOCK or opcode == Opcode.GETLK):
+    if kind not in (_READ_LOCK, _WRITE_LOCK, _UNLOCK):
         raise ValueError(f"a lock of kind {kind}")
     flock = bool(flags & _LOCK_IS_FLOCK)
-    if opcode == Opcode.GETLK:
-        return GetLock(fh, owner, start, end, kind == _WRITE_LOCK, pid, flock)
     exclusive = None if kind == _UNLOCK else kind == _WRITE_LOCK
+    if opcode == Opcode.GETLK:
+        return GetLock(fh, owner, start, end, exclusive, pid, flock)
     return SetLock(fh, owner, start, end, exclusive, pid, flock, opcode == Opcode.SETLKW)
 
 

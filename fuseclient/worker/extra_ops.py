@@ -35,7 +35,7 @@ from fuseclient.worker.errors import errno_of
 from fuseclient.worker.lock_store import Held, Key
 from fuseclient.worker.locks import Locks, Lost
 from fuseclient.worker.operations import Operations
-from metaserver.wire import LockOutcome
+from metaserver.wire import Lock, LockOutcome
 
 _log = logging.getLogger(__name__)
 
@@ -304,8 +304,12 @@ class ExtraOps:
 
     async def _get_lock(self, header: messages.Header, request: messages.GetLock) -> bytes:
         key = Key(header.nodeid, request.flock, request.owner)
-        wanted = Held(key, request.start, request.end, request.exclusive, request.pid, request.fh)
-        lock = await self._locks.test(wanted)
+        lock: Held | Lock | None
+        if request.exclusive is None:
+            lock = self._locks.own(key, request.start, request.end)
+        else:
+            wanted = Held(key, request.start, request.end, request.exclusive, request.pid, request.fh)
+            lock = await self._locks.test(wanted)
         return messages.encode_lock(None if lock is None else (lock.start, lock.end, lock.exclusive, lock.pid))
 
     async def _set_lock(self, header: messages.Header, request: messages.SetLock) -> bytes:

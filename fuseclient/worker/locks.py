@@ -113,6 +113,11 @@ class Locks:
         self._check(wanted.key)
         return (await self.session.call(wire.TestLock(_lock_of(wanted)), wire.LockIs)).lock
 
+    def own(self, key: Key, start: int, end: int) -> Held | None:
+        """Return what an owner holds itself of a range, the first of it; raises as :meth:`take` does."""
+        self._check(key)
+        return next((held for held in self._held.get(key, ()) if held.start <= end and start <= held.end), None)
+
     async def take(self, wanted: Held, interrupted: asyncio.Event | None, tid: int = 0) -> LockOutcome:
         """Take a lock; with ``interrupted``, wait for it until that is set. Never WAITING; CANCELLED: interrupted.
 

@@ -39,6 +39,7 @@ from fuseclient.worker.returns import Returns
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.session import Acknowledge, Session
 from fuseclient.worker.siblings import Siblings
+from fuseclient.worker.told_lately import ToldLately
 from fuseclient.worker.warming import Walks
 from metaserver import wire
 
@@ -225,8 +226,10 @@ class Mount:
         feeder.is_shown = lambda attributes: attributes.ino not in kernel.dropping and writer.show(attributes)
         writer.hooks.when_touched = feeder.written
 
+        told_lately = ToldLately()
+
         def is_open(ino: int) -> bool:
-            return ino in open_handles or cache.is_open(ino) or writer.is_open(ino)
+            return ino in open_handles or cache.is_open(ino) or writer.is_open(ino) or ino in told_lately
 
         orphans = removals.orphans = Orphans(ordered, is_open)
         room = cache.room
@@ -306,6 +309,7 @@ class Mount:
                 cache=cache,
                 opened=versions,
                 open_handles=open_handles,
+                told_lately=told_lately,
                 passthrough=through,
                 on_read=reading.read,
                 on_small_read=self._ahead.read if self._ahead is not None else lambda ino: None,

@@ -16,7 +16,7 @@ import stat
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 import msgspec
 import pyfuse3
@@ -43,6 +43,7 @@ from fuseclient.worker.locks import Locks
 from fuseclient.worker.orphans import Orphans
 from fuseclient.worker.removals import Removals
 from fuseclient.worker.rpc import Disconnected, Refused
+from fuseclient.worker.told_lately import ToldLately
 from fuseclient.worker.xattrs import ROOT_XATTRS, Xattrs
 from metaserver import wire
 
@@ -52,6 +53,10 @@ if TYPE_CHECKING:
 _INT64: Final = 1 << 63
 #: How long a volume's figures are answered from the kernel.
 _STATISTICS_NS: Final = 1_000_000_000
+#: How often a file that others make and remove all the time is tried to be made or opened.
+_CREATE_TRIES: Final = 64
+#: Threads of which it is known that they look again.
+_LOOKS_AGAIN: Final = 1024
 #: Kinds of xattr that are kept.
 _KEPT_XATTRS: Final = (b"user.", b"trusted.", b"security.")
 #: Access control lists, of which there are none.
@@ -78,6 +83,7 @@ class Parts:
     locks: Locks
     #: Handles given out by this worker and not yet released, by inode.
     open_handles: Counter[int]
+    told_lately: ToldLately
     passthrough: Passthrough
     #: Told of each read that was answered from objects: of which file, and how many bytes.
     on_read: Callable[[wire.Attributes, int], None]
@@ -121,6 +127,9 @@ class Operations(pyfuse3.Operations):
         self._kernel = parts.kernel
         self._locks = parts.locks
         self._open_handles = parts.open_handles
+        self._told_lately = parts.told_lately
+        #: By thread, what was last answered so that the kernel looks again.
+        self._looks_again: dict[int, tuple[int, bytes]] = {}
         self._serials = handles.Serials()
         self._passthrough = parts.passthrough
         self._on_read = parts.on_read
@@ -145,6 +154,8 @@ class Operations(pyfuse3.Operations):
         answer = await self._directories.lookup(parent_inode, name)
         if answer.attributes is None:
             return absent_entry(self._lease.ttl_s() if answer.fresh else 0.0)
+        if stat.S_ISREG(answer.attributes.mode):
+            self._told_lately.add(answer.attributes.ino)
         return self._entry(answer.attributes, answer.fresh)
 
     def lookup_now(self, parent: int, name: bytes) -> EntryAttributes | None:
@@ -556,28 +567,71 @@ class Operations(pyfuse3.Operations):
 
     @answered
     async def create_file(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext) -> Begun:
-        """A file that exists, which the kernel did not know, is answered ESTALE: it then looks again, and opens it."""
+        """Make a file and open it. One that exists, which the kernel did not know, is answered ESTALE.
+
+        The kernel then looks again, says who may open it, and opens it. But it does so once only, and others may remove
+        the file and make it again in the meantime: so who asks again is answered here, if he is the file's owner.
+        """
         _check_name(name)
         writing = _writes(flags)
-        if writing and self._may_remember:
-            await self._creations.learn(parent_inode)
-        here = self.create_now(parent_inode, name, mode, flags, ctx)
-        if here is not None:
-            return here
-        kind = stat.S_IFREG | stat.S_IMODE(mode)
-        # Its closing, or an fsync, waits until it is durable; so this need not.
-        request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing, writing=writing)
+        for _ in range(_CREATE_TRIES):
+            if writing and self._may_remember:
+                await self._creations.learn(parent_inode)
+            here = self.create_now(parent_inode, name, mode, flags, ctx)
+            if here is not None:
+                return here
+            kind = stat.S_IFREG | stat.S_IMODE(mode)
+            # Its closing, or an fsync, waits until it is durable; so this need not.
+            request = wire.MakeNode(parent_inode, name, kind, ctx.uid, ctx.gid, lazy=writing, writing=writing)
+            try:
+                async with self._changing((parent_inode, name)) as token:
+                    changed = await self._session.call(request, wire.Changed)
+                    made = changed.attributes[0]
+                    opened = self._opened_new(token, made, flags)
+                    fresh = self._named(token, parent_inode, name, changed)
+            except Refused as error:
+                if error.code != wire.ErrorCode.EXISTS or flags & os.O_EXCL:
+                    raise
+            else:
+                return Begun(opened, self._changed_entry(made, fresh), NO_GRANT)
+            if self._looks_again.get(ctx.pid) != (parent_inode, name):
+                self._look_again(ctx.pid, parent_inode, name)
+            existing = await self._open_existing(parent_inode, name, flags, ctx.uid)
+            if existing is not None:
+                return existing
+        raise FUSEError(errno.ESTALE)
+
+    def _look_again(self, tid: int, parent: int, name: bytes) -> NoReturn:
+        """Have the kernel look once more for a name that a thread wants to make."""
+        self._looks_again[tid] = (parent, name)
+        if len(self._looks_again) > _LOOKS_AGAIN:
+            del self._looks_again[next(iter(self._looks_again))]
+        raise FUSEError(errno.ESTALE)
+
+    async def _open_existing(self, parent: int, name: bytes, flags: int, uid: int) -> Begun | None:
+        """Open a file for its owner, who may: the kernel checks no permissions then. None: it is not there any more.
+
+        The kernel is to keep neither the name nor the attributes: both may have changed since.
+        """
+        found = (await self._directories.lookup(parent, name)).attributes
+        if found is None:
+            return None
+        if not _owner_may_open(found, uid, flags) or self._passthrough.has(found.ino):
+            raise FUSEError(errno.ESTALE)
         try:
-            async with self._changing((parent_inode, name)) as token:
-                changed = await self._session.call(request, wire.Changed)
-                made = changed.attributes[0]
-                opened = self._opened_new(token, made, flags)
-                fresh = self._named(token, parent_inode, name, changed)
+            opened, _ = await self.open_file(found.ino, flags, passthrough=False)
         except Refused as error:
-            if error.code == wire.ErrorCode.EXISTS and not flags & os.O_EXCL:
-                raise FUSEError(errno.ESTALE) from None
+            if error.code is not wire.ErrorCode.NOT_FOUND:
+                raise
+            return None
+        try:
+            attributes, _ = await self._get_attributes(found.ino)
+            if self._passthrough.has(found.ino):
+                raise FUSEError(errno.ESTALE)
+        except BaseException:
+            await self.release(opened.fh)
             raise
-        return Begun(opened, self._changed_entry(made, fresh), NO_GRANT)
+        return Begun(opened, self._changed_entry(attributes, fresh=False), NO_GRANT)
 
     def create_now(self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext) -> Begun | None:
         """Make a file that the metaserver is told of later; None: that cannot be.
@@ -841,6 +895,14 @@ class Operations(pyfuse3.Operations):
 
 def _writes(flags: int) -> bool:
     return flags & os.O_ACCMODE != os.O_RDONLY
+
+
+def _owner_may_open(attributes: wire.Attributes, uid: int, flags: int) -> bool:
+    """Whether this is a regular file of this user, whose mode lets him open it so."""
+    needed = 0 if flags & os.O_ACCMODE == os.O_WRONLY else stat.S_IRUSR
+    if _writes(flags) or flags & os.O_TRUNC:
+        needed |= stat.S_IWUSR
+    return stat.S_ISREG(attributes.mode) and attributes.uid == uid and not needed & ~attributes.mode
 
 
 def _appends(flags: int) -> bool:

@@ -17,6 +17,7 @@ from typing import Final
 
 from fuseclient.data.caller import Caller
 from fuseclient.worker.rpc import Disconnected, Refused
+from fuseclient.worker.told_lately import WITHIN_S
 from metaserver import wire
 
 _log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class Orphans:
         if ino not in self._orphans:
             self._orphans.add(ino)
             self._waiting.add(ino)
+            # It may only have been about to be opened: see told_lately.py.
+            asyncio.get_running_loop().call_later(WITHIN_S, self.closed, ino)
 
     def linked(self, ino: int) -> None:
         """An inode has a link (again)."""

@@ -1,4 +1,4 @@
-"""Domain errors to errno: what operations.py shows the kernel. The funnel through which every operation answers.
+"""Domain errors to errno: what operations/ shows the kernel. The funnel through which every operation answers.
 
 What is gone is ENOENT where a name was asked for, and ESTALE where an inode was: between the kernel's look for a name
 and its request, others may have removed the file or put another in its place. The kernel then looks once more. Through

@@ -6,7 +6,7 @@ flags, and takes long over the frequent ones, which are direct_ops.py's.
 
 They come over a socket of their own, one message each, and are answered on it, at once or by a task of their own; what
 is not known here is answered ENOSYS, after which the kernel does without. This is an edge to the kernel, as
-operations.py is for all else: it speaks of errno, and what is below does not.
+operations/ is for all else: it speaks of errno, and what is below does not.
 
 An INTERRUPT makes a copy stop at the next piece, with a short count if it has come so far, and ends the wait for a
 lock; all else is soon through.

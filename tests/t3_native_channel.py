@@ -12,7 +12,7 @@ import rig
 from fuseclient import mounts
 from fuseclient.channel import acceleration
 
-_CHANNEL = ("pending", "posting", "attributes", "queue", "device", "bridge", "notify")
+_CHANNEL = ("pending", "posting", "attributes", "queue", "device", "requests", "bridge", "notify")
 _SOURCES = [
     rig.REPOSITORY / "tests/native/channel_test.c",
     *(rig.REPOSITORY / f"fuseclient/channel/native/{name}.c" for name in _CHANNEL),

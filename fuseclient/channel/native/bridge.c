@@ -20,20 +20,11 @@
 
 #include "channel_internal.h"
 
-#define APPENDS (1ULL << BPFUSE_FH_APPENDS_BIT)
-
 enum {
 	INIT_TOKEN = 2, /* below every pending's token, which have a generation of 1 or more */
 	WORKER_PROTOCOL_MINOR = 38,
 	REPLIES_A_TURN = 64,
-	ERROR_LIMIT = 511,       /* the kernel takes -511 .. 0 */
-	COPY_FILE_RANGE_64 = 53, /* of protocol 7.45; Debian 12's <linux/fuse.h> has 7.38 */
-};
-
-struct request {
-	struct fuse_in_header header;
-	struct iovec parts[3];
-	int count;
+	ERROR_LIMIT = 511, /* the kernel takes -511 .. 0 */
 };
 
 static void bridge_wake(struct bpfuse_channel *channel)
@@ -45,132 +36,12 @@ static void bridge_wake(struct bpfuse_channel *channel)
 		return;
 }
 
-/* Describes the classic message of a request that lies in a ring entry. Returns 0, or -EIO for impossible sizes. */
-static int request_of_entry(struct request *request, struct bpfuse_entry *entry)
-{
-	const struct fuse_in_header *header = (void *)entry->uring.in_out;
-	size_t payload = entry->uring.payload_size, operation;
-
-	if (payload > sizeof(entry->payload) || header->len < sizeof(*header) + payload)
-		return -EIO;
-	operation = header->len - sizeof(*header) - payload;
-	if (operation > sizeof(entry->uring.op_in))
-		return -EIO;
-	request->header = *header;
-	request->parts[1] = (struct iovec){ entry->uring.op_in, operation };
-	request->parts[2] = (struct iovec){ entry->payload, payload };
-	request->count = 3;
-	return 0;
-}
-
-static void request_of_copy(struct request *request, const struct pending *pending)
-{
-	memcpy(&request->header, pending->bytes, sizeof(request->header));
-	request->parts[1] = (struct iovec){ (uint8_t *)pending->bytes + sizeof(request->header),
-					    pending->length - sizeof(request->header) };
-	request->count = 2;
-}
-
-/*
- * Says in the handle of a WRITE whether it goes to the end of the file, which libfuse would not tell the worker. It is
- * the request's own flag, as it can be set and cleared while the file is open. What comes from a mapping goes where it is.
- */
-static void mark_append(const struct request *request)
-{
-	struct fuse_write_in *in = request->parts[1].iov_base;
-
-	if (request->header.opcode != FUSE_WRITE || request->parts[1].iov_len < sizeof(*in))
-		return;
-	in->fh &= ~APPENDS;
-	if (in->flags & O_APPEND && !(in->write_flags & FUSE_WRITE_CACHE))
-		in->fh |= APPENDS;
-}
-
-static enum lane lane_of(uint32_t opcode)
-{
-	switch (opcode) {
-	case FUSE_LOOKUP: /* these, and those up to CREATE, are frequent, and pyfuse3 takes long over each */
-	case FUSE_GETATTR:
-	case FUSE_SETATTR:
-	case FUSE_MKDIR:
-	case FUSE_UNLINK:
-	case FUSE_RMDIR:
-	case FUSE_RENAME:
-	case FUSE_RENAME2:
-	case FUSE_READ:
-	case FUSE_WRITE:
-	case FUSE_FSYNC:
-	case FUSE_CREATE:
-	case FUSE_FLUSH:   /* pyfuse3 does not tell of the owners of locks */
-	case FUSE_RELEASE: /* the same */
-	case FUSE_GETLK:
-	case FUSE_SETLK:
-	case FUSE_SETLKW:
-	case FUSE_OPEN:     /* pyfuse3 cannot answer it with a backing for passthrough */
-	case FUSE_SETXATTR: /* pyfuse3 makes two requests of it when it must or must not be there */
-	case FUSE_FALLOCATE:
-	case FUSE_LSEEK:
-	case FUSE_COPY_FILE_RANGE:
-	case COPY_FILE_RANGE_64:
-	case FUSE_TMPFILE:
-		return LANE_EXTRA;
-	default:
-		return LANE_FUSE;
-	}
-}
-
-/* Whether a request begins with a handle that the worker may know the inode by. */
-static bool has_handle(uint32_t opcode)
-{
-	switch (opcode) {
-	case FUSE_READ:
-	case FUSE_FSYNC:
-	case FUSE_READDIR:
-	case FUSE_FSYNCDIR:
-	case FUSE_GETLK:
-	case FUSE_SETLK:
-	case FUSE_SETLKW:
-	case FUSE_IOCTL:
-	case FUSE_POLL:
-	case FUSE_READDIRPLUS:
-	case FUSE_LSEEK:
-		return true;
-	default:
-		return false;
-	}
-}
-
-/* A mount that opens nothing has handles of 0: the worker is told one that BPF might have given out. */
-static void fill_handle(struct request *request)
-{
-	uint64_t handle;
-
-	if (!has_handle(request->header.opcode) || request->parts[1].iov_len < sizeof(handle))
-		return;
-	memcpy(&handle, request->parts[1].iov_base, sizeof(handle));
-	if (handle)
-		return;
-	handle = 1ull << BPFUSE_FH_KERNEL_BIT | request->header.nodeid;
-	memcpy(request->parts[1].iov_base, &handle, sizeof(handle));
-}
-
-/* Returns the bytes of a small write, wherever they lie; NULL: it is not small, or not what it says. */
-static const void *small_data(const struct request *request, const struct fuse_write_in *in)
-{
-	size_t behind = request->parts[1].iov_len - sizeof(*in);
-	bool apart = request->count > 2 && request->parts[2].iov_len;
-
-	if (in->size > BPFUSE_MAX_WRITE / 4 || in->size != (apart ? request->parts[2].iov_len : behind))
-		return NULL;
-	return apart ? request->parts[2].iov_base : (const void *)(in + 1);
-}
-
 /* Sends a message that may be a posted write, or gathers it. Returns 0 or -EAGAIN. */
 static int message_send(struct bpfuse_channel *channel, enum lane lane, struct request *request,
 			const struct fuse_write_in *posted)
 {
 	struct msghdr message = { .msg_iov = request->parts, .msg_iovlen = (size_t)request->count };
-	const void *data = posted ? small_data(request, posted) : NULL;
+	const void *data = posted ? request_small_data(request, posted) : NULL;
 
 	if (data)
 		return posting_gather(channel, &request->header, posted, data);
@@ -198,8 +69,7 @@ static int pending_send(struct bpfuse_channel *channel, struct pending *pending,
 		request_of_entry(&request, &channel->entries[pending->origin.index]);
 	else
 		request_of_copy(&request, pending);
-	fill_handle(&request);
-	mark_append(&request);
+	request_complete(&request);
 	if (answer && posting_closes(channel, pending, request.parts[1])) {
 		channel->figures.flushed++;
 		*answer = answer_of(pending, 0);
@@ -332,31 +202,6 @@ static void reply_error(struct bpfuse_channel *channel, struct origin origin, in
 	reply_deliver(channel, origin, &reply, sizeof(reply));
 }
 
-/*
- * Requests that may reach a second worker although the first may have carried them out: handles say nothing that a
- * worker has to remember, writing the same bytes or attributes again changes nothing, and of two files without a name
- * one goes with the session.
- */
-static bool repeatable(uint32_t opcode)
-{
-	switch (opcode) {
-	case FUSE_SYMLINK:
-	case FUSE_MKNOD:
-	case FUSE_MKDIR:
-	case FUSE_UNLINK:
-	case FUSE_RMDIR:
-	case FUSE_RENAME:
-	case FUSE_RENAME2:
-	case FUSE_LINK:
-	case FUSE_CREATE:
-	case FUSE_SETXATTR:
-	case FUSE_REMOVEXATTR:
-		return false;
-	default:
-		return true;
-	}
-}
-
 static void close_sockets(int sockets[LANES])
 {
 	for (int lane = 0; lane < LANES; lane++) {
@@ -380,7 +225,7 @@ static void worker_lost(struct bpfuse_channel *channel)
 		if (pending->state != PENDING_SENT)
 			continue;
 		pending->generation++;
-		if (repeatable(pending->opcode)) {
+		if (request_is_repeatable(pending->opcode)) {
 			channel->figures.replayed++;
 			pending_hold(channel, pending);
 			continue;
@@ -596,7 +441,7 @@ int bridge_forward_entry(struct bpfuse_channel *channel, uint32_t index, struct 
 	pending->origin.unique = header->unique;
 	pending->opcode = header->opcode;
 	pending->nodeid = header->nodeid;
-	pending->lane = lane_of(header->opcode);
+	pending->lane = request_lane(header->opcode);
 	if (result)
 		channel->figures.malformed_requests++;
 	else if (interrupted_early(channel, header))
@@ -640,7 +485,7 @@ void bridge_forward_copy(struct bpfuse_channel *channel, enum pending_kind kind,
 {
 	const struct fuse_in_header *header = message;
 
-	forward_copy(channel, kind, lane_of(header->opcode), message, length);
+	forward_copy(channel, kind, request_lane(header->opcode), message, length);
 }
 
 /* Takes a held pending that was interrupted off the list and tells whose it was; false if there is none. */

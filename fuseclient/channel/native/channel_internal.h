@@ -111,6 +111,13 @@ static inline bool is_gathered(const struct gathering *gathering)
 	return gathering->in.size || gathering->change.padding;
 }
 
+/* A classic message: its header, and what follows that from the second part on. */
+struct request {
+	struct fuse_in_header header;
+	struct iovec parts[3];
+	int count;
+};
+
 /* A whole reply, to a request that is answered without a word of the worker. A length of 0: there is none. */
 struct answer {
 	struct fuse_out_header header;
@@ -218,6 +225,14 @@ void posting_end_inode(struct bpfuse_channel *channel, uint64_t ino);
 void posting_lost(struct bpfuse_channel *channel);
 void posting_renew(struct bpfuse_channel *channel, const struct bpfuse_renewed *renewed);
 void posting_take_grant(struct bpfuse_channel *channel, const struct pending *pending, struct fuse_out_header *reply);
+
+/* requests.c */
+int request_of_entry(struct request *request, struct bpfuse_entry *entry);
+void request_of_copy(struct request *request, const struct pending *pending);
+void request_complete(struct request *request);
+enum lane request_lane(uint32_t opcode);
+bool request_is_repeatable(uint32_t opcode);
+const void *request_small_data(const struct request *request, const struct fuse_write_in *in);
 
 /* bridge.c */
 void *bridge_run(void *channel);

@@ -226,12 +226,12 @@ class Mount:
         feeder.is_shown = lambda attributes: attributes.ino not in kernel.dropping and writer.show(attributes)
         writer.hooks.when_touched = feeder.written
 
-        told_lately = ToldLately()
+        told_lately = ToldLately(asyncio.get_running_loop().time)
 
         def is_open(ino: int) -> bool:
             return ino in open_handles or cache.is_open(ino) or writer.is_open(ino) or ino in told_lately
 
-        orphans = removals.orphans = Orphans(ordered, is_open)
+        orphans = self._orphans = removals.orphans = Orphans(ordered, is_open)
         room = cache.room
         siblings = Siblings(cache.is_used, room.entries // 2, room.pages * _PAGE // 2)
         places = Places()
@@ -384,6 +384,7 @@ class Mount:
         with contextlib.suppress(Refused, Disconnected):
             await self._removals.settle()
         await self._closings.close()
+        self._orphans.close()
         await self._session.close(farewell=farewell)
         await self._reading.close()
         self._store.close()

@@ -37,6 +37,8 @@ class Orphans:
         self._waiting: set[int] = set()
         self._due: set[int] = set()
         self._timer: asyncio.TimerHandle | None = None
+        #: Of those that may only have been about to be opened.
+        self._looks: dict[int, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __contains__(self, ino: int) -> bool:
@@ -53,7 +55,11 @@ class Orphans:
             self._orphans.add(ino)
             self._waiting.add(ino)
             # It may only have been about to be opened: see told_lately.py.
-            asyncio.get_running_loop().call_later(WITHIN_S, self.closed, ino)
+            self._looks[ino] = asyncio.get_running_loop().call_later(WITHIN_S, self._look, ino)
+
+    def _look(self, ino: int) -> None:
+        self._looks.pop(ino, None)
+        self.closed(ino)
 
     def linked(self, ino: int) -> None:
         """An inode has a link (again)."""
@@ -87,6 +93,15 @@ class Orphans:
         """The session has ended, and all its orphans with it."""
         for each in (self._orphans, self._waiting, self._due):
             each.clear()
+
+    def close(self) -> None:
+        """Reap no more: what is left is reaped when the session ends."""
+        for each in self._looks.values():
+            each.cancel()
+        self._looks.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _schedule(self) -> None:
         if len(self._due) >= BATCH:

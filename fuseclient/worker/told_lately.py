@@ -7,7 +7,6 @@ as a lock or a checkpoint is, the next one would be gone, too, and the program t
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
@@ -18,9 +17,9 @@ _MOST: Final = 4096
 
 
 class ToldLately:
-    """Inodes by when they were told. Bounded: who looks up so many at a time opens few of them."""
+    """Inodes by when they were told, in seconds of ``clock``. Bounded: who looks up so many at a time opens few."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._told: OrderedDict[int, float] = OrderedDict()
 

@@ -31,7 +31,7 @@ from metaserver.locking import Locking, LockRequest
 from metaserver.namespace import Context
 from metaserver.sessions import Session, Sessions, changed_inodes, changed_names, must_own
 from metaserver.status import Overview
-from metaserver.unlinked import REMOVALS, Unlinked
+from metaserver.unlinked import Unlinked, most_left
 from metaserver.volumes import Volume
 
 _T = TypeVar("_T")
@@ -284,7 +284,8 @@ class Service:
         if isinstance(frame.request, wire.Reap):
             self._coherence.reaping(session, frame.request.inos)
         await self.grace.over()
-        may_remove = not isinstance(frame.request, REMOVALS) or await self._unlinked.has_room(session)
+        left = most_left(frame.request)
+        may_remove = not left or await self._unlinked.has_room(session, left)
         change = self._coherence.begin(session, author, changed_names(frame.request))
         try:
             since, outcome = await self._commit(change, verb if may_remove else _too_many, frame)

@@ -20,9 +20,14 @@ from metaserver.volumes import Volume
 #: Orphans that the sessions of an account may keep on a volume before they may remove nothing more.
 MOST_OF_ACCOUNT: Final = 262_144
 #: What can leave an orphan.
-REMOVALS: Final = (wire.Remove, wire.Rename, wire.MakeTemporary)
+_REMOVALS: Final = (wire.Remove, wire.Rename, wire.MakeTemporary)
 #: Rows that are read at once.
 _ROWS: Final = 1024
+
+
+def most_left(request: wire.Request) -> int:
+    """Return how many orphans a request can leave."""
+    return len(request.names) if isinstance(request, wire.RemoveNames) else isinstance(request, _REMOVALS)
 
 
 class Unlinked:
@@ -35,18 +40,18 @@ class Unlinked:
         self._room: dict[tuple[int, bytes], int] = {}
         sessions.on_end.append(self._ended)
 
-    async def has_room(self, session: Session) -> bool:
-        """Take note that a session is about to remove something; say whether it may. Raises EngineError."""
+    async def has_room(self, session: Session, count: int) -> bool:
+        """Take note that a session is about to leave so many orphans; say whether it may. Raises EngineError."""
         room = self._room.get(_key(session))
         if room is None and not any(each.reclaimed for each in self._beside(session)):
             room = MOST_OF_ACCOUNT
-        if not room:
+        if not room or room < count:
             ids = [each.id for each in self._beside(session)]
             kept = await self._engine.scan(lambda snapshot: _count(snapshot, session.volume, ids))
             room = max(0, MOST_OF_ACCOUNT - kept)
         if not session.ended:
-            self._room[_key(session)] = max(0, room - 1)
-        return room > 0
+            self._room[_key(session)] = max(0, room - count)
+        return room >= count
 
     def _beside(self, session: Session) -> list[Session]:
         """Return the sessions of the same account on the same volume."""

@@ -319,6 +319,20 @@ async def test_an_identity_keeps_so_many_unlinked_files(place: Place, monkeypatc
         await one.make(b"more")
 
 
+async def test_names_that_are_removed_together_count_each(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of who is not bounded: for others they are removed one by one."""
+    monkeypatch.setattr(unlinked, "MOST_OF_ACCOUNT", 3)
+    made = {name: await place.root.make(name) for name in (b"a", b"b", b"c", b"d")}
+
+    def removal(*names: bytes) -> wire.RemoveNames:
+        return wire.RemoveNames([wire.RemovedName(ROOT_INO, name, made[name].ino, 1) for name in names])
+
+    assert await refused(place.root.connection.call(removal(*made), wire.Changed)) is ErrorCode.NO_SPACE
+    await place.root.connection.call(removal(b"a", b"b"), wire.Changed)
+    assert await refused(place.root.connection.call(removal(b"c", b"d"), wire.Changed)) is ErrorCode.NO_SPACE
+    await place.root.connection.call(removal(b"c"), wire.Changed)
+
+
 async def test_no_program_gets_roots_group(place: Place) -> None:
     """Nor is a directory of root's moved elsewhere, by who may write to where it is and goes."""
     shared = await owned(place.root, b"shared", 0o042777)

@@ -105,8 +105,10 @@ class Weed:
         self._process.wait()
 
     def hang(self) -> None:
-        """Have it accept connections, and answer nothing."""
+        """Have it accept connections, and answer nothing; its threads stop a moment after the signal."""
         self._signal(signal.SIGSTOP)
+        assert self._process is not None
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
 
     def go_on(self) -> None:
         self._signal(signal.SIGCONT)

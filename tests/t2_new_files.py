@@ -16,7 +16,7 @@ import pyfuse3
 import pytest
 import pytest_asyncio
 from served import until
-from worker_rig import INLINE_LIMIT, ME, ROOT, Rig, fails, rigged
+from worker_rig import INLINE_LIMIT, ME, ROOT, Rig, fails, joined, rigged, watched
 
 from fuseclient.data.grants import NO_GRANT
 from fuseclient.worker.rpc import Disconnected, Refused
@@ -58,20 +58,6 @@ async def begun(rig: Rig) -> None:
         await until(lambda: rig.mount._creations._numbers)
 
 
-def watched(rig: Rig) -> list[wire.Request]:
-    """Return the list that every request to the metaserver goes into from now on."""
-    log: list[wire.Request] = []
-    call = rig.session.call
-
-    async def spy(request: wire.Request, reply_type: Any) -> Any:
-        if not isinstance(request, QUIET):
-            log.append(request)
-        return await call(request, reply_type)
-
-    rig.session.call = spy
-    return log
-
-
 def lazily(rig: Rig) -> None:
     """The metaserver acknowledges before it is durable."""
     rig.session.opened = msgspec.structs.replace(rig.session.opened, lazy=True)
@@ -91,17 +77,8 @@ async def known(rig: Rig, name: bytes, parent: int = ROOT) -> int:
         return 0
 
 
-async def joined(rig: Rig) -> None:
-    """Another client is let in."""
-    acknowledged: list[object] = []
-    assert rig.mount._changes is not None
-    rig.session.alone = False
-    rig.mount._changes.broken(wire.Break(1, [], [], joined=True), acknowledged.append)
-    await until(lambda: acknowledged)
-
-
 async def test_a_file_takes_one_request(both: Rig) -> None:
-    log = watched(both)
+    log = watched(both, QUIET)
     fh, ino = await begin(both)
     await both.set_attributes(ino, mode=0o600)
     await both.ops.write(fh, 0, b"data")
@@ -142,7 +119,7 @@ async def test_another_client_is_let_in_when_all_is_told(rig: Rig) -> None:
     await joined(rig)
     assert await known(rig, b"file") == ino
     assert (await rig.other.attributes(ino)).size == 2
-    log = watched(rig)
+    log = watched(rig, QUIET)
     await rig.ops.write(fh, 2, b"ta")
     await rig.close(fh)
     assert await rig.content(ino) == b"data"
@@ -214,7 +191,7 @@ async def test_a_directory_is_as_old_as_its_newest_file(both: Rig) -> None:
 async def test_the_maps_know_a_directory_while_files_in_it_are_held_back(rig: Rig) -> None:
     """Its times never go back, whichever of its files is told of first; nobody is asked for them."""
     directory = (await rig.ops.mkdir(ROOT, b"dir", DIR, ME)).st_ino
-    log = watched(rig)
+    log = watched(rig, QUIET)
     shown = [rig.maps.inodes[directory]]
     handles = []
     for number in range(3):
@@ -267,7 +244,7 @@ async def test_a_setgid_directory_gives_its_group(both: Rig) -> None:
 
 async def test_closed_files_gather_if_the_metaserver_is_lazy(rig: Rig) -> None:
     lazily(rig)
-    log = watched(rig)
+    log = watched(rig, QUIET)
     made = {}
     for number in range(3 * wire.MAX_NEW_FILES):
         fh, ino = await begin(rig, b"f%d" % number)
@@ -309,7 +286,7 @@ async def test_a_closed_file_is_changed_and_renamed_without_a_word(rig: Rig) -> 
     lazily(rig)
     directory = (await rig.ops.mkdir(ROOT, b"dir", DIR, ME)).st_ino
     await rig.create(b"other", b"data", directory)
-    log = watched(rig)
+    log = watched(rig, QUIET)
     ino = await rig.create(b".file", b"data", directory)
     made = await rig.ops.getattr(ino, ME)
     await rig.set_attributes(ino, atime_ns=4, mtime_ns=5)
@@ -438,7 +415,7 @@ async def test_a_file_that_cannot_be_made_is_reported_and_gone(rig: Rig, quiet: 
     await rig.create(b"closed", b"data", directory)
     with fails(errno.ENOSPC):
         await rig.ops.fsyncdir(0, False)
-    log = watched(rig)
+    log = watched(rig, QUIET)
     fh, _ = await begin(rig, b"next", directory)
     assert wire.MakeNode in map(type, log), "nothing more is held back"
     rig.session.call = call

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 from served import until
-from worker_rig import ME, ROOT, Rig, fails, rigged
+from worker_rig import ME, ROOT, Rig, fails, joined, rigged, watched
 
 from fuseclient.worker.rpc import Disconnected, Refused
 from metaserver import wire
@@ -57,40 +57,17 @@ async def filled(rig: Rig, *names: bytes) -> tuple[int, list[int]]:
     return directory, inos
 
 
-def watched(rig: Rig) -> list[wire.Request]:
-    """Return the list that every request to the metaserver goes into from now on."""
-    log: list[wire.Request] = []
-    call = rig.session.call
-
-    async def spy(request: wire.Request, reply_type: Any) -> Any:
-        if not isinstance(request, QUIET):
-            log.append(request)
-        return await call(request, reply_type)
-
-    rig.session.call = spy
-    return log
-
-
 async def others_see(rig: Rig, directory: int) -> set[bytes]:
     """Return what others see in a directory."""
     pages = rig.other.connection.stream(wire.FetchDirectory(directory, 0, 100, 0, 0))
     return {entry.name async for page in pages for entry in page.entries}
 
 
-async def joined(rig: Rig) -> None:
-    """Another client is let in."""
-    acknowledged: list[object] = []
-    assert rig.mount._changes is not None
-    rig.session.alone = False
-    rig.mount._changes.broken(wire.Break(1, [], [], joined=True), acknowledged.append)
-    await until(lambda: acknowledged)
-
-
 async def test_names_are_removed_many_at_a_time(both: Rig) -> None:
     names = [b"%d" % number for number in range(2 * wire.MAX_REMOVED)]
     directory, _ = await filled(both, *names, b"kept")
     before = await both.ops.getattr(directory, ME)
-    log = watched(both)
+    log = watched(both, QUIET)
     for name in names:
         await both.ops.unlink(directory, name, ME)
     after = await both.ops.getattr(directory, ME)
@@ -111,7 +88,7 @@ async def test_names_are_removed_many_at_a_time(both: Rig) -> None:
 
 async def test_nobody_is_told_until_it_matters(rig: Rig) -> None:
     directory, _ = await filled(rig, b"a", b"b")
-    log = watched(rig)
+    log = watched(rig, QUIET)
     await rig.ops.unlink(directory, b"a", ME)
     shown = rig.maps.inodes[directory]
     assert log == []
@@ -129,7 +106,7 @@ async def test_what_others_would_see_is_told_before_they_are_let_in(rig: Rig) ->
     await rig.ops.unlink(directory, b"a", ME)
     await joined(rig)
     assert await others_see(rig, directory) == {b"b"}
-    log = watched(rig)
+    log = watched(rig, QUIET)
     await rig.ops.unlink(directory, b"b", ME)
     assert [type(each) for each in log] == [wire.Remove]
 
@@ -174,7 +151,7 @@ async def test_whatever_is_asked_for_comes_after(both: Rig) -> None:
 
 async def test_a_sync_makes_it_durable(rig: Rig) -> None:
     directory, _ = await filled(rig, b"a")
-    log = watched(rig)
+    log = watched(rig, QUIET)
     await rig.ops.unlink(directory, b"a", ME)
     await rig.ops.fsyncdir(0, False)
     assert [type(each) for each in log] == [wire.RemoveNames, wire.Sync]
@@ -206,7 +183,7 @@ async def test_what_is_not_held_back(rig: Rig) -> None:
     directory, (ino, _) = await filled(rig, b"written", b"unknown")
     await rig.ops.lookup(ROOT, b"none", ME)
     info = await rig.ops.open(ino, os.O_RDWR, ME)
-    log = watched(rig)
+    log = watched(rig, QUIET)
     await rig.ops.unlink(directory, b"written", ME)
     rig.mount.operations._feeder.whole.forget(directory)
     await rig.ops.unlink(directory, b"unknown", ME)

@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import background
@@ -17,29 +17,9 @@ import figures
 import pytest
 import rig
 from conftest import MountFactory
+from several_mounts import stopped
 
 pytestmark = pytest.mark.usefixtures("needs_mounts")
-
-
-def files_are_made_here(mounted: rig.Mount, accel: str) -> None:
-    """Make files until one is made without asking the metaserver, as all are from then on; with acceleration."""
-
-    def one_more() -> bool:
-        (mounted.path / "first").unlink(missing_ok=True)
-        (mounted.path / "first").touch()
-        return accel == "off" or figures.stats(mounted)["caches"]["new_files"]["files"] > 0
-
-    rig.wait_for(one_more, "a file is made here")
-
-
-@contextlib.contextmanager
-def standing_still(worker: int) -> Iterator[None]:
-    """Have the worker stand still for the body."""
-    os.kill(worker, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(worker, signal.SIGCONT)
 
 
 def made(path: Path) -> int:
@@ -108,7 +88,7 @@ PROGRAMS: dict[str, list[str]] = {
 def test_what_is_told_of_a_new_file_stays_true(mount: MountFactory, accel: str, durability: str) -> None:
     """To the nanosecond: while it is open, when it is closed, and when everybody has forgotten it."""
     mounted = mount(accel, "--durability", durability)
-    files_are_made_here(mounted, accel)
+    figures.files_are_made_here(mounted, accel)
     before = figures.stats(mounted)["channel"]
     known: dict[str, tuple[int, ...]] = {}
     for name, steps in PROGRAMS.items():
@@ -140,7 +120,7 @@ def test_what_is_told_of_a_new_file_stays_true(mount: MountFactory, accel: str, 
 def test_what_is_told_of_a_closed_file_stays_true(mount: MountFactory, accel: str, durability: str) -> None:
     """As programs put new files in place: changed and renamed by name, as soon as they are closed."""
     mounted = mount(accel, "--durability", durability)
-    files_are_made_here(mounted, accel)
+    figures.files_are_made_here(mounted, accel)
     top, other = mounted.path / "top", mounted.path / "other"
     top.mkdir()
     other.mkdir()
@@ -186,7 +166,7 @@ def test_what_is_told_of_a_closed_file_stays_true(mount: MountFactory, accel: st
 def test_files_are_what_they_are_on_ext4(mount: MountFactory, accel: str, tmp_path: Path) -> None:
     """But for times, which nobody chose, and blocks."""
     mounted = mount(accel)
-    files_are_made_here(mounted, accel)
+    figures.files_are_made_here(mounted, accel)
 
     def outcome(directory: Path, steps: list[str], name: str) -> tuple[object, ...]:
         path = directory / name
@@ -204,7 +184,7 @@ def test_files_are_what_they_are_on_ext4(mount: MountFactory, accel: str, tmp_pa
 def test_a_change_waits_for_nobody_and_is_seen_by_all(mount: MountFactory) -> None:
     """Whoever asks in another way than by the open file waits for the worker, which has taken the changes by then."""
     mounted = mount("bpf")
-    files_are_made_here(mounted, "bpf")
+    figures.files_are_made_here(mounted, "bpf")
     worker = mounted.process("worker").pid
     looks: dict[str, Callable[[Path], os.stat_result]] = {
         "rename": lambda path: path.rename(f"{path}-moved").stat(),
@@ -214,7 +194,7 @@ def test_a_change_waits_for_nobody_and_is_seen_by_all(mount: MountFactory) -> No
     }
     for name, look in looks.items():
         fd = made(mounted.path / name)
-        with standing_still(worker):
+        with stopped(worker):
             os.write(fd, b"content")
             os.fchmod(fd, 0o604)
             os.utime(fd, ns=(1, 2))
@@ -233,7 +213,7 @@ def test_a_change_waits_for_nobody_and_is_seen_by_all(mount: MountFactory) -> No
 
 def test_what_a_dead_worker_had_of_a_new_file_is_gone_with_the_file(mount: MountFactory) -> None:
     mounted = mount("bpf", allowed=(r"the worker \(pid \d+\) ended with -9",))
-    files_are_made_here(mounted, "bpf")
+    figures.files_are_made_here(mounted, "bpf")
     kept = made(mounted.path / "kept")
     os.fchmod(kept, 0o600)
     os.fsync(kept)

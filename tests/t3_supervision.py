@@ -24,6 +24,7 @@ import figures
 import pytest
 import rig
 from conftest import MountFactory
+from several_mounts import stopped
 
 from fuseclient import processes
 
@@ -271,31 +272,10 @@ def test_writes_lost_with_a_worker_are_reported_once(
         assert path.read_bytes() in (b"old", b"new")
 
 
-@contextlib.contextmanager
-def standing_still(worker: int) -> Iterator[None]:
-    """Have the worker stand still for the body."""
-    os.kill(worker, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(worker, signal.SIGCONT)
-
-
 def linked(path: Path, second: Path) -> os.stat_result:
     """Give a file a second name, and return what is known by it."""
     second.hardlink_to(path)
     return second.stat()
-
-
-def files_are_made_here(mounted: rig.Mount, accel: str) -> None:
-    """Make files until one is made without asking the metaserver, as all are from then on; with acceleration."""
-
-    def one_more() -> bool:
-        (mounted.path / "first").unlink(missing_ok=True)
-        (mounted.path / "first").touch()
-        return accel == "off" or figures.stats(mounted)["caches"]["new_files"]["files"] > 0
-
-    rig.wait_for(one_more, "a file is made here")
 
 
 def synced_size(path: Path) -> int:
@@ -312,7 +292,7 @@ def test_a_new_files_first_write_is_posted_and_so_is_its_closing_if_that_commits
 ) -> None:
     """Unless it has become too long for the metaserver to keep, or somebody has locked it."""
     mounted = mount(accel, "--durability", durability)
-    files_are_made_here(mounted, accel)
+    figures.files_are_made_here(mounted, accel)
     closes_ahead = accel == "bpf" and durability == "interval"  # without acceleration the metaserver makes each file
     before = figures.stats(mounted)["channel"]
     for number in range(20):
@@ -347,7 +327,7 @@ def test_a_new_files_first_write_is_posted_and_so_is_its_closing_if_that_commits
 def test_what_is_closed_ahead_of_its_worker_is_whole(mount: MountFactory) -> None:
     """Whoever asks for anything after the closing, finds the file as it was closed."""
     mounted = mount("bpf", "--durability", "interval")
-    files_are_made_here(mounted, "bpf")
+    figures.files_are_made_here(mounted, "bpf")
     worker, flushed = mounted.process("worker").pid, figures.stats(mounted)["channel"]["flushed"]
     looks: dict[str, Callable[[Path], object]] = {
         "stat": lambda path: path.stat().st_size,
@@ -359,7 +339,7 @@ def test_what_is_closed_ahead_of_its_worker_is_whole(mount: MountFactory) -> Non
     }
     for name, look in looks.items():
         descriptor = os.open(mounted.path / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        with standing_still(worker):
+        with stopped(worker):
             for number in range(10):
                 os.write(descriptor, b"%d" % number)
             os.close(descriptor)
@@ -394,7 +374,7 @@ def test_a_posted_write_waits_for_nobody_and_is_seen_by_everything_after_it(moun
             size = os.lseek(fd, 0, os.SEEK_CUR)
             looking, _ = background.start(look)
         else:
-            with standing_still(worker):
+            with stopped(worker):
                 os.write(fd, b"more and more ")
                 size = os.lseek(fd, 0, os.SEEK_CUR)
                 looking = background.until_blocked(look)

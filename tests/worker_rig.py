@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import pyfuse3
 import pytest
-from served import VOLUME, Client, Metaserver, serving
+from served import VOLUME, Client, Metaserver, serving, until
 
 from fuseclient.config import MapFds, MountOptions, WorkerConfig
 from fuseclient.kernel_cache import Evicted, NoKernelCache, Room
@@ -487,3 +487,26 @@ def fails(number: int) -> Any:
     with pytest.raises(pyfuse3.FUSEError) as caught:
         yield
     assert caught.value.errno == number, f"{errno.errorcode[caught.value.errno]}, not {errno.errorcode[number]}"
+
+
+def watched(rig: Rig, quiet: tuple[type, ...]) -> list[wire.Request]:
+    """Return the list that each request to the metaserver goes into from now on, but for those of ``quiet`` kinds."""
+    log: list[wire.Request] = []
+    call = rig.session.call
+
+    async def spy(request: wire.Request, reply_type: Any) -> Any:
+        if not isinstance(request, quiet):
+            log.append(request)
+        return await call(request, reply_type)
+
+    rig.session.call = spy
+    return log
+
+
+async def joined(rig: Rig) -> None:
+    """Another client is let in."""
+    acknowledged: list[object] = []
+    assert rig.mount._changes is not None
+    rig.session.alone = False
+    rig.mount._changes.broken(wire.Break(1, [], [], joined=True), acknowledged.append)
+    await until(lambda: acknowledged)

@@ -48,7 +48,7 @@ import lmdb
 from metaserver.engine.base import Engine, Snapshot, Transaction
 from metaserver.engine.lmdb_jobs import Due, Job, Thread, fail
 from metaserver.engine.lmdb_log import CommitLog, sync_directory
-from metaserver.engine.lmdb_views import LmdbSnapshot, LmdbTransaction, apply, cost, space
+from metaserver.engine.lmdb_views import LmdbSnapshot, LmdbTransaction, apply, cost, growth, space
 from metaserver.errors import EngineBusy, EngineClosed, EngineError, EngineFull, EngineUnusable, Unknown
 
 _log = logging.getLogger(__name__)
@@ -448,8 +448,9 @@ class LmdbEngine(Engine):
         inner = self._env.begin(write=True, parent=outer)
         done = False
         try:
-            growth = apply(txn.writes, inner)
-            done = not (growth > _NO_LARGER and self._is_full(inner))
+            is_larger = growth(txn.writes, inner) > _NO_LARGER
+            apply(txn.writes, inner)
+            done = not (is_larger and self._is_full(inner))
         except lmdb.MapFullError:
             pass
         finally:

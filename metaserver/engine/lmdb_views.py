@@ -16,18 +16,23 @@ _WRITE_COST: Final = 16 * 1024
 Writes = dict[bytes, bytes | None]
 
 
-def apply(writes: Writes, txn: lmdb.Transaction) -> int:
-    """Write these; return how many bytes of keys and values the data has become larger by."""
-    growth = 0
+def apply(writes: Writes, txn: lmdb.Transaction) -> None:
+    """Write these."""
     for key, value in writes.items():
-        old = txn.get(key)
-        growth -= 0 if old is None else len(key) + len(old)
         if value is None:
             txn.delete(key)
         else:
-            growth += len(key) + len(value)
             txn.put(key, value)
-    return growth
+
+
+def growth(writes: Writes, txn: lmdb.Transaction) -> int:
+    """Return how many bytes of keys and values the data becomes larger by, when these are written."""
+    grown = 0
+    for key, value in writes.items():
+        old = txn.get(key)
+        grown -= 0 if old is None else len(key) + len(old)
+        grown += 0 if value is None else len(key) + len(value)
+    return grown
 
 
 def cost(writes: Writes) -> int:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,24 +92,30 @@ def read_all(paths: list[str]) -> None:
 
 def stat_all(paths: list[str]) -> None:
     """Stat each file once, from within its directory: the directories on the way to it are not looked up."""
+    for name in _from_within(paths):
+        os.stat(name)
+
+
+def getxattr_all(paths: list[str]) -> None:
+    """Ask each file for an extended attribute that it does not have, from within its directory as well."""
+    for name in _from_within(paths):
+        try:
+            os.getxattr(name, "user.none")
+        except OSError as error:
+            if error.errno != errno.ENODATA:
+                raise
+        else:
+            raise Wrong(f"{name} has an attribute that nobody set")
+
+
+def _from_within(paths: list[str]) -> Iterator[str]:
+    """Go to the directory of each path, and give the name there."""
     here = ""
     for directory, name in map(os.path.split, paths):
         if directory != here:
             os.chdir(directory)
             here = directory
-        os.stat(name)
-
-
-def getxattr_all(paths: list[str]) -> None:
-    """Ask each file for an extended attribute that it does not have."""
-    for path in paths:
-        try:
-            os.getxattr(path, "user.none")
-        except OSError as error:
-            if error.errno != errno.ENODATA:
-                raise
-        else:
-            raise Wrong(f"{path} has an attribute that nobody set")
+        yield name
 
 
 def command(words: list[str]) -> None:

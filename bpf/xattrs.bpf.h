@@ -103,9 +103,19 @@ static bool is_acl_name(const __u8 *name)
 	       same4(name + 8, 'o', 's', 'i', 'x') && same4(name + 12, '_', 'a', 'c', 'l') && name[16] == '_';
 }
 
+/*
+ * SELinux's label. Where SELinux runs it asks a FUSE file system for none, and lets none be set. Elsewhere the label of a file
+ * that has none is said to be unsupported, not absent: ls and cp then ask for none on the whole mount.
+ */
+static bool is_label_name(const __u8 *name)
+{
+	return same4(name, 's', 'e', 'c', 'u') && same4(name + 4, 'r', 'i', 't', 'y') &&
+	       same4(name + 8, '.', 's', 'e', 'l') && same4(name + 12, 'i', 'n', 'u', 'x') && !name[16];
+}
+
 static enum bpfuse_outcome answer_no_such_xattr(struct request *request)
 {
-	request->error = -ENODATA;
+	request->error = is_label_name(request->entry->payload) ? -EOPNOTSUPP : -ENODATA;
 	return BPFUSE_ANSWERED_ABSENT;
 }
 

@@ -175,6 +175,8 @@ ANSWERED = [
     Case("GETXATTR of size 0", kernel.getxattr(FILE, b"security.capability"), "ANSWERED_ABSENT", error=-errno.ENODATA),
     Case("GETXATTR, 255 bytes", kernel.getxattr(FILE, b"user." + b"u" * 250), "ANSWERED_ABSENT", error=-errno.ENODATA),
     Case("GETXATTR trusted", kernel.getxattr(FILE, b"trusted.a"), "ANSWERED_ABSENT", error=-errno.ENODATA),
+    Case("GETXATTR label", kernel.getxattr(FILE, b"security.selinux"), "ANSWERED_ABSENT", error=-errno.EOPNOTSUPP),
+    Case("GETXATTR like a label", kernel.getxattr(FILE, b"security.selinux2"), "ANSWERED_ABSENT", error=-errno.ENODATA),
     Case("GETXATTR ACL", kernel.getxattr(FILE, b"system.posix_acl_access"), "ANSWERED_ABSENT", error=-errno.ENODATA),
     Case("SETXATTR ACL", kernel.setxattr(FILE, b"system.posix_acl_access", b"v"), "ANSWERED", error=-errno.EOPNOTSUPP),
     Case("LISTXATTR", kernel.listxattr(FILE, 100), "ANSWERED"),

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,95 @@ async def test_what_is_read_as_durable_is(engine: LmdbEngine, tmp_path: Path) ->
     told.clear()
     await put(engine, b"news")
     await asyncio.wait_for(told.wait(), 10)
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The threads that have written the log's records."""
+
+    def write(descriptor: int, data: bytes, offset: int) -> None:
+        threads.append(threading.get_ident())
+        real(descriptor, data, offset)
+
+    threads: list[int] = []
+    real = lmdb_log._write
+    monkeypatch.setattr(lmdb_log, "_write", write)
+    return threads
+
+
+async def test_a_turn_of_the_loop_is_one_record(
+    engine: LmdbEngine, tmp_path: Path, records: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lmdb_engine, "_QUICK_S", 3600.0)
+    await put(engine, b"first")
+    records.clear()
+    await asyncio.gather(*(put(engine, b"%d" % number) for number in range(5)))
+    assert records == [threading.get_ident()]
+    assert await after_crash(engine, tmp_path) == [b"0", b"1", b"2", b"3", b"4", b"begin", b"first"]
+
+
+async def test_the_loop_does_not_wait_for_a_slow_device(
+    engine: LmdbEngine, tmp_path: Path, records: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lmdb_engine, "_QUICK_S", 0.0)
+    await put(engine, b"first")
+    records.clear()
+    await put(engine, b"second")
+    assert len(records) == 1
+    assert threading.get_ident() not in records
+    assert await after_crash(engine, tmp_path) == [b"begin", b"first", b"second"]
+
+
+async def test_what_was_seen_is_durable_before_who_saw_it_is_answered(
+    engine: LmdbEngine, records: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused() -> int:
+        with pytest.raises(KeyError):
+            await engine.write(refuse)
+        return len(records)
+
+    def refuse(txn: Any) -> None:
+        if txn.get(b"made") is not None:
+            raise KeyError
+
+    monkeypatch.setattr(lmdb_engine, "_QUICK_S", 3600.0)
+    await put(engine, b"first")
+    records.clear()
+    _, before = await asyncio.gather(put(engine, b"made"), refused())
+    assert before == 1
+
+
+async def test_the_log_is_left_to_a_writer_that_has_something_to_do(
+    engine: LmdbEngine, tmp_path: Path, records: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lmdb_engine, "_QUICK_S", 3600.0)
+    await put(engine, b"first")
+    records.clear()
+    await asyncio.gather(put(engine, b"second"), engine.scan(lambda snapshot: None))
+    assert threading.get_ident() not in records
+    assert in_lmdb(tmp_path / "engine") == [b"begin", b"first", b"second"]
+
+
+async def test_who_waits_for_the_end_of_the_turn_learns_that_a_commit_failed_before(
+    engine: LmdbEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    await put(engine, b"first")
+    monkeypatch.setattr(lmdb_log, "_write", fails)
+    engine._outer = Failing(engine._outer)  # type: ignore[assignment, arg-type]
+    done = await asyncio.gather(
+        put(engine, b"lost"), engine.scan(lambda snapshot: None), put(engine, b"later"), return_exceptions=True
+    )
+    assert isinstance(done[0], Unknown | EngineError)
+    assert b"lost" not in await keys(engine)
+
+
+async def test_a_close_makes_durable_what_is_waited_for(engine: LmdbEngine, tmp_path: Path) -> None:
+    await put(engine, b"first")
+    await asyncio.gather(put(engine, b"last"), engine.close())
+    assert in_lmdb(tmp_path / "engine") == [b"begin", b"first", b"last"]
 
 
 STEPS = st.lists(

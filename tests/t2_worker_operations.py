@@ -508,6 +508,25 @@ async def test_extended_attributes(both: Rig) -> None:
     await both.assert_maps_are_right()
 
 
+async def test_a_label_is_kept_and_one_that_is_not_there_is_unsupported(both: Rig) -> None:
+    """ls and cp ask for no other's then, and who copies trees with labels loses none."""
+    label = b"security.selinux"
+    info, made = await both.ops.create(ROOT, b"file", 0o644, os.O_RDWR, ME)
+    with fails(errno.EOPNOTSUPP):
+        await both.ops.getxattr(made.st_ino, label, ME)
+    await both.close(info.fh)
+    with fails(errno.EOPNOTSUPP):
+        await both.ops.getxattr(made.st_ino, label, ME)
+    with fails(errno.ENODATA):
+        await both.ops.removexattr(made.st_ino, label, ME)
+    await both.ops.setxattr(made.st_ino, b"security.other", b"1", ME)
+    with fails(errno.EOPNOTSUPP):
+        await both.ops.getxattr(made.st_ino, label, ME)
+    await both.ops.setxattr(made.st_ino, label, b"label", ME)
+    assert await both.ops.getxattr(made.st_ino, label, ME) == b"label"
+    assert sorted(await both.ops.listxattr(made.st_ino, ME)) == [b"security.other", label]
+
+
 async def test_writes_do_not_ask_for_capabilities(rig: Rig) -> None:
     info, made = await rig.ops.create(ROOT, b"file", 0o644, os.O_RDWR, ME)
     log = spied(rig)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +23,11 @@ pytestmark = pytest.mark.usefixtures("needs_mounts")
 
 #: Seconds: nothing here is right because something ran out.
 LONG_LEASE_S: Final = 30.0
-ASKED: Final = ("user.a", "user.b", "security.capability", "system.posix_acl_access")
+ASKED: Final = ("user.a", "user.b", "security.capability", "security.selinux", "system.posix_acl_access")
+#: That nobody but user 65534 may read it, as setfacl would set it.
+_ACL: Final = struct.pack(
+    "<I" + "HHI" * 5, 2, 1, 6, 2**32 - 1, 2, 4, 65534, 4, 0, 2**32 - 1, 16, 4, 2**32 - 1, 32, 0, 2**32 - 1
+)
 
 
 def daemon(mounted: rig.Mount) -> int:
@@ -41,7 +48,12 @@ def look(path: Path) -> dict[str, Any]:
 
 def expected(**values: bytes) -> dict[str, Any]:
     named = {f"user.{name}": content for name, content in values.items()}
-    return {"names": sorted(named), **{name: named.get(name, "ENODATA") for name in ASKED}}
+    return {"names": sorted(named), **{name: named.get(name, _lacking(name)) for name in ASKED}}
+
+
+def _lacking(name: str) -> str:
+    """Return what is said of an xattr that is not there."""
+    return errno.errorcode[errno.EOPNOTSUPP] if name == "security.selinux" else "ENODATA"
 
 
 def test_nobody_asks_the_daemon_twice(mount: MountFactory, accel: str) -> None:
@@ -64,6 +76,54 @@ def test_nobody_asks_the_daemon_twice(mount: MountFactory, accel: str) -> None:
         assert (asked["none", 0], asked["none", 1], asked["some", 1]) == (0, 0, 0)
         assert 1 <= asked["some", 0] <= 2
         assert asked["large", 1] > 0
+
+
+def test_a_long_listing_asks_for_one_label(mount: MountFactory, accel: str) -> None:
+    """ls -l looks for a label and an access control list at each file, for labels no more when one is unsupported."""
+    mounted = mount(accel)
+    top, files = mounted.path / "top", 50
+    top.mkdir()
+    for number in range(files):
+        (top / str(number)).write_bytes(b"x")
+    mounted.remount()
+    for _ in range(2):
+        before = figures.answers(mounted, "GETXATTR").total
+        subprocess.run(["ls", "-l", top], check=True, stdout=subprocess.DEVNULL)
+        assert files <= figures.answers(mounted, "GETXATTR").total - before < files + 10
+
+
+def test_no_path_asks_who_may_take_it(mount: MountFactory, accel: str) -> None:
+    """The kernel keeps that, for others than the owner, too."""
+    mounted = mount(accel)
+    for each in (mounted.sandbox.path, mounted.path):
+        each.chmod(0o755)
+    (mounted.path / "file").write_bytes(b"x")
+    before = figures.answers(mounted, "GETXATTR").total
+    for _ in range(3):
+        read = subprocess.run(
+            ["cat", mounted.path / "file"], user=65534, group=65534, extra_groups=[], stdout=-1, check=True
+        )
+        assert read.stdout == b"x"
+    assert figures.answers(mounted, "GETXATTR").total == before
+
+
+def test_whoever_is_let_in_by_the_mode(mount: MountFactory, accel: str) -> None:
+    """By that alone, whatever list somebody tried to set."""
+    mounted = mount(accel)
+    for each in (mounted.sandbox.path, mounted.path):
+        each.chmod(0o711)
+    path = mounted.path / "file"
+    path.write_bytes(b"x")
+    for mode in (0o644, 0o640, 0o644, 0o600, 0o604):
+        path.chmod(mode)
+        with contextlib.suppress(OSError):
+            os.setxattr(path, "system.posix_acl_access", _ACL)
+        for _ in range(2):
+            read = subprocess.run(
+                ["cat", path], user=65534, group=65534, extra_groups=[], capture_output=True, check=False
+            )
+            assert (read.stdout == b"x") == bool(mode & 0o004), oct(mode)
+        assert path.stat().st_mode & 0o777 == mode
 
 
 def test_changes_here_are_seen_at_once(mount: MountFactory, accel: str) -> None:

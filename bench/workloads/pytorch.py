@@ -18,7 +18,7 @@ from bench.peers.base import Peer, fresh
 from bench.workloads.base import Turn, Workload
 
 _CLASSES: Final = 20
-_WORKERS: Final = (0, 2)
+_WORKERS: Final = (0, 2, 4)
 _TIMEOUT_S: Final = 3600.0
 _LEAST: Final = 4 << 10
 _MOST: Final = 100 << 10

@@ -24,6 +24,7 @@ _ENTRIES: Final = 100_000
 #: Files whose attributes are asked for to see what memory they take; once a system, as making them takes long.
 _WEIGHED: Final = 10_000
 _MAKERS: Final = 4
+_OTHERS: Final = 200
 
 
 @dataclass(frozen=True)
@@ -79,20 +80,26 @@ class Resources(Workload):
             turn.value(f"{name}, context switches of daemons for 1,000", used.switches / count * 1e3, "switches")
 
     def _memory(self, turn: Turn) -> None:
-        """What a stat of every file adds, when some were looked at before; so what is taken once is left out."""
+        """What a stat of every file adds, when others were looked at before; so what is taken once is left out.
+
+        The others are far away in the volume, as a system may fetch what is near ahead.
+        """
         files = self.scale.files if self.scale.quick else _WEIGHED
         with fresh(turn.kind, self.directory) as peer:
-            tree = paths(peer.root / "tree", files, max(2, files // 100))
-            for directory in {os.path.dirname(path) for path in tree}:
+            others, tree = (
+                paths(peer.root / "others", _OTHERS, 2),
+                paths(peer.root / "tree", files, max(2, files // 100)),
+            )
+            for directory in {os.path.dirname(path) for path in (*others, *tree)}:
                 os.makedirs(directory)
-            timed("make_nodes", [{"paths": part} for part in share(tree, _MAKERS)])
+            timed("make_nodes", [{"paths": part} for part in share([*others, *tree], _MAKERS)])
             turn.time("mount", peer.restart())
-            before = tree[: files // 10]
-            timed("stat_files", [{"paths": before, "size": 0}])
+            timed("stat_files", [{"paths": others, "size": 0}])
             daemons, slabs, maps = _resident(peer), _slabs(), _bpf_maps(peer)
             timed("stat_files", [{"paths": tree, "size": 0}])
-            scale = _ENTRIES / (len(tree) - len(before)) / (1 << 20)
-            turn.value("memory of daemons, 100,000 entries", max(0, _resident(peer) - daemons) * scale, "MiB")
+            after, scale = _resident(peer), _ENTRIES / len(tree) / (1 << 20)
+            turn.value("memory of daemons, 100,000 entries", max(0, after - daemons) * scale, "MiB")
+            turn.value("memory of daemons in all", after / (1 << 20), "MiB")
             turn.value("kernel slabs, 100,000 entries", max(0, _slabs() - slabs) * scale, "MiB")
             turn.value("BPF maps in all", max(maps, _bpf_maps(peer)) / (1 << 20), "MiB")
 

@@ -34,11 +34,11 @@ class Xattrs:
         self._large: OrderedDict[int, None] = OrderedDict()
 
     async def get(self, ino: int, name: bytes) -> bytes | None:
-        """Return a value, or None if there is no such xattr; raise Refused (NO_XATTR) for the same."""
+        """Return a value, or None if there is no such xattr."""
         known = await self._fetch(ino)
         if known is not None:
             return known.get(name)
-        return (await self._caller.call(wire.GetXattr(ino, name), wire.XattrIs)).value
+        return await self.value(ino, name)
 
     async def names(self, ino: int) -> list[bytes]:
         """Return the names that an inode has."""
@@ -61,7 +61,7 @@ class Xattrs:
             if len(names) > _MOST:
                 self._note_large(ino)
                 return None
-            found = {name: await self._value(ino, name) for name in names}
+            found = {name: await self.value(ino, name) for name in names}
             if any(value is None for value in found.values()):
                 return None  # they change at this moment
             xattrs = {name: value for name, value in found.items() if value is not None}
@@ -72,7 +72,8 @@ class Xattrs:
                 self._note_large(ino)
             return xattrs
 
-    async def _value(self, ino: int, name: bytes) -> bytes | None:
+    async def value(self, ino: int, name: bytes) -> bytes | None:
+        """As :meth:`get`, straight from the metaserver: nothing enters the kernel cache."""
         try:
             return (await self._caller.call(wire.GetXattr(ino, name), wire.XattrIs)).value
         except Refused as error:

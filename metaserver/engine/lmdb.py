@@ -17,8 +17,11 @@ loop; those that wait together share one snapshot.
 While the writer's thread has nothing to do, its outer transaction lies open, and a body runs in it at once on the
 loop's thread: handing a few microseconds' work to another thread and back costs ten times as much as the work. LMDB
 wants a lock to be given back by the thread that took it, and only one at a time to use a transaction; both hold, as
-the thread waits meanwhile. What a body reads is near what was just written, so in memory. Only the synchronous write is
-handed over.
+the thread waits meanwhile. What a body reads is near what was just written, so in memory.
+
+So is the synchronous write: it is made by the loop's thread, when the turn of the loop ends, for all that came in it
+(as Redis does it for appendfsync always), as long as the last one was quick: it takes less than handing it over does.
+On a slow device the loop must not wait, and it is the writer's.
 
 A *lazy* write (in a lazy engine, every one) is answered before it is durable: with the next write that is not lazy, a
 sync, or LMDB's commit it is. So the making of a file and the writing of its content share a record of the log. A crash
@@ -38,7 +41,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable
-from typing import Final, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import lmdb
 
@@ -73,6 +76,8 @@ _FILLED_BYTES: Final = 8 * 1024 * 1024
 _FILLED_STEP: Final = 1024 * 1024
 #: The part of the map's free bytes that an outer transaction may take up before it is looked at closely.
 _SPARE_PART: Final = 4
+#: A synchronous write that takes no longer, in seconds, is made by the loop's thread.
+_QUICK_S: Final = 0.001
 #: LMDB's own file, in its directory, and the log's.
 _DATA: Final = "data.mdb"
 _LOG: Final = "log"
@@ -111,6 +116,8 @@ class LmdbEngine(Engine):
         self._failure: Exception | None = None
         #: How many writes were answered, though they are not durable.
         self._acknowledged = 0
+        #: Those who wait for the end of the loop's turn, when what they wrote becomes durable; the writer is idle.
+        self._waiting: list[asyncio.Future[Any]] = []
         #: The loop's, that sees to the commit.
         self._timer: asyncio.TimerHandle | None = None
         self._losses = 0
@@ -151,20 +158,20 @@ class LmdbEngine(Engine):
         self._check_open()
         # The writer's thread takes this back only when it has committed, and a snapshot taken later has it all.
         if self._held:
-            seen: T = await self._writer.submit(body)
+            seen: T = await self._submit(body)
             return seen
         return await self._read_committed(body)
 
     async def read_durable(self, body: Callable[[Snapshot], T]) -> T:
         self._check_open()
         if self._log.written:
-            await self._writer.submit(due=Due.COMMITTED)
+            await self._submit(due=Due.COMMITTED)
         return await self._read_committed(body)
 
     async def scan(self, body: Callable[[Snapshot], T]) -> T:
         self._check_open()
         if self._held:
-            await self._writer.submit(due=Due.COMMITTED)
+            await self._submit(due=Due.COMMITTED)
         return await self._read_committed(body)
 
     async def _read_committed(self, body: Callable[[Snapshot], T]) -> T:
@@ -180,28 +187,65 @@ class LmdbEngine(Engine):
         try:
             if self._writer.is_idle and self._outer is not None:
                 return await self._write_here(self._outer, body, due)
-            result: T = await self._writer.submit(body, due, reads=False)
+            result: T = await self._submit(body, due, reads=False)
             return result
         finally:
             self._commit_in_time()
 
     async def _write_here(self, outer: lmdb.Transaction, body: Callable[[Transaction], T], due: Due) -> T:
-        """Run a body on this thread, with the writer's idle, and have that make it durable, now or later."""
+        """Run a body on this thread, with the writer's idle, and make that durable, now or later.
+
+        What it has seen is durable before it is answered, as if it had waited for the writer.
+        """
         job = Job(body, None, due, reads=False)
         try:
             self._run_in(outer, job)
         except Exception as error:
             self._failure = error
-            await self._writer.submit(due=due)
+            await self._submit(due=due)
+        succeeded = job.error is None
+        if succeeded and (self._is_much() or not self._is_ample()):
+            await self._submit(due=Due.COMMITTED)
+        elif self._waiting or (succeeded and due is Due.DURABLE and self._log.is_behind):
+            await self._turn_ended()
+        elif succeeded and due is Due.LATER:
+            self._acknowledged += 1
         if job.error is not None:
             raise job.error
-        if self._is_much() or not self._is_ample():
-            due = Due.COMMITTED
-        if due is Due.LATER:
-            self._acknowledged += 1
-        elif self._log.is_behind:
-            await self._writer.submit(due=due)
         return cast(T, job.result)
+
+    def _turn_ended(self) -> asyncio.Future[Any]:
+        """Return what is done when the loop's turn has ended, and what was written in it is durable."""
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._end_turn)
+        self._waiting.append(loop.create_future())
+        return self._waiting[-1]
+
+    def _end_turn(self) -> None:
+        if not self._waiting:  # the writer was given something to do, and this first
+            return
+        outer = self._outer
+        if outer is None or self._log.took_s > _QUICK_S or not self._write_log(outer):
+            self._hand_over()
+            return
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def _hand_over(self) -> None:
+        """Have the writer make durable what is waited for."""
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            self._writer.submit(due=Due.DURABLE, future=future)
+
+    def _submit(
+        self, body: Callable[[Any], Any] = lambda _: None, due: Due = Due.LATER, *, reads: bool = True
+    ) -> asyncio.Future[Any]:
+        """Give the writer something to do, after what is waited for here: it fails if that one's commit does."""
+        self._hand_over()
+        return self._writer.submit(body, due, reads=reads)
 
     def _commit_in_time(self) -> None:
         if self._held and self._timer is None:
@@ -212,13 +256,13 @@ class LmdbEngine(Engine):
         self._timer = None
         if self._held:
             # Who is to know of a failure finds it in the losses.
-            done = self._writer.submit(due=Due.COMMITTED)
+            done = self._submit(due=Due.COMMITTED)
             done.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def sync(self) -> None:
         self._check_open()
         if self._acknowledged:
-            await self._writer.submit(due=Due.DURABLE)
+            await self._submit(due=Due.DURABLE)
 
     async def close(self) -> None:
         if self._closed:
@@ -226,7 +270,7 @@ class LmdbEngine(Engine):
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
-        await self._reader.stop()
+        await self._reader.stop()  # and the turn ends meanwhile, so that the writer has all that is waited for
         await self._writer.stop()
         self._log.close()
         self._env.close()
@@ -288,16 +332,7 @@ class LmdbEngine(Engine):
 
     def _make_durable(self, outer: lmdb.Transaction) -> None:
         """Write what is not durable into the log, or commit it."""
-        news = self._log.is_behind
-        try:
-            done = self._log.write(outer.id())
-        except OSError as error:
-            _log.warning("%s: the log cannot be written, so each change is committed: %s", self._directory, error)
-            done = False
-        if done:
-            self._acknowledged = 0
-            self._tell(news)
-        else:
+        if not self._write_log(outer):
             self._commit(outer)
 
     def _commit(self, outer: lmdb.Transaction) -> None:
@@ -364,6 +399,19 @@ class LmdbEngine(Engine):
         self._outer = None
 
     # Either thread
+
+    def _write_log(self, outer: lmdb.Transaction) -> bool:
+        """Write what is not durable into the log; False: it is to be committed."""
+        news = self._log.is_behind
+        try:
+            done = self._log.write(outer.id())
+        except OSError as error:
+            _log.warning("%s: the log cannot be written, so each change is committed: %s", self._directory, error)
+            return False
+        if done:
+            self._acknowledged = 0
+            self._tell(news)
+        return done
 
     def _is_much(self) -> bool:
         """Say whether what is held is to be committed, however little time has gone by."""

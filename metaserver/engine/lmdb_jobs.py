@@ -92,12 +92,17 @@ class Thread:
         return self._waiting == 0
 
     def submit(
-        self, body: Callable[[Any], Any] = lambda _: None, due: Due = Due.LATER, *, reads: bool = True
+        self,
+        body: Callable[[Any], Any] = lambda _: None,
+        due: Due = Due.LATER,
+        *,
+        reads: bool = True,
+        future: asyncio.Future[Any] | None = None,
     ) -> asyncio.Future[Any]:
-        """Queue a body; the future has its outcome."""
+        """Queue a body; the future, a new one if none is given, has its outcome."""
         self._loop = asyncio.get_running_loop()
         self._waiting += 1
-        future: asyncio.Future[Any] = self._loop.create_future()
+        future = future or self._loop.create_future()
         self._jobs.put(Job(body, future, due, reads))
         return future
 

@@ -11,8 +11,10 @@ The file is laid with zeros once: writing into blocks that it has does not wait 
 
 from __future__ import annotations
 
+import math
 import os
 import struct
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -49,6 +51,8 @@ class CommitLog:
         self._number = self._end = 0
         #: Whether something may stand in the file that was not said to be durable.
         self.is_uncertain = False
+        #: Seconds that the last record took to be written; none was yet.
+        self.took_s = math.inf
 
     def records(self, txn_id: int) -> Iterator[list[Writes]]:
         """Yield what the records of this transaction say, in their order."""
@@ -103,12 +107,14 @@ class CommitLog:
         if self._end + size > _LOG_BYTES:
             return False
         header = _HEADER.pack(_MAGIC, txn_id, self._number, len(body))
+        begun_s = time.monotonic()
         try:
             _write(self._descriptor, (header + _digest(header, body) + body).ljust(size, b"\0"), self._end)
         except OSError:
             self.is_uncertain = True
             self.close()
             raise
+        self.took_s = time.monotonic() - begun_s
         self.written += self._noted
         self._number, self._end = self._number + 1, self._end + size
         self.forget()

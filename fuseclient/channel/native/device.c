@@ -78,6 +78,11 @@ static ssize_t device_read(struct bpfuse_channel *channel)
 	}
 }
 
+/*
+ * FUSE_POSIX_ACL is not among them. The kernel would keep with an inode that it has no access control list, and `ls -l` not ask
+ * again; but not with the root, whose inode is older than INIT: each path that anyone but its owner takes through it would cost
+ * a request.
+ */
 static uint64_t init_capabilities(const struct bpfuse_channel *channel)
 {
 	uint64_t flags = FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_MAX_PAGES | FUSE_DO_READDIRPLUS |

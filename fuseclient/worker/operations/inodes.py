@@ -24,6 +24,8 @@ _STATISTICS_NS: Final = 1_000_000_000
 _KEPT_XATTRS: Final = (b"user.", b"trusted.", b"security.")
 #: Access control lists, of which there are none.
 _ACLS: Final = b"system.posix_acl_"
+#: SELinux's label, which a file without one does not just lack: see bpf/xattrs.bpf.h.
+_LABEL: Final = b"security.selinux"
 
 
 class InodeOperations(Base):
@@ -125,17 +127,19 @@ class InodeOperations(Base):
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """The kernel asks for security.capability before each write: so files that are written are answered here."""
         _check_xattr(name)
-        written = self._writer.known(inode) if self._may_remember else None
-        if name.startswith(_ACLS) or (written and not written.flags & wire.InodeFlag.HAS_XATTRS):
-            raise FUSEError(errno.ENODATA)
-        if not self._may_remember:
-            if self._lacks_xattrs(inode):
-                raise FUSEError(errno.ENODATA)
-            return (await self._session.call(wire.GetXattr(inode, name), wire.XattrIs)).value
-        value = await self._xattrs.get(inode, name)
+        value = None if name.startswith(_ACLS) else await self._xattr(inode, name)
         if value is None:
-            raise FUSEError(errno.ENODATA)
+            raise FUSEError(errno.EOPNOTSUPP if name == _LABEL else errno.ENODATA)
         return value
+
+    async def _xattr(self, ino: int, name: bytes) -> bytes | None:
+        """Return a value, or None if there is no such xattr."""
+        if not self._may_remember:
+            return None if self._lacks_xattrs(ino) else await self._xattrs.value(ino, name)
+        written = self._writer.known(ino)
+        if written and not written.flags & wire.InodeFlag.HAS_XATTRS:
+            return None
+        return await self._xattrs.get(ino, name)
 
     def _lacks_xattrs(self, ino: int) -> bool:
         """Say whether it is known, under the lease, that an inode has no xattrs."""

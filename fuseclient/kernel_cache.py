@@ -18,7 +18,7 @@ from msgspec.structs import astuple
 from fuseclient import native
 from fuseclient._native import ffi, lib
 from fuseclient.config import MapFds
-from metaserver.wire import Attributes, DirectoryEntry, InodeFlag
+from metaserver.wire import Attributes, Data, DirectoryEntry, InodeFlag
 
 _FOREVER_NS: Final = 2**64 - 1
 _NO_SIZE: Final = 2**64 - 1
@@ -176,7 +176,7 @@ class KernelCache:
         self._copy(contents)
         lib.bpfuse_cache_put(handle, len(names), parent, b"".join(names))
 
-    def _copy(self, contents: list[tuple[int, bytes]]) -> None:
+    def _copy(self, contents: list[tuple[int, Data]]) -> None:
         """Copy content into the pages that its record was given."""
         words, pages = self._record_words, self._pages
         for index, data in contents:

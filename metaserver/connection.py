@@ -405,10 +405,10 @@ class Connection(asyncio.Protocol):
     def _send(self, request_id: int, reply: wire.Reply) -> None:
         if self._closing or self._transport is None:
             return
-        frame = wire.encode(request_id, reply)
+        frame = wire.encode_reply(request_id, reply)
         if len(frame) > wire.HEADER_BYTES + wire.MAX_REPLY:
             _log.error("%s: a %s of %d bytes is over the limit", self, type(reply).__name__, len(frame))
-            frame = wire.encode(request_id, failure(wire.ErrorCode.INTERNAL, "the reply is too large"))
+            frame = wire.encode_reply(request_id, failure(wire.ErrorCode.INTERNAL, "the reply is too large"))
         self._transport.write(frame)
 
     def _give_up(self, request_id: int, code: wire.ErrorCode, message: str) -> None:

@@ -242,13 +242,18 @@ async def _slices_become_unused(client: Client, slice_id: int) -> None:
 @pytest.mark.parametrize("address", [None, "tcp:127.0.0.1:0"])
 async def test_every_request(tmp_path: Path, engine: str, address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: set[type] = set()
-    encode = wire.encode
+    encode, encode_reply = wire.encode, wire.encode_reply
 
     def noting(number: int, message: wire.Request | wire.Reply) -> bytes:
         sent.add(type(message))
         return encode(number, message)
 
+    def noting_reply(number: int, reply: wire.Reply) -> bytearray:
+        sent.add(type(reply))
+        return encode_reply(number, reply)
+
     monkeypatch.setattr(wire, "encode", noting)
+    monkeypatch.setattr(wire, "encode_reply", noting_reply)
     async with serving(tmp_path, engine, address=address) as metaserver:
         await _every_request(await metaserver.client())
     assert set(typing.get_args(wire.Request)) - {wire.Acknowledge, wire.ReturnLeases} <= sent

@@ -75,7 +75,7 @@ class Maps:
     def put(self, parent: int, entries: Sequence[wire.DirectoryEntry]) -> None:
         for entry in entries:
             self.put_name(parent, entry.name, entry.attributes.ino)
-            self.put_inode(entry.attributes, entry.data)
+            self.put_inode(entry.attributes, None if entry.data is None else bytes(entry.data))
 
     def put_inode(self, attributes: wire.Attributes, data: bytes | None = None) -> None:
         if data is None and (old := self.inodes.get(attributes.ino)) is not None:

@@ -145,7 +145,7 @@ class Fetch:
             if data:
                 self.bytes += len(data)
                 if attributes.ino in self._wanted:
-                    self._wanted[attributes.ino] = Content(attributes, data)
+                    self._wanted[attributes.ino] = Content(attributes, bytes(data))
             elif data is None and comes_with_directory(attributes):
                 self.first_without = min(self.first_without or cookie, cookie)
                 self.last_without = max(self.last_without, cookie)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 from msgspec import Meta
@@ -138,6 +138,13 @@ class Attributes(Message):
     stored: U63 = 0
 
 
+#: Read from a frame it is a part of that frame, which it keeps in memory, and not a copy.
+if TYPE_CHECKING:
+    Data = bytes | memoryview
+else:
+    Data = memoryview
+
+
 class DirectoryEntry(Message):
     """One entry of a directory. ``cookie`` orders the listing and is never reused within the directory.
 
@@ -147,7 +154,7 @@ class DirectoryEntry(Message):
     name: Name
     cookie: U63
     attributes: Attributes
-    data: bytes | None = None
+    data: Data | None = None
 
 
 class Slice(Message):

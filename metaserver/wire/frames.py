@@ -113,7 +113,7 @@ _FRAME_DECODER: Final = msgspec.msgpack.Decoder(Frame)
 _REPLY_DECODER: Final = msgspec.msgpack.Decoder(tuple[U63, Reply])
 
 
-def body_length(header: bytes | bytearray, limit: int) -> int:
+def body_length(header: bytes | bytearray | memoryview, limit: int) -> int:
     """Return the body's length that a frame header announces; raise :exc:`Malformed` if it is 0 or over ``limit``."""
     (length,) = _HEADER.unpack(header)
     if not 0 < length <= limit:
@@ -125,43 +125,64 @@ class FrameSplitter:
     """Cuts a stream of bytes into frame bodies.
 
     ``limit``, in bytes, may be changed between two bodies. A frame that announces more is refused as soon as its
-    header is here, so that no more than a frame of that size is ever waited for.
+    header is here, so that no more than a frame of that size is ever waited for. A body that came in one piece is a
+    part of that piece, not a copy.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._held = bytearray()
-        self._taken = 0
+        #: Of the last piece, what follows the bodies that were returned.
+        self._rest = memoryview(b"")
+        #: A frame that came in several pieces, as far as it is here.
+        self._begun = bytearray()
 
     def feed(self, data: bytes) -> None:
         """Keep the next bytes of the stream."""
-        if self._taken:
-            del self._held[: self._taken]
-            self._taken = 0
-        self._held += data
+        self._rest = memoryview(b"".join((self._rest, data)) if self._rest else data)
 
-    def next_body(self) -> bytes | None:
+    def next_body(self) -> memoryview | None:
         """Return the next whole body, or ``None`` if more bytes are needed; raise :exc:`Malformed` for its length."""
-        begin = self._taken + HEADER_BYTES
-        if len(self._held) < begin:
+        if 0 < len(self._begun) < HEADER_BYTES:
+            self._move(HEADER_BYTES - len(self._begun))
+        begun = self._begun or self._rest
+        if len(begun) < HEADER_BYTES:
+            self._move(HEADER_BYTES)
             return None
-        end = begin + body_length(self._held[self._taken : begin], self.limit)
-        if len(self._held) < end:
+        end = HEADER_BYTES + body_length(begun[:HEADER_BYTES], self.limit)
+        if not self._begun and len(self._rest) >= end:
+            body, self._rest = self._rest[HEADER_BYTES:end], self._rest[end:] or memoryview(b"")
+            return body
+        self._move(end - len(self._begun))
+        if len(self._begun) < end:
             return None
-        self._taken = end
-        return bytes(memoryview(self._held)[begin:end])
+        frame, self._begun = memoryview(self._begun), bytearray()
+        return frame[HEADER_BYTES:]
+
+    def _move(self, most: int) -> None:
+        self._begun += self._rest[:most]
+        self._rest = self._rest[most:] or memoryview(b"")
 
 
 def encode(request_id: int, message: Request | Reply) -> bytes:
     """Return the whole frame of a message."""
-    body = _ENCODER.encode((request_id, message))
-    return _HEADER.pack(len(body)) + body
+    return bytes(_frame((request_id, message)))
+
+
+def encode_reply(request_id: int, reply: Reply) -> bytearray:
+    """Return the whole frame of a reply, which may be large: content is copied once."""
+    return _frame((request_id, reply))
 
 
 def encode_change(request_id: int, message: Request, slot: int, sequence: int) -> bytes:
     """Return the whole frame of a request whose outcome is to be kept."""
-    body = _ENCODER.encode((request_id, message, slot, sequence))
-    return _HEADER.pack(len(body)) + body
+    return bytes(_frame((request_id, message, slot, sequence)))
+
+
+def _frame(body: tuple[object, ...]) -> bytearray:
+    frame = bytearray(HEADER_BYTES)
+    _ENCODER.encode_into(body, frame, HEADER_BYTES)
+    _HEADER.pack_into(frame, 0, len(frame) - HEADER_BYTES)
+    return frame
 
 
 def decode_frame(body: bytes | memoryview) -> Frame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +27,24 @@ def test_what_was_dropped_during_a_fetch_may_not_be_put() -> None:
         assert guard.may_put(token, 8)
         assert guard.may_put(token, (1, b"other"))
         assert guard.may_put(token, (2, b"name"))
+
+
+def test_a_fetch_is_undisturbed_until_anything_at_all_is_dropped() -> None:
+    drops: list[Callable[[Guard], None]] = [
+        lambda guard: guard.dropped(7),
+        lambda guard: guard.dropped_names(1),
+        lambda guard: guard.dropped_all(),
+    ]
+    for drop in drops:
+        guard = Guard()
+        guard.dropped(8)
+        with guard.begin() as older:
+            assert guard.is_undisturbed(older)
+            drop(guard)
+            assert not guard.is_undisturbed(older)
+            with guard.begin() as younger:
+                assert guard.is_undisturbed(younger)
+            assert not guard.is_undisturbed(younger)
 
 
 def test_a_fetch_begun_after_the_drop_may_be_put() -> None:

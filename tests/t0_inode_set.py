@@ -16,6 +16,10 @@ def test_it_is_a_set() -> None:
         if rng.random() < 0.8:
             which.add(ino)
             like.add(ino)
+        elif rng.random() < 0.3:
+            some = [ino, ino + 1, ino + rng.randrange(20_000), ino]
+            which.add_all(some)
+            like.update(some)
         else:
             which.discard(ino)
             like.discard(ino)
@@ -37,6 +41,8 @@ def test_what_is_added_is_added_to_another_too() -> None:
     taken.add(3)
     one.add(9)
     one.discard(9)
+    one.add_all([11, 11])
+    one.discard(11)
     assert set(taken) == {1, 2, 3}
-    assert set(other) == {1, 2, 7, 9}
+    assert set(other) == {1, 2, 7, 9, 11}
     assert not one

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: As a plain integer, which is a hundred times as fast: it is asked of each entry of a listing.
 _INLINE: Final = int(wire.InodeFlag.INLINE)
+#: The bits of a mode that say what an inode is.
+_TYPE: Final = 0o170000
 #: Inodes changed here of which the newest version is remembered.
 _RECENT: Final = 1024
 
@@ -103,19 +105,29 @@ class Feeder:
         """Put a part of a directory."""
         parent = page.directory.ino
         self.inode(token, page.directory)
-        whole = []
-        for entry in page.entries:
-            if not self._guard.may_put(token, (parent, entry.name)):
-                continue
-            if self._may_put_inode(token, entry.attributes):
-                whole.append(entry)
-                self.tells(entry.attributes)
-            else:
-                self._put_name(parent, entry.name, entry.attributes.ino)
+        whole, named = self._may_be_put(token, parent, page.entries)
+        for entry in named:
+            self._put_name(parent, entry.name, entry.attributes.ino)
+        self.tells_all(entry.attributes for entry in whole)
         self.touched_names.add(parent)
         self._cache.put(parent, whole)
         for told in self.on_pages:
             told(page)
+
+    def _may_be_put(
+        self, token: Token, parent: int, entries: Iterable[wire.DirectoryEntry]
+    ) -> tuple[list[wire.DirectoryEntry], list[wire.DirectoryEntry]]:
+        """Return the entries of a directory that may be put, and those of which only the names may be."""
+        if not self._guard.is_undisturbed(token):
+            entries = [entry for entry in entries if self._guard.may_put(token, (parent, entry.name))]
+            wanted = [self._may_put_inode(token, entry.attributes) for entry in entries]
+        else:  # nearly always, and then no entry takes a look at the guard
+            entries = list(entries)
+            wanted = [self._wanted(entry.attributes) for entry in entries]
+        if all(wanted):
+            return entries, []
+        both = list(zip(entries, wanted, strict=True))
+        return [entry for entry, may in both if may], [entry for entry, may in both if not may]
 
     def same_names(self, token: Token, ino: int) -> bool:
         """Say whether no name of a directory was dropped, made or removed since the token was taken."""
@@ -221,6 +233,15 @@ class Feeder:
     def tells(self, attributes: wire.Attributes) -> None:
         """The kernel may keep these, from the maps or from a reply that says so."""
         (self.paged if stat.S_ISREG(attributes.mode) else self.told).add(attributes.ino)
+
+    def tells_all(self, inodes: Iterable[wire.Attributes]) -> None:
+        """As :meth:`tells`, of many at once."""
+        files: list[int] = []
+        others: list[int] = []
+        for attributes in inodes:
+            (files if attributes.mode & _TYPE == stat.S_IFREG else others).append(attributes.ino)
+        self.paged.add_all(files)
+        self.told.add_all(others)
 
     # Changes made through this mount
 

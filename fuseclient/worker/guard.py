@@ -86,6 +86,10 @@ class Guard:
             return False
         return max(self._everything, self._drops.get(key, 0)) <= token.began
 
+    def is_undisturbed(self, token: Token) -> bool:
+        """Whether nothing whatever was dropped since the fetch began. ``False`` for a token that has ended."""
+        return token in self._tokens and self._last == token.began
+
     def __len__(self) -> int:
         """How many drops are remembered."""
         return len(self._drops) + len(self._directories)

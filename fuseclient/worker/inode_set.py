@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 _BLOCK_BITS: Final = 1 << 13
@@ -23,10 +23,24 @@ class InodeSet:
         if self._also is not None:
             self._also.add(ino)
         number, bit = divmod(ino, _BLOCK_BITS)
+        self._block(number)[bit >> 3] |= 1 << (bit & 7)
+
+    def _block(self, number: int) -> bytearray:
         block = self._blocks.get(number)
         if block is None:
             block = self._blocks[number] = bytearray(_BLOCK_BYTES)
-        block[bit >> 3] |= 1 << (bit & 7)
+        return block
+
+    def add_all(self, inos: Sequence[int]) -> None:
+        """Put inodes in: of neighbours, many at a time."""
+        if self._also is not None:
+            self._also.add_all(inos)
+        number, block = -1, bytearray()
+        for ino in inos:
+            if ino // _BLOCK_BITS != number:
+                number = ino // _BLOCK_BITS
+                block = self._block(number)
+            block[(ino % _BLOCK_BITS) >> 3] |= 1 << (ino & 7)
 
     def take(self) -> InodeSet:
         """Return a set of all that is in, and take it out of this one."""

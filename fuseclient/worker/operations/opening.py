@@ -16,7 +16,8 @@ from fuseclient.data.grants import NO_GRANT, Grant
 from fuseclient.data.passthrough import Opening
 from fuseclient.data.writer import Closed
 from fuseclient.worker import handles
-from fuseclient.worker.attributes import dot_entry
+from fuseclient.worker.attributes import dot_entry, entry_of
+from fuseclient.worker.directories import Listing
 from fuseclient.worker.errors import answered, answered_of_inode
 from fuseclient.worker.guard import Token
 from fuseclient.worker.listings import DOTS
@@ -51,14 +52,28 @@ class OpenOperations(InodeOperations):
         told = start_id < DOTS
         while not complete:
             listing = await self._directories.listing(ino, cookie)
+            if not self._tell(token, listing):
+                return
             complete = listing.complete
-            for entry in listing.entries:
-                attributes = self._entry(entry.attributes, listing.is_fresh(entry))
-                if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie + DOTS):
-                    return
-                cookie, told = entry.cookie, True
+            if listing.entries:
+                cookie, told = listing.entries[-1].cookie, True
         if not told:
             await self._kernel.before_end(ino)
+
+    def _tell(self, token: ReaddirToken, listing: Listing) -> bool:
+        """Put these entries into a reply; say whether there was room for all."""
+        ttl_s, has_room = self._lease.ttl_s(), True
+        kept = []
+        for entry in listing.entries:
+            fresh = listing.is_fresh(entry)
+            told = entry_of(self._overlay(entry.attributes), ttl_s if fresh else 0.0)
+            has_room = pyfuse3.readdir_reply(token, entry.name, told, entry.cookie + DOTS)
+            if not has_room:
+                break
+            if fresh:
+                kept.append(entry.attributes)
+        self._feeder.tells_all(kept)
+        return has_room
 
     @answered
     async def releasedir(self, fh: int) -> None:

@@ -21,6 +21,7 @@ from served import DEADLINE_S, Client, Metaserver, serving
 from worker_rig import config
 
 from fuseclient import questions
+from fuseclient.worker.process import Status, Worker
 from metaserver import wire
 
 pytest.importorskip("fuseclient._native", reason="the native module is not built")
@@ -149,6 +150,30 @@ async def test_a_clean_end_commits_what_was_written(metaserver: Metaserver, tmp_
     assert "Traceback" not in log
     assert "never retrieved" not in log
     client.connection.abort()
+
+
+@pytest.mark.parametrize("ending", [True, False])
+async def test_a_request_in_the_turn_of_the_end_is_no_defect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ending: bool
+) -> None:
+    """pyfuse3's wait for requests was ended already when its reader comes; at any other time that is a defect."""
+    mine, theirs = socket.socketpair()
+    worker = Worker(config("unix:/none"), Status(theirs.fileno()))
+    monkeypatch.setattr("pyfuse3.terminate", lambda: None)
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(worker._on_loop_error)
+    if ending:
+        worker._end("a test")
+        signal.alarm(0)
+    wait = loop.create_future()
+    wait.set_result(None)
+    loop.call_soon(wait.set_result, None)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    loop.set_exception_handler(None)
+    assert ("invalid state" in caplog.text.lower()) == (not ending)
+    mine.close()
+    theirs.close()
 
 
 async def test_figures_are_given_when_they_are_asked_for(metaserver: Metaserver, tmp_path: Path) -> None:

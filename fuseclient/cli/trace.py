@@ -29,9 +29,9 @@ def trace(
     mount_directory, record = runtime.mount_of(directory)
     recent = control.ask(mount_directory.control_socket, "trace")["recent"]
     with tracing(record.device_minor, recent) as tracer:
-        print(f"tracing {record.mountpoint} for {seconds:g} s; Ctrl-C ends it", file=sys.stderr, flush=True)
         begun = time.monotonic()
         with contextlib.suppress(KeyboardInterrupt):  # what was measured by then is shown
+            print(f"tracing {record.mountpoint} for {seconds:g} s; Ctrl-C ends it", file=sys.stderr, flush=True)
             time.sleep(seconds)
         measured, took_s = tracer.latencies(), time.monotonic() - begun
     if json_wanted:

@@ -233,8 +233,12 @@ class Worker:
             pyfuse3.terminate()
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """pyfuse3's tasks raise OSError once the socket is closed; anything else is a defect, and is logged."""
-        if isinstance(context.get("exception"), OSError) and self._ending:
+        """Log what is a defect.
+
+        After the end pyfuse3's tasks raise OSError as the socket is closed, and its reader InvalidStateError as a
+        request comes in the turn of the loop in which its wait was ended.
+        """
+        if isinstance(context.get("exception"), (OSError, asyncio.InvalidStateError)) and self._ending:
             _log.debug("after the end: %s", context["exception"])
         else:
             loop.default_exception_handler(context)

@@ -30,7 +30,7 @@ crashes: setup ## kill, hang and cut off metaservers, engines and a store under 
 demo: setup ## set up, then show a mounted volume and what BPF answered
 	$(BIN)/python -m bench.demo $(ARGS)
 
-bench: setup bench-setup ## measure beside other systems, 35 minutes (ARGS="small trees" chooses, --help says more)
+bench: setup bench-setup ## measure beside other systems, an hour (ARGS="small trees" chooses, --help says more)
 	$(BIN)/python -m bench $(ARGS)
 
 bench-quick: setup bench-setup ## the same in three minutes, with fewer files, rounds and systems

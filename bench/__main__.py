@@ -55,7 +55,8 @@ PARTS: Final[dict[str, tuple[_Run, int]]] = {
 _WORKLOADS: Final = tuple(each.name for each in workloads.ALL)
 _USUAL: Final = tuple(each.name for each in workloads.USUAL)
 _ROUNDS: Final = 5
-_MINUTES: Final = 35
+_MINUTES: Final = 65
+_QUICK_MINUTES: Final = 2.5
 _QUICK_ROUNDS: Final = 2
 _QUICK: Final = Scale(files=200, images=100, file_bytes=16 << 20, most_files=1000, quick=True)
 _SMALL: Final = Scale(files=20, images=20, file_bytes=1 << 20, most_files=1000, quick=True)
@@ -78,7 +79,9 @@ def main(
     minutes: Annotated[
         float | None,
         typer.Option(
-            min=1, help=f"End with fewer rounds when it takes longer; {_MINUTES} if neither rounds nor parts are said."
+            min=1,
+            help=f"End with fewer rounds when it takes longer; {_MINUTES} if neither rounds nor parts are said, "
+            f"{_QUICK_MINUTES:g} with --quick.",
         ),
     ] = None,
     files: Annotated[int | None, typer.Option(min=20, help="Small files; others have as many, or half.")] = None,
@@ -120,7 +123,8 @@ def main(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         usual = 1 if small else _QUICK_ROUNDS if quick else _ROUNDS
-        limit_s = 60 * (minutes or (_MINUTES if parts is None and rounds is None else math.inf))
+        usual_minutes = _QUICK_MINUTES if quick else _MINUTES
+        limit_s = 60 * (minutes or (usual_minutes if parts is None and rounds is None else math.inf))
         end, left = time.monotonic() + limit_s, sum(each.weight for each in workloads.choose(chosen))
         for each in workloads.choose(chosen):
             limit_s, left = (end - time.monotonic()) * each.weight / left, left - each.weight

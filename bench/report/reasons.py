@@ -46,7 +46,7 @@ _COPIES: Final = (
 )
 
 _WARM_BYTES: Final = (
-    "The bytes come from the page cache on every system, and copying them is most of the time (ext4, which asks nobody, "
+    "The bytes come from the page cache on every system, and copying them is most of the time (ext4, asking nobody, "
     "takes nearly as long); the requests that bpfuse saves are as many as for smaller files:"
 )
 

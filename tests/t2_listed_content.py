@@ -144,6 +144,27 @@ async def test_a_large_directory_is_brought_from_the_file_on_that_is_read(
     await rig.assert_maps_are_right()
 
 
+async def test_of_more_content_than_a_fetch_brings_the_file_that_is_read_comes_first(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads the directory's last file does not wait for the content of the others, or of those beside it."""
+    monkeypatch.setattr(rig.ops._directories, "_data_budget", 1000)
+    tree = await make_tree(rig, 3, 40)
+    for parent in (ROOT, *tree):
+        await list_all(rig, parent)
+    log = spied(rig)
+    for number, (parent, files) in enumerate(tree.items()):
+        last = list(files)[-1]
+        assert await read(rig, last) == files[last]
+        assert [(each.ino, each.also) for each in log if isinstance(each, wire.FetchDirectory)][number:] == [(parent, [])]
+        assert set(rig.maps.data) & set(files) == {last}
+    for parent, files in tree.items():
+        for ino, data in files.items():
+            assert await read(rig, ino) == data
+    assert len(log) <= 3 * 6
+    await rig.assert_maps_are_right()
+
+
 async def test_what_does_not_fit_is_asked_for_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Content that no fetch may bring is read file by file, by no more requests than that."""
     monkeypatch.setattr(rig.ops._directories, "_data_budget", 50)

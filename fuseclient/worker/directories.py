@@ -275,8 +275,8 @@ class Directories:
         return found if self._is_live() else None
 
     def _bring(self, parent: int, cookie: int, stretch: Stretch) -> Fetch:
-        """Fetch the content of a directory, if none has come so far; else of the files from one on, to the stretch's
-        end, and more each time."""
+        """Fetch the content of a directory, if none has come so far and one fetch can bring it all; else of the files
+        from one on, to the stretch's end, and more each time."""
         self._counts["content_read"] += 1
         if stretch.whole:
             return self._start(parent, 0, None, self._also(parent, content=True))
@@ -401,8 +401,11 @@ class Directories:
         ino, tried = fetch.request.ino, fetch.request.data_budget > 0
         if tried and fetch.entries:
             self._left_out.take(ino, fetch.entries[0].cookie, fetch.entries[-1].cookie)
-        if fetch.first_without and not (tried and not fetch.bytes):
-            whole = fetch.whole and fetch.complete and not tried
+        if fetch.first_without and tried and not fetch.bytes:
+            self._left_out.forget(ino)
+        elif fetch.first_without:
+            fits = fetch.bytes_without <= self._data_budget
+            whole = fetch.whole and fetch.complete and not tried and fits
             self._left_out.put(ino, Stretch(fetch.first_without, fetch.last_without, whole))
 
     def _note_large(self, fetch: Fetch) -> None:

@@ -59,8 +59,9 @@ class Fetch:
         self.version = 0
         #: Of content.
         self.bytes = 0
-        #: The cookies of the first and the last small file that came without its content; 0: there is none.
-        self.first_without = self.last_without = 0
+        #: The cookies of the first and the last small file that came without its content, 0: there is none; and the
+        #: bytes of them all.
+        self.first_without = self.last_without = self.bytes_without = 0
         #: Files that are being read, and what they are, as soon as that has come.
         self._wanted: dict[int, Content | None] = {}
         #: Called once, when all has come that will come.
@@ -149,6 +150,7 @@ class Fetch:
             elif data is None and comes_with_directory(attributes):
                 self.first_without = min(self.first_without or cookie, cookie)
                 self.last_without = max(self.last_without, cookie)
+                self.bytes_without += attributes.size
         self.whole, self.complete = page.whole, page.complete
         self._progress.set()
 

@@ -1,7 +1,7 @@
 """Content of small files that was left out when their directory was fetched: who lists it wants names and attributes.
 
 The first read of such a file comes to the worker, and then what was left out around it is fetched at once: all of its
-directory, or of a large one the files from that one on, more each time. Pure.
+directory, or of one with many files or bytes those from that one on, more each time. Pure.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ _STRETCHES: Final = 256
 
 
 class Stretch(NamedTuple):
-    """From one cookie of a directory's listing to another. ``whole``: it is all of the directory."""
+    """From one cookie of a directory's listing to another. ``whole``: it is all of the directory, and one fetch can
+    bring it."""
 
     first: int
     last: int

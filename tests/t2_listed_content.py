@@ -156,9 +156,11 @@ async def test_of_more_content_than_a_fetch_brings_the_file_that_is_read_comes_f
     for number, (parent, files) in enumerate(tree.items()):
         last = list(files)[-1]
         assert await read(rig, last) == files[last]
-        assert [(each.ino, each.also) for each in log if isinstance(each, wire.FetchDirectory)][number:] == [(parent, [])]
+        assert [(each.ino, each.also) for each in log if isinstance(each, wire.FetchDirectory)][number:] == [
+            (parent, [])
+        ]
         assert set(rig.maps.data) & set(files) == {last}
-    for parent, files in tree.items():
+    for files in tree.values():
         for ino, data in files.items():
             assert await read(rig, ino) == data
     assert len(log) <= 3 * 6

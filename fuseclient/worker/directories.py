@@ -54,8 +54,11 @@ _SLACK: Final = 16
 _FIRST_WINDOW: Final = 64
 #: Large directories of which it is known in what order they are read, or how much content is to be fetched next.
 _LARGE: Final = 1024
+#: Bytes of content up to which a directory is fetched whole because a file of it is read, and those beside it, too: who
+#: reads waits for what comes before his file.
+_WHOLE_BYTES: Final = 4 << 20
 #: Bytes of content that the first fetch of a part of a directory brings, because a file is read.
-_FIRST_BYTES: Final = 1 << 20
+_FIRST_BYTES: Final = 128 << 10
 _COUNTED: Final = ("fetches", "windows", "in_order", "names", "small", "without_content", "content_read")
 
 
@@ -275,7 +278,7 @@ class Directories:
         return found if self._is_live() else None
 
     def _bring(self, parent: int, cookie: int, stretch: Stretch) -> Fetch:
-        """Fetch the content of a directory, if none has come so far and one fetch can bring it all; else of the files
+        """Fetch the content of a directory, if none has come so far and it is not too much; else of the files
         from one on, to the stretch's end, and more each time."""
         self._counts["content_read"] += 1
         if stretch.whole:
@@ -404,7 +407,7 @@ class Directories:
         if fetch.first_without and tried and not fetch.bytes:
             self._left_out.forget(ino)
         elif fetch.first_without:
-            fits = fetch.bytes_without <= self._data_budget
+            fits = fetch.bytes_without <= min(_WHOLE_BYTES, self._data_budget)
             whole = fetch.whole and fetch.complete and not tried and fits
             self._left_out.put(ino, Stretch(fetch.first_without, fetch.last_without, whole))
 

@@ -16,8 +16,8 @@ _STRETCHES: Final = 256
 
 
 class Stretch(NamedTuple):
-    """From one cookie of a directory's listing to another. ``whole``: it is all of the directory, and one fetch can
-    bring it."""
+    """From one cookie of a directory's listing to another. ``whole``: it is all of the directory, and not
+    too much for one fetch."""
 
     first: int
     last: int

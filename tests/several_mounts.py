@@ -186,13 +186,22 @@ def _state(pid: int) -> str:
         return "X"
 
 
+def _is_gone(pid: int) -> bool:
+    """Say whether a process ended with all its threads: while one is left, its files and sockets are open."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except FileNotFoundError:
+        return True
+    return _state(pid) in "XZ" and len(threads) <= 1
+
+
 def kill(mounted: rig.Mount, *roles: str) -> None:
     """Kill processes of a mount, all at once, and return when they are gone."""
     pids = [mounted.process(role).pid for role in roles]
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for pid in pids:
             os.kill(pid, number)
-    rig.wait_for(lambda: all(_state(pid) in "XZ" for pid in pids), "the processes are gone")
+    rig.wait_for(lambda: all(_is_gone(pid) for pid in pids), "the processes are gone")
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -74,6 +74,11 @@ def not_last(page: DirectoryPage) -> DirectoryPage:
     return msgspec.structs.replace(page, last=False) if page.last else page
 
 
+def end_after(page: DirectoryPage) -> DirectoryPage:
+    """Return a last page that says no more than the one before it."""
+    return msgspec.structs.replace(page, entries=[], last=True)
+
+
 def _rows(snapshot: Snapshot, volume: Volume, request: wire.FetchDirectory) -> tuple[list[Row], bool]:
     """Return the listing's rows to send and one more if there is one, and whether they begin with the first."""
     limit = request.limit + 1

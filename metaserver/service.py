@@ -175,29 +175,30 @@ class Service:
         """Yield the pages of a directory fetch, those of each directory of one snapshot."""
         session = caller.session()
         guard = session.guard
-        waiting: tuple[int, wire.DirectoryPage] | None = None
+        unended: tuple[int, wire.DirectoryPage] | None = None
 
         def answer(since: int, page: wire.DirectoryPage) -> Answer:
             granted = self._granted(session, since, request, page)
             return granted if guard is None else _outward(guard, granted)
 
-        async for since, pages in self._directories(session, request):
+        async for since, pages, is_end in self._directories(session, request):
             pages.reverse()
             while pages:
-                if waiting is not None:
-                    yield answer(waiting[0], listing.not_last(waiting[1]))
-                waiting = since, pages.pop()
-        if waiting is not None:
-            yield answer(*waiting)
+                page = pages.pop()
+                yield answer(since, page if is_end else listing.not_last(page))
+            unended = None if is_end else (since, page)
+        if unended is not None:
+            yield answer(unended[0], listing.end_after(unended[1]))
 
     async def _directories(
         self, session: Session, request: wire.FetchDirectory
-    ) -> AsyncIterator[tuple[int, list[wire.DirectoryPage]]]:
-        """Yield the pages of the directory asked for, and of others that fit in; each with the version before."""
+    ) -> AsyncIterator[tuple[int, list[wire.DirectoryPage], bool]]:
+        """Yield the pages of the directory asked for, and of others up to the first that does not fit in; each with the
+        version before, and whether they are the last for sure: none waits for what may come after it."""
         since, left = self._coherence.version(session.volume), request
         pages = await self._directory(session, request)
-        yield since, list(pages)
-        for ino in request.also:
+        yield since, list(pages), not request.also
+        for number, ino in enumerate(request.also, 1):
             if (rest := listing.left_over(left, pages)) is None:
                 return
             since, left = self._coherence.version(session.volume), listing.whole_of(rest, ino)
@@ -206,10 +207,9 @@ class Service:
             except Refused:  # it is gone, or not for this session
                 left, pages = rest, []
                 continue
-            if listing.is_whole(left, pages):
-                yield since, list(pages)
-            else:
-                left, pages = rest, []
+            if not listing.is_whole(left, pages):
+                return
+            yield since, list(pages), number == len(request.also)
 
     async def _directory(self, session: Session, request: wire.FetchDirectory) -> list[wire.DirectoryPage]:
         guard = session.guard

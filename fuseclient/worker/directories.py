@@ -349,17 +349,39 @@ class Directories:
         if also is None:
             also = self._also(ino) if limit is None and cookie == 0 else ()
         request = self._request(ino, cookie, limit or self._window or PAGE, around, also, budget=budget)
-        fetch = self._fetches[ino] = Fetch(request, self._feeder)
-        beside = {each: Fetch(self._request(each, 0, WINDOW, None, budget=budget), self._feeder) for each in also}
+        return self._begin(request, self._finish)
+
+    def _begin(self, request: wire.FetchDirectory, on_end: Callable[[Fetch], object]) -> Fetch:
+        budget = request.data_budget
+        fetch = self._fetches[request.ino] = Fetch(request, self._feeder)
+        fetch.on_end = on_end
+        beside = {
+            each: Fetch(self._request(each, 0, WINDOW, None, budget=budget), self._feeder) for each in request.also
+        }
         for each in beside.values():
             each.on_end = self._came_beside
-        fetch.on_end = self._finish
         self._fetches.update(beside)
-        task = asyncio.create_task(fetch.run(self._session, beside), name=f"fetch {ino}")
+        task = asyncio.create_task(self._run(fetch, beside), name=f"fetch {request.ino}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self._counts["fetches"] += 1
         return fetch
+
+    async def _run(self, fetch: Fetch, beside: dict[int, Fetch]) -> None:
+        await fetch.run(self._session, beside, lambda page: self._go_on(fetch, beside, page))
+
+    def _go_on(self, fetch: Fetch, beside: dict[int, Fetch], last: wire.DirectoryPage) -> None:
+        """Go on with the directories beside a fetch for which it had no room; those that are waited for come first.
+
+        Asked for as its last page comes: so reader, worker and metaserver work at the same time.
+        """
+        came = last.directory.ino
+        rest = [ino for ino, each in beside.items() if not each.came and ino != came]
+        whole = last.complete if came == fetch.request.ino else fetch.complete
+        if whole and 0 < len(rest) < len(beside) and self._siblings is not None and self._siblings.goes_on():
+            first, *also = sorted(rest, key=lambda ino: not beside[ino].is_waited_for)
+            budget = fetch.request.data_budget
+            self._begin(self._request(first, 0, WINDOW, None, also, budget=budget), self._came_beside)
 
     def _also(self, ino: int, *, content: bool = False) -> list[int]:
         if self._siblings is None or self._window is None:

@@ -88,15 +88,24 @@ class Fetch:
             self._token.end()
             self.names, self._wanted = {}, {}
 
-    async def run(self, session: Session, beside: Mapping[int, Fetch] | None = None) -> None:
+    async def run(
+        self,
+        session: Session,
+        beside: Mapping[int, Fetch] | None = None,
+        on_last: Callable[[wire.DirectoryPage], object] = lambda page: None,
+    ) -> None:
         """Read all pages into the maps and into here, or into the fetches of what comes ``beside``.
 
-        This is the first user of them all, from the beginning.
+        This is the first user of them all, from the beginning. ``on_last`` is told of the last page before it is read.
         """
         beside = beside or {}
         try:
             async for page in session.stream(self.request):
+                if page.last:
+                    on_last(page)
                 fetch = beside.get(page.directory.ino, self)
+                if fetch.done:
+                    continue
                 fetch._add(page)
                 if page.complete:
                     fetch._end()
@@ -123,6 +132,11 @@ class Fetch:
     def came(self) -> bool:
         """Whether it was answered: what was to come beside another may not have."""
         return self.version > 0 or self.error is not None
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether anybody but who reads the pages still reads from it."""
+        return self._users > (not self.done)
 
     def _put_listing(self) -> None:
         """Put what these entries add to the directory's listing, if they follow a known one."""

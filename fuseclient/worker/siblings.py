@@ -21,6 +21,9 @@ from metaserver import wire
 _PAUSE_S: Final = 5.0
 #: Directories whose place is known, at about 150 bytes each.
 _KNOWN: Final = 1 << 16
+#: Entries and bytes of content that may have been brought, and not used yet, when one fetch follows another unasked.
+_FAR_ENTRIES: Final = 4 * wire.MAX_FETCH
+_FAR_BYTES: Final = 64 << 20
 #: Directories that were brought ahead and are looked at at each miss.
 _LOOKED_AT: Final = 64
 
@@ -121,6 +124,13 @@ class Siblings:
             self._held_back += 1
             return []
         return self._next(self._children[parent], ino, width, is_known)
+
+    def goes_on(self) -> bool:
+        """Say whether to fetch more of the last :meth:`missed`, for which one fetch had no room."""
+        self._judge()
+        return self._entries <= min(self._most_entries, _FAR_ENTRIES) and self._bytes <= min(
+            self._most_bytes, _FAR_BYTES
+        )
 
     def _next(self, children: array[int], ino: int, width: int, is_known: Callable[[int], bool]) -> list[int]:
         found: list[int] = []

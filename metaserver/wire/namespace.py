@@ -40,7 +40,7 @@ class FetchDirectory(Message, tag=7):
     whole. Without it, from the first entry after ``cookie``. ``data_limit``: content of files up to that size is
     sent; ``data_budget``: bytes of content in all, after which entries come without.
 
-    ``also``: directories that follow, as many of them as fit whole into what limit and budget leave.
+    ``also``: directories that follow, up to the first that does not fit whole into what limit and budget leave.
     """
 
     ino: Ino
@@ -223,7 +223,8 @@ class Found(Message, tag=69):
 
 
 class DirectoryPage(Message, tag=70):
-    """A part of a fetch; none follows the ``last``. ``complete``: the directory's listing ended there.
+    """A part of a fetch; none follows the ``last``, which may be one more without entries of the directory before.
+    ``complete``: the directory's listing ended there.
 
     ``directory`` is the directory itself; ``whole`` that this fetch began at the first entry.
     """

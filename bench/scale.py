@@ -1,4 +1,4 @@
-"""Many files: a training set read in shuffled order, one directory of very many entries, what each request costs.
+"""Many files: a training set read in shuffled order, a directory and a tree of very many, what each request costs.
 
 Beside the proof of the datapath, built for as many files, and beside the same files on the file system that holds the
 volume, read warm. The kernel cache is given room for all: a set that does not fit in is another workload.
@@ -28,7 +28,9 @@ _LIMITS: Final = (
     *((f"{each}, {when}", "bpfuse bpf", "ext4", limit) for each in ("ls -l", "find", "du") for when, limit in
       (("cold", 4.0), ("again", 1.5))),
 )  # fmt: skip
-_COMMANDS: Final = {"ls -l": ["ls", "-l"], "find": ["find"], "du": ["du", "-s"]}
+#: Each with where it is run: in one directory that has all files, or in a tree of directories that have as many each.
+_COMMANDS: Final = {"ls -l": (["ls", "-l"], "many"), "find": (["find"], "tree"), "du": (["du", "-s"], "tree")}
+_DIRECTORIES: Final = 100
 
 
 def run(directory: Path, rounds: int, *, small: bool) -> Result:
@@ -93,17 +95,21 @@ def _listings(directory: Path, entries: int, copied: int, samples: Samples, roun
         (root / "many").mkdir(parents=True)
         for number in range(entries):
             (root / "many" / f"entry{number}").touch()
+        for number in range(_DIRECTORIES):
+            (root / "tree" / f"d{number}").mkdir(parents=True)
+            for each in range(entries // _DIRECTORIES):
+                (root / "tree" / f"d{number}" / f"entry{each}").touch()
         (root / "small").mkdir()
         measure.run("create", directory=str(root / "small"), files=copied)
     bpfuse("umount", point)
     for _ in range(rounds):
-        for name, command in _COMMANDS.items():
+        for name, (command, place) in _COMMANDS.items():
             bpfuse(*mount)
             for when in ("cold", "again"):
-                (seconds,) = measure.run("command", words=[*command, str(point / "many")])
+                (seconds,) = measure.run("command", words=[*command, str(point / place)])
                 samples.add(f"{name}, {when}", "bpfuse bpf", seconds, entries)
             bpfuse("umount", point)
-            _, warm = measure.run("command", 2, words=[*command, str(plain / "many")])
+            _, warm = measure.run("command", 2, words=[*command, str(plain / place)])
             for when in ("cold", "again"):
                 samples.add(f"{name}, {when}", "ext4", warm, entries)
         bpfuse(*mount)

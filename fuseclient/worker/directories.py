@@ -59,7 +59,7 @@ _LARGE: Final = 1024
 _WHOLE_BYTES: Final = 4 << 20
 #: Bytes of content that the first fetch of a part of a directory brings, because a file is read.
 _FIRST_BYTES: Final = 128 << 10
-_COUNTED: Final = ("fetches", "windows", "in_order", "names", "small", "without_content", "content_read")
+_COUNTED: Final = ("fetches", "windows", "in_order", "names", "small", "without_content", "content_read", "unasked")
 
 
 async def _answer(fetch: Fetch, name: bytes) -> Answer | None:
@@ -219,7 +219,6 @@ class Directories:
     def _list(self, ino: int, cookie: int) -> Fetch:
         """Fetch entries that follow a cookie; without content, as far as one can tell that it is not wanted."""
         content = bool(self._data_budget and self._siblings and cookie == 0 and self._siblings.are_read(ino))
-        self._counts["without_content"] += not content
         return self._start(ino, cookie, None, budget=None if content else 0)
 
     def _read_ahead(self, fetch: Fetch, cookie: int) -> None:
@@ -282,7 +281,7 @@ class Directories:
         from one on, to the stretch's end, and more each time."""
         self._counts["content_read"] += 1
         if stretch.whole:
-            return self._start(parent, 0, None, self._also(parent, content=True))
+            return self._start(parent, 0, None, is_read=True)
         budget = self._budgets.pop(parent, _FIRST_BYTES)
         self._budgets[parent] = 2 * budget
         if len(self._budgets) > _LARGE:
@@ -336,22 +335,22 @@ class Directories:
         ino: int,
         cookie: int,
         around: bytes | None,
-        also: Sequence[int] | None = None,
         *,
         limit: int | None = None,
         budget: int | None = None,
+        is_read: bool = False,
     ) -> Fetch:
-        """Begin to fetch entries of a directory, and all of others: ``also``, or those that siblings say.
+        """Begin to fetch entries of a directory, and all of others beside it.
 
-        ``budget``: bytes of content; None: as many as a fetch may bring.
+        ``budget``: bytes of content; None: as many as a fetch may bring. ``is_read``: the names are known, and a file
+        of it is being read.
         """
         budget = self._data_budget if budget is None else min(budget, self._data_budget)
-        if also is None:
-            also = self._also(ino) if limit is None and cookie == 0 else ()
+        also = self._also(ino, content=is_read) if limit is None and cookie == 0 else ()
         request = self._request(ino, cookie, limit or self._window or PAGE, around, also, budget=budget)
-        return self._begin(request, self._finish)
+        return self._begin(request, self._finish, content=is_read)
 
-    def _begin(self, request: wire.FetchDirectory, on_end: Callable[[Fetch], object]) -> Fetch:
+    def _begin(self, request: wire.FetchDirectory, on_end: Callable[[Fetch], object], *, content: bool) -> Fetch:
         budget = request.data_budget
         fetch = self._fetches[request.ino] = Fetch(request, self._feeder)
         fetch.on_end = on_end
@@ -361,37 +360,48 @@ class Directories:
         for each in beside.values():
             each.on_end = self._came_beside
         self._fetches.update(beside)
-        task = asyncio.create_task(self._run(fetch, beside), name=f"fetch {request.ino}")
+
+        def on_last(page: wire.DirectoryPage) -> None:
+            self._go_on(fetch, beside, page, content=content)
+
+        task = asyncio.create_task(fetch.run(self._session, beside, on_last), name=f"fetch {request.ino}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self._counts["fetches"] += 1
+        self._counts["without_content"] += not budget
         return fetch
 
-    async def _run(self, fetch: Fetch, beside: dict[int, Fetch]) -> None:
-        await fetch.run(self._session, beside, lambda page: self._go_on(fetch, beside, page))
-
-    def _go_on(self, fetch: Fetch, beside: dict[int, Fetch], last: wire.DirectoryPage) -> None:
+    def _go_on(self, fetch: Fetch, beside: dict[int, Fetch], last: wire.DirectoryPage, *, content: bool) -> None:
         """Go on with the directories beside a fetch for which it had no room; those that are waited for come first.
 
         Asked for as its last page comes: so reader, worker and metaserver work at the same time.
         """
-        came = last.directory.ino
+        came, request = last.directory.ino, fetch.request
         rest = [ino for ino, each in beside.items() if not each.came and ino != came]
-        whole = last.complete if came == fetch.request.ino else fetch.complete
-        if whole and 0 < len(rest) < len(beside) and self._siblings is not None and self._siblings.goes_on():
-            first, *also = sorted(rest, key=lambda ino: not beside[ino].is_waited_for)
-            budget = fetch.request.data_budget
-            self._begin(self._request(first, 0, WINDOW, None, also, budget=budget), self._came_beside)
+        whole = last.complete if came == request.ino else fetch.complete
+        if self._siblings is None or not whole or (beside and len(rest) == len(beside)):
+            return
+        rest.sort(key=lambda ino: not beside[ino].is_waited_for)
+        following = self._siblings.following(came, rest, self._is_known(content), content=content)
+        if following:
+            first, *also = following
+            request = self._request(first, 0, WINDOW, None, also, budget=request.data_budget)
+            self._begin(request, self._came_beside, content=content)
+            self._counts["unasked"] += 1
 
-    def _also(self, ino: int, *, content: bool = False) -> list[int]:
+    def _also(self, ino: int, *, content: bool) -> list[int]:
         if self._siblings is None or self._window is None:
             return []
+        return self._siblings.missed(ino, self._is_known(content), content=content)
+
+    def _is_known(self, content: bool) -> Callable[[int], bool]:
+        """Return what says of a directory whether it is not to be fetched, or not for the sake of its content."""
 
         def is_known(each: int) -> bool:
             known = each in self._misses and not (content and self._left_out.is_whole(each))
             return known or each in self._fetches
 
-        return self._siblings.missed(ino, is_known, content=content)
+        return is_known
 
     def _request(
         self, ino: int, cookie: int, limit: int, around: bytes | None, also: Sequence[int] = (), *, budget: int
@@ -446,5 +456,6 @@ class Directories:
 
     def figures(self) -> dict[str, int]:
         """Return what ``stats`` shows: fetches, those of parts of large directories, those made ahead of a reader,
-        names asked for one by one, and small parts of listings; and what came beside other directories."""
+        names asked for one by one, small parts of listings, fetches without content, those for a file that is read, and
+        those that follow another before anything is missed; and what came beside other directories."""
         return {**self._counts, **(self._siblings.figures() if self._siblings is not None else {})}

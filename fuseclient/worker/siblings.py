@@ -24,6 +24,8 @@ _KNOWN: Final = 1 << 16
 #: Entries and bytes of content that may have been brought, and not used yet, when one fetch follows another unasked.
 _FAR_ENTRIES: Final = 4 * wire.MAX_FETCH
 _FAR_BYTES: Final = 64 << 20
+#: Directories that the next fetch is to bring, from which on they are brought before one is missed.
+_STEADY: Final = 8
 #: Directories that were brought ahead and are looked at at each miss.
 _LOOKED_AT: Final = 64
 
@@ -125,12 +127,21 @@ class Siblings:
             return []
         return self._next(self._children[parent], ino, width, is_known)
 
-    def goes_on(self) -> bool:
-        """Say whether to fetch more of the last :meth:`missed`, for which one fetch had no room."""
+    def following(self, ino: int, rest: list[int], is_known: Callable[[int], bool], *, content: bool) -> list[int]:
+        """All that was to come with a directory is here, but for a rest for which a fetch had no room: return what the
+        next brings unasked, while those that came are used.
+
+        ``content``: as of :meth:`missed`.
+        """
         self._judge()
-        return self._entries <= min(self._most_entries, _FAR_ENTRIES) and self._bytes <= min(
-            self._most_bytes, _FAR_BYTES
-        )
+        far = self._entries > min(self._most_entries, _FAR_ENTRIES) or self._bytes > min(self._most_bytes, _FAR_BYTES)
+        if far or rest:
+            return [] if far else rest
+        parent = self._parents.get(ino)
+        run = self._runs.get((parent, content)) if parent is not None else None
+        if parent is None or run is None or run.width < _STEADY or len(self._unused) > run.width:
+            return []
+        return self._next(self._children[parent], ino, run.next_width(self._clock()), is_known)
 
     def _next(self, children: array[int], ino: int, width: int, is_known: Callable[[int], bool]) -> list[int]:
         found: list[int] = []

@@ -37,7 +37,7 @@ _RECENT: Final = 1024
 
 class Feeder:
     """The one way into the maps. ``is_written`` says whether an inode is open for writing, or its pages are on the way
-    out of the kernel.
+    out of the kernel; ``writes_any`` whether there may be any of which it does.
 
     ``inherits``: the kernel may hold pages of files that an earlier worker knew of. Once everything is dropped, a file
     is not put before the kernel has dropped its pages, which ``on_old_pages`` is to see to.
@@ -48,11 +48,13 @@ class Feeder:
         cache: Cache,
         is_written: Callable[[int], bool],
         *,
+        writes_any: Callable[[], bool] = lambda: True,
         inherits: bool = False,
         on_old_pages: Callable[[int], None] = lambda ino: None,
     ) -> None:
         self._cache = cache
         self._is_written = is_written
+        self._writes_any = writes_any
         self._inherits = inherits
         self._on_old_pages = on_old_pages
         self._distrusts_pages = False
@@ -123,11 +125,17 @@ class Feeder:
             wanted = [self._may_put_inode(token, entry.attributes) for entry in entries]
         else:  # nearly always, and then no entry takes a look at the guard
             entries = list(entries)
+            if self._all_wanted():
+                return entries, []
             wanted = [self._wanted(entry.attributes) for entry in entries]
         if all(wanted):
             return entries, []
         both = list(zip(entries, wanted, strict=True))
         return [entry for entry, may in both if may], [entry for entry, may in both if not may]
+
+    def _all_wanted(self) -> bool:
+        """Say whether :meth:`_wanted` holds of every inode that has a name: there is nothing that could be against."""
+        return not (self._recent or self._distrusts_pages or self._writes_any())
 
     def same_names(self, token: Token, ino: int) -> bool:
         """Say whether no name of a directory was dropped, made or removed since the token was taken."""

@@ -158,6 +158,7 @@ class Mount:
         feeder = Feeder(
             cache,
             lambda ino: self._is_written(ino) or ino in kernel.dropping,
+            writes_any=lambda: (self._changes is not None and self._writer.count > 0) or bool(kernel.dropping),
             inherits=config.session is not None and config.maps is not None,
             on_old_pages=old_pages.drop,
         )

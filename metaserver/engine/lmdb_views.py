@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
 import lmdb
@@ -56,6 +57,10 @@ class _View:
     def get(self, key: bytes) -> bytes | None:
         return cast(bytes | None, self._txn.get(key))
 
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        get = cast(Callable[[bytes], bytes | None], self._txn.get)
+        return [get(key) for key in keys]
+
     def range(self, start: bytes, end: bytes, limit: int | None, reverse: bool) -> list[Row]:
         rows: list[Row] = []
         if limit == 0:
@@ -96,6 +101,9 @@ class LmdbSnapshot(Snapshot):
 
     def get(self, key: bytes) -> bytes | None:
         return self._view.get(key)
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        return self._view.get_many(keys)
 
     def range(self, start: bytes, end: bytes, limit: int | None = None, reverse: bool = False) -> list[Row]:
         return self._view.range(start, end, limit, reverse)

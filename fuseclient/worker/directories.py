@@ -415,6 +415,8 @@ class Directories:
 
     def _came_beside(self, fetch: Fetch) -> None:
         self._note(fetch)
+        if fetch.error is None and fetch.complete:
+            self._keep(fetch)  # who lists it may have asked just before it came
         if fetch.complete and self._siblings is not None:
             self._siblings.brought(fetch.request.ino, len(fetch.entries), fetch.bytes)
 

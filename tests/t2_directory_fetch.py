@@ -148,6 +148,65 @@ def test_no_more_is_brought_than_half_the_cache_holds_in_vain() -> None:
     assert beside.figures()["ahead_used"] == 7
 
 
+def test_what_follows_unasked() -> None:
+    """What one fetch had no room for; then, once misses were steady, more and more, while what came is used."""
+    used: dict[int, bool | None] = {}
+    beside = siblings.Siblings(lambda ino: used.get(ino, False), 100_000, 1 << 30, lambda: 0.0)
+    beside.page(directory_page(1, list(range(10, 500))))
+
+    def following(ino: int, rest: list[int] | None = None) -> list[int]:
+        return beside.following(ino, rest or [], lambda each: False, content=False)
+
+    def missed(ino: int) -> list[int]:
+        return beside.missed(ino, lambda each: False)
+
+    assert following(10, [11, 12]) == [11, 12]
+    for ino in (10, 20, 30):
+        missed(ino)
+        assert following(ino) == []
+    missed(40)
+    assert following(44) == [*range(45, 53)]
+    assert following(52) == [*range(53, 69)]
+    assert beside.following(52, [], lambda each: False, content=True) == []
+    assert following(1) == []
+    for ino in range(100, 117):
+        beside.brought(ino, 1, 0)
+    assert following(68) == []
+    used.update(dict.fromkeys(range(100, 117), True))
+    assert following(68) == [*range(69, 101)]
+    beside.brought(200, 4 * wire.MAX_FETCH, 0)
+    assert following(100, [101]) == [101]
+    beside.brought(201, 1, 0)
+    assert following(100, [101]) == []
+    used[200] = True
+    assert following(100, [101]) == [101]
+    beside.brought(202, 1, (64 << 20) + 1)
+    assert following(100, [101]) == []
+    used[201] = used[202] = None  # evicted before anybody asked: there is no room for more
+    assert following(100, [101]) == []
+    assert following(100, [101]) == [101]
+
+
+async def test_what_nobody_uses_is_not_followed(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads in some directories and then stops has some more brought, and not all that there are."""
+    tree = await make_tree(rig, 120, 2)
+    log = spied(rig)
+    directories = list(tree)
+    asked: set[int] = set()
+    monkeypatch.setattr(rig.ops._directories._siblings, "_is_used", asked.__contains__)
+    for ino in (ROOT, *directories[:8]):
+        await ask_all(rig, ino)
+        asked.add(ino)
+    await until(lambda: not rig.ops._directories._fetches)
+    figures = (await rig.mount.figures())["directories"]
+    assert figures["unasked"] > 0
+    brought = {parent for parent, _ in rig.maps.names} - {ROOT}
+    assert set(directories[:8]) < brought
+    assert len(brought) <= 8 + 8 + 16
+    assert len(log) == figures["fetches"]
+    await rig.assert_maps_are_right()
+
+
 async def test_names_asked_for_at_random_fetch_nothing_else(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rig.ops._directories, "_window", 20)
     made = [(await rig.other.make(b"%04d" % index)).ino for index in range(400)]

@@ -46,7 +46,10 @@ PAGE: Final = 256
 MISSES: Final = 16
 _KNOWN_DIRECTORIES: Final = 65536
 _KNOWN_LISTINGS: Final = 1024
-_KEPT_WINDOWS: Final = 8
+#: Windows of listings that are kept for who goes on reading them, and the entries of them all; those fetched ahead.
+_KEPT_WINDOWS: Final = 64
+_KEPT_ENTRIES: Final = 8 * WINDOW
+_NEXT_WINDOWS: Final = 8
 #: Names asked for in order after which a large directory is fetched ahead; entries that may be left out between two of
 #: them; entries of the first window.
 _IN_ORDER: Final = 2
@@ -234,7 +237,7 @@ class Directories:
             self._counts["in_order"] += 1
             self._next[ino] = self._list(ino, last)
             self._next.move_to_end(ino)
-            if len(self._next) > _KEPT_WINDOWS:
+            if len(self._next) > _NEXT_WINDOWS:
                 self._next.popitem(last=False)
 
     def _ended(self, ino: int, cookie: int, fetch: Fetch, entries: list[Entry]) -> Listing:
@@ -316,8 +319,10 @@ class Directories:
             del self._next[fetch.request.ino]
         self._windows[fetch.request.ino] = fetch
         self._windows.move_to_end(fetch.request.ino)
-        if len(self._windows) > _KEPT_WINDOWS:
-            self._windows.popitem(last=False)
+        kept = sum(len(each.entries) for each in self._windows.values())
+        while len(self._windows) > 1 and (len(self._windows) > _KEPT_WINDOWS or kept > _KEPT_ENTRIES):
+            _, oldest = self._windows.popitem(last=False)
+            kept -= len(oldest.entries)
 
     def _keep_small(self, fetch: Fetch) -> None:
         """A small fetch is the window from now on: if nothing is dropped until its end, a large one follows."""

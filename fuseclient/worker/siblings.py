@@ -133,13 +133,16 @@ class Siblings:
 
         ``content``: as of :meth:`missed`.
         """
+        before = self._wasted
         self._judge()
         far = self._entries > min(self._most_entries, _FAR_ENTRIES) or self._bytes > min(self._most_bytes, _FAR_BYTES)
-        if far or rest:
-            return [] if far else rest
+        if far or self._wasted > before:
+            return []
+        if rest:
+            return rest
         parent = self._parents.get(ino)
         run = self._runs.get((parent, content)) if parent is not None else None
-        if parent is None or run is None or run.width < _STEADY or len(self._unused) > run.width:
+        if parent is None or run is None or run.width < _STEADY or 2 * len(self._unused) > run.width:
             return []
         return self._next(self._children[parent], ino, run.next_width(self._clock()), is_known)
 

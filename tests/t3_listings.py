@@ -277,6 +277,27 @@ def test_more_directories_than_the_cache_holds(mount: MountFactory, accel: str) 
         assert figures.stats(mounted)["caches"]["filling"]["overtaken"] > 0
 
 
+def test_a_directory_larger_than_the_cache_is_said_so_once(mount: MountFactory) -> None:
+    mounted = mount("bpf", "--kernel-cache-size", "1M", "--durability", "interval", allowed=("larger --kernel-cache",))
+    most = figures.stats(mounted)["maps"]["inodes"]["capacity"] + 100
+    (mounted.path / "large").mkdir()
+    (mounted.path / "small").mkdir()
+    expected = {f"{index}" for index in range(most)}
+    for name in expected:
+        os.mknod(mounted.path / "large" / name)
+    os.mknod(mounted.path / "small" / "file")
+    mounted.remount()
+    assert os.listdir(mounted.path / "small") == ["file"]
+    assert "larger --kernel-cache-size" not in mounted.read_log()
+    for _ in range(2):
+        assert set(os.listdir(mounted.path / "large")) == expected
+    assert all((mounted.path / "large" / name).stat().st_nlink == 1 for name in expected)
+    found = figures.stats(mounted)["caches"]
+    assert found["directories"]["too_large"] == 1
+    assert found["filling"]["evicted_entries"] > 0
+    assert mounted.read_log().count("larger --kernel-cache-size") == 1
+
+
 def test_no_listing_after_the_lease_has_run_out(mount: MountFactory) -> None:
     """Opening a directory asks, and past the deadline nobody answers for a worker that stands still."""
     mounted = mount("bpf", "--lease", "2")

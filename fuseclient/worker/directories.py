@@ -36,6 +36,7 @@ from fuseclient.worker.listings import Entry
 from fuseclient.worker.places import Places
 from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.siblings import Siblings
+from fuseclient.worker.too_large import TooLarge
 from metaserver import wire
 
 #: Entries fetched at once.
@@ -120,6 +121,7 @@ class Directories:
         is_live: Callable[[], bool] = lambda: True,
         siblings: Siblings | None = None,
         places: Places | None = None,
+        too_large: TooLarge | None = None,
     ) -> None:
         self._session = session
         self._feeder = feeder
@@ -131,6 +133,7 @@ class Directories:
         self._misses: OrderedDict[int, int] = OrderedDict()
         self._siblings = siblings
         self._places = places
+        self._too_large = too_large
         self._left_out = LeftOut()
         #: Of directories fetched in part because files are read: the bytes of content that the next such fetch brings.
         self._budgets: OrderedDict[int, int] = OrderedDict()
@@ -434,6 +437,9 @@ class Directories:
                 self._left_out.forget(ino)
             return
         self._note_left_out(fetch)
+        if self._too_large is not None and fetch.entries and (fetch.whole or fetch.request.around is None):
+            after = 0 if fetch.whole else fetch.request.cookie
+            self._too_large.fetched(ino, after, fetch.entries[-1].cookie, len(fetch.entries))
         if not fetch.complete:
             self._note_large(fetch)
         self.fetched(ino)
@@ -463,6 +469,9 @@ class Directories:
 
     def figures(self) -> dict[str, int]:
         """Return what ``stats`` shows: fetches, those of parts of large directories, those made ahead of a reader,
-        names asked for one by one, small parts of listings, fetches without content, those for a file that is read, and
-        those that follow another before anything is missed; and what came beside other directories."""
-        return {**self._counts, **(self._siblings.figures() if self._siblings is not None else {})}
+        names asked for one by one, small parts of listings, fetches without content, those for a file that is read,
+        those that follow another before anything is missed; directories too large for the kernel cache; and what came
+        beside other directories.
+        """
+        counts = {**self._counts, "too_large": self._too_large.count if self._too_large is not None else 0}
+        return {**counts, **self._siblings.figures()} if self._siblings is not None else counts

@@ -40,6 +40,7 @@ from fuseclient.worker.rpc import Disconnected, Refused
 from fuseclient.worker.session import Acknowledge, Session
 from fuseclient.worker.siblings import Siblings
 from fuseclient.worker.told_lately import ToldLately
+from fuseclient.worker.too_large import TooLarge
 from fuseclient.worker.warming import Walks
 from metaserver import wire
 
@@ -244,6 +245,7 @@ class Mount:
             is_live=lambda: lease.left_s() > 0,
             siblings=siblings,
             places=places,
+            too_large=TooLarge(room.entries),
         )
         versions = OpenedVersions()
 

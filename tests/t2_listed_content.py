@@ -167,6 +167,33 @@ async def test_of_more_content_than_a_fetch_brings_the_file_that_is_read_comes_f
     await rig.assert_maps_are_right()
 
 
+async def test_who_waits_for_what_had_no_room_is_served_next(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory for which a fetch beside another had no room comes first in the fetch that follows."""
+    tree = await make_tree(rig, 16, 10)
+    for parent in (ROOT, *tree):
+        await list_all(rig, parent)
+    most = max(sum(map(len, files.values())) for files in tree.values())
+    monkeypatch.setattr(rig.ops._directories, "_data_budget", 2 * most)
+    log = spied(rig)
+
+    def missing() -> list[int]:
+        return [parent for parent, files in tree.items() if not set(files) & set(rig.maps.data)]
+
+    for _ in range(3):
+        ino, data = next(iter(tree[missing()[0]].items()))
+        assert await read(rig, ino) == data
+        await until(lambda: not rig.ops._directories._fetches)
+    first, *_, last = missing()[:5]
+    del log[:]
+    one, two = (next(iter(tree[parent].items())) for parent in (first, last))
+    assert await asyncio.gather(read(rig, one[0]), read(rig, two[0])) == [one[1], two[1]]
+    assert {type(each) for each in log} == {wire.FetchDirectory}
+    asked = [each for each in log if isinstance(each, wire.FetchDirectory)]
+    assert (asked[0].ino, last in asked[0].also) == (first, True)
+    assert asked[1].ino == last
+    await rig.assert_maps_are_right()
+
+
 async def test_what_does_not_fit_is_asked_for_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Content that no fetch may bring is read file by file, by no more requests than that."""
     monkeypatch.setattr(rig.ops._directories, "_data_budget", 50)

@@ -278,6 +278,10 @@ class Directories:
         try:
             with fetch:
                 found = await fetch.content(ino)
+            later = self._fetches.get(parent)
+            if found is None and later is not None and later is not fetch and later.may_bring(cookie):
+                with later:  # there was no room for it: what follows begins with what is waited for
+                    found = await later.content(ino)
         except (Refused, Disconnected):
             return None
         return found if self._is_live() else None

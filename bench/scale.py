@@ -68,10 +68,10 @@ def _epochs(directory: Path, tree: Tree, samples: Samples, rounds: int, *, small
                 (xattrs,) = measure.run("getxattr_all", paths=paths)
             samples.add("stat", system.name, stats, tree.files)
             samples.add("getxattr", system.name, xattrs, tree.files)
-        with general.mounted(kernel_ttl_s=None) as paths:
-            samples.add(
-                "first epoch", "bpfuse bpf, four", measure.run_at_once("read_all", _parts(paths, 4)), tree.files
-            )
+        for system in systems:
+            with system.mounted(kernel_ttl_s=None) as paths:
+                four = measure.run_at_once("read_all", _parts(paths, 4))
+            samples.add("first epoch", f"{system.name}, four", four, tree.files)
         _, later = measure.run("read_all", 2, paths=_shuffled(tree.paths(plain)))
         samples.add("later epoch", "ext4", later, tree.files)
 
